@@ -1,0 +1,173 @@
+"""Checkpoints: one safetensors file each, written whole or not at all.
+
+A file holds the parameters by name (value/conv1.W), the optimizer's state vectors likewise (adam: m/..., v/...), and in
+its metadata the position of the run and its configuration. There is nothing per rank to save: order, dropout and shards
+follow from the seed and the step, so a run may go on with another number of ranks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from distconv.config import Config
+from distconv.errors import BadDataError, MismatchError, MissingInputError, StorageError
+from distconv.kernels.cpu import Array
+from distconv.nn.optimizers import Optimizer
+from distconv.nn.parameters import Parameters
+
+FORMAT = "distconv-1"
+KEEP = 3  # newest checkpoints that stay
+MUST_MATCH = ("model", "batch_size", "optimizer", "seed", "limit_train")  # else it would be another run
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a file holds. position: step, epoch, cursor (samples of the epoch that are done), loss_sum, skipped."""
+
+    path: Path
+    tensors: Mapping[str, Array]
+    position: Mapping[str, Any]
+    config: Mapping[str, Any]
+    data: Mapping[str, Any]  # name, digest, classes, image_shape
+
+    def vectors(self, parameters: Parameters) -> dict[str, Array]:
+        """The flat vectors by slot: "value", and the optimizer's. Raises MismatchError for another model's."""
+        slots = list(dict.fromkeys(name.split("/")[0] for name in self.tensors))
+        vectors = {}
+        for slot in slots:
+            vectors[slot] = np.empty(parameters.size, parameters.vector.dtype)
+            views = parameters.named(vectors[slot])
+            have = {name: self.tensors[name].shape for name in self.tensors if name.startswith(f"{slot}/")}
+            want = {f"{slot}/{name}": view.shape for name, view in views.items()}
+            if have != want:
+                name = next(iter(dict(have.items() ^ want.items())))
+                raise MismatchError(
+                    f"{self.path} is of another model: {name} has shape {have.get(name, 'none')} there and "
+                    f"{want.get(name, 'none')} here; name its model by --model"
+                )
+            for name, view in views.items():
+                view[...] = self.tensors[f"{slot}/{name}"]
+        return vectors
+
+
+def save_checkpoint(
+    folder: Path,
+    parameters: Parameters,
+    optimizer: Optimizer,
+    position: Mapping[str, Any],
+    config: Config,
+    data: Mapping[str, Any],
+) -> Path:
+    """Write step-XXXXXXXXXX.safetensors, whole or not at all, and remove all but the newest. Raises StorageError."""
+    vectors = {"value": parameters.vector, **optimizer.state}
+    tensors = {
+        f"{slot}/{name}": view for slot, vector in vectors.items() for name, view in parameters.named(vector).items()
+    }
+    about = {
+        "format": FORMAT,
+        "position": dict(position),
+        "config": dataclasses.asdict(config),
+        "data": dict(data),
+        "tensors_sha256": _digest(tensors),
+    }
+    path = folder / f"step-{position['step']:010d}.safetensors"
+    temporary = folder / f".{path.name}.{os.getpid()}.tmp"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as file:
+            file.write(save(tensors, {"distconv": json.dumps(about)}))
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        _sync_folder(folder)
+        for old in find_checkpoints(folder)[KEEP:]:
+            old.unlink(missing_ok=True)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise StorageError(f"checkpoint {path} cannot be written: {error}; earlier ones are untouched") from None
+    return path
+
+
+def load_checkpoint(path: Path) -> Checkpoint:
+    """Read and verify a file. Raises MissingInputError, BadDataError for a damaged one, MismatchError, StorageError."""
+    if not path.is_file():
+        raise MissingInputError(f"{path} is not a file: a checkpoint of distconv.train was expected")
+    try:
+        with safe_open(path, framework="numpy") as file:
+            about = json.loads((file.metadata() or {}).get("distconv", "{}"))
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
+    except (SafetensorError, ValueError) as error:
+        raise BadDataError(f"{path} is not a whole checkpoint ({error}): use an earlier one") from None
+    except OSError as error:
+        raise StorageError(f"{path} cannot be read: {error}") from None
+    if about.get("format") != FORMAT:
+        raise MismatchError(f"{path} has the format {about.get('format', 'unknown')}; this version reads {FORMAT}")
+    if about.get("tensors_sha256") != _digest(tensors):
+        raise BadDataError(f"{path} is damaged: its numbers do not have the SHA-256 it was written with; use another")
+    return Checkpoint(path, tensors, about["position"], about["config"], about["data"])
+
+
+def find_checkpoints(folder: Path) -> list[Path]:
+    """The checkpoint files of a folder, newest step first."""
+    return sorted((path for path in folder.glob("step-*.safetensors") if path.is_file()), reverse=True)
+
+
+def newest_good(folder: Path) -> tuple[Checkpoint | None, list[str]]:
+    """The newest checkpoint that is whole, and why newer ones were passed over. Raises BadDataError if all are bad."""
+    passed_over: list[str] = []
+    for path in find_checkpoints(folder):
+        try:
+            return load_checkpoint(path), passed_over
+        except BadDataError as error:
+            passed_over.append(str(error))
+    if passed_over:
+        raise BadDataError(f"{'; '.join(passed_over)}; no good one is left: start afresh in another --out")
+    return None, []
+
+
+def check_same_run(checkpoint: Checkpoint, config: Config, data_digest: str) -> list[str]:
+    """Raise MismatchError where going on would not be the same run; return a line for each setting that may differ."""
+    have, want = checkpoint.config, dataclasses.asdict(config)
+    for name in MUST_MATCH:
+        if have.get(name) != want[name]:
+            raise MismatchError(
+                f"{checkpoint.path} was made with {name} = {have.get(name)}, not {want[name]}: "
+                f"give the same, or start afresh in another --out"
+            )
+    if checkpoint.data["digest"] != data_digest:
+        raise MismatchError(
+            f"{checkpoint.path} was made with the data set {checkpoint.data['name']} of SHA-256 "
+            f"{checkpoint.data['digest'][:12]}..., not {data_digest[:12]}...: give the same by --data, or another --out"
+        )
+    may_differ = ("lr", "wire", "epochs", "eval_samples")
+    return [f"{name} is now {want[name]}, was {have.get(name)}" for name in may_differ if have.get(name) != want[name]]
+
+
+def _digest(tensors: Mapping[str, Array]) -> str:
+    sha = hashlib.sha256()
+    for name in sorted(tensors):
+        sha.update(f"{name} {tensors[name].shape} {tensors[name].dtype}".encode())
+        sha.update(np.ascontiguousarray(tensors[name]))
+    return sha.hexdigest()
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename last through a power cut."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

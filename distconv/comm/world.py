@@ -1,0 +1,177 @@
+"""The ranks: start MPI, agree, and end the job together. The only file that imports mpi4py.
+
+With plain MPI a rank that raises leaves the others waiting in a collective for ever. So everything after MPI's start
+happens inside `with start() as world:`, which ends all ranks when one of them fails, and errors that every rank meets
+alike are gathered by `together` and reported once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NoReturn
+
+import threadpoolctl
+
+from distconv.errors import DistconvError, MismatchError
+
+LAUNCHER_RANK = ("PMI_RANK", "OMPI_COMM_WORLD_RANK", "PMIX_RANK", "SLURM_PROCID")
+LAUNCHER_SIZE = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE")
+BLAS_THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "BLIS_NUM_THREADS")
+
+
+def launcher_rank() -> int:
+    """This process's rank as the launcher's environment has it, before MPI is started; 0 without a launcher."""
+    return next((int(os.environ[name]) for name in LAUNCHER_RANK if os.environ.get(name, "").isdigit()), 0)
+
+
+def run(command: Callable[[Sequence[str]], int]) -> NoReturn:
+    """Run a command and exit with its code; a DistconvError becomes one sentence, said once for all ranks."""
+    try:
+        code = command(sys.argv[1:])
+    except DistconvError as error:
+        # Raised before MPI started, or on all ranks: either way every rank is here, and one speaks.
+        if launcher_rank() == 0:
+            print(f"distconv: {error}", file=sys.stderr, flush=True)
+        code = error.exit_code
+    except BrokenPipeError:  # the reader of our output left: `... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 1
+    sys.exit(code)
+
+
+class World:
+    """The ranks of a job. A context manager: what is raised inside ends the job on all ranks.
+
+    rank, size: in the job; local_rank, local_size: among the ranks that share this host; hosts: how many there are.
+    error_folder: where a failing rank leaves its report, once there is such a folder.
+    """
+
+    def __init__(self, comm: Any, library: str) -> None:
+        self.comm = comm
+        self.library = library
+        self.rank: int = comm.rank
+        self.size: int = comm.size
+        local = comm.Split_type(_MPI().COMM_TYPE_SHARED)
+        self.local_rank: int = local.rank
+        self.local_size: int = local.size
+        self.hosts = sum(comm.allgather(local.rank == 0))
+        local.Free()
+        self.error_folder: Path | None = None
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """Run a part that holds no collective; a DistconvError of any rank in it is raised on all of them, once."""
+        error = None
+        try:
+            yield
+        except DistconvError as caught:
+            error = caught
+        for rank, failure in enumerate(self.comm.allgather(error)):
+            if failure is not None:
+                if self.size > 1 and rank > 0:
+                    failure.args = (f"rank {rank}: {failure}",)
+                failure.everywhere = True
+                raise failure
+
+    def agree(self, what: str, value: str, advice: str, error: type[DistconvError] = MismatchError) -> None:
+        """Raise on all ranks if value is not the same on each of them; says what differs, where, and the advice."""
+        values = self.comm.allgather(value)
+        odd = [rank for rank, other in enumerate(values) if other != values[0]]
+        if odd:
+            ranks = ", ".join(map(str, odd[:8])) + (", ..." if len(odd) > 8 else "")
+            failure = error(f"ranks disagree about {what}: rank {ranks} differs from rank 0 ({advice})")
+            failure.everywhere = True
+            raise failure
+
+    def __enter__(self) -> World:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is None or (isinstance(error, DistconvError) and error.everywhere):
+            return  # `run` speaks and exits, on all ranks alike
+        code = self._exit_code(error)
+        self._report(error, code)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        if self.size > 1:
+            self.comm.Abort(code)
+        raise SystemExit(code)
+
+    @staticmethod
+    def _exit_code(error: BaseException) -> int:
+        if isinstance(error, DistconvError):
+            return error.exit_code
+        if isinstance(error, KeyboardInterrupt):
+            return 130
+        if isinstance(error, SystemExit) and isinstance(error.code, int):
+            return error.code or 1  # a rank that leaves alone has failed, whatever it says
+        return 1
+
+    def _report(self, error: BaseException, code: int) -> None:
+        """Write errors/rank-R.json and, if no other rank has done so before, say what happened."""
+        sentence = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+        text = "".join(traceback.format_exception(error))
+        first = True
+        if self.error_folder is not None:
+            with contextlib.suppress(OSError):
+                try:
+                    self.error_folder.mkdir()  # whoever makes the folder is the first to fail
+                except FileExistsError:
+                    first = False
+                report = {"rank": self.rank, "host": socket.gethostname(), "error": sentence, "exit_code": code}
+                path = self.error_folder / f"rank-{self.rank}.json"
+                path.write_text(json.dumps({**report, "traceback": text}, indent=1) + "\n")
+        if first:
+            if isinstance(error, DistconvError):
+                text, sentence = "", str(error)
+            job = f"distconv: rank {self.rank} of {self.size} failed and ends the job: {sentence}\n"
+            sys.stderr.write(text + job)
+
+
+def start() -> World:
+    """Start MPI, one BLAS thread a rank where ranks share a host, and return the ranks of this job.
+
+    Raises DistconvError where no MPI library can be loaded or the launcher belongs to another one.
+    """
+    MPI = _MPI()
+    vendor, version = MPI.get_vendor()
+    world = World(MPI.COMM_WORLD.Dup(), f"{vendor} {'.'.join(map(str, version))}")
+    expected = next((os.environ[name] for name in LAUNCHER_SIZE if os.environ.get(name, "").isdigit()), None)
+    if world.size == 1 and expected not in (None, "1"):
+        failure = DistconvError(
+            f"the launcher started {expected} processes, but {world.library} sees each of them alone: "
+            f"use the mpirun of {vendor} that belongs to this Python environment"
+        )
+        failure.everywhere = True
+        raise failure
+    if world.local_size > 1 and not any(os.environ.get(name) for name in BLAS_THREADS):
+        import numpy  # noqa: F401, ICN001 (a limit reaches only libraries that are loaded)
+
+        threadpoolctl.threadpool_limits(1)
+    return world
+
+
+def blas_threads() -> int:
+    """Threads that a matrix product of this process uses."""
+    return max((pool["num_threads"] for pool in threadpoolctl.threadpool_info()), default=1)
+
+
+def _MPI() -> Any:
+    try:
+        from mpi4py import MPI
+    except (ImportError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise DistconvError(
+            f"no MPI library can be loaded ({reason}): pip install mpich, or load the MPI module of your cluster"
+        ) from None
+    return MPI

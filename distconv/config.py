@@ -1,0 +1,185 @@
+"""Every setting of a run in one frozen dataclass, which the command line, config.toml, checkpoints and logs all read.
+
+Precedence: flag > file (--config) > default. A field's metadata is its help text and the test that a value must pass.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import json
+import math
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+from distconv.comm.world import launcher_rank
+from distconv.errors import MissingInputError, UsageError
+from distconv.factory import is_factory
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+MODELS = ("deepconvnet", "simpleconvnet")
+OPTIMIZERS = ("adam", "sgd", "momentum", "nesterov", "adagrad", "rmsprop")
+WIRES = ("float16", "float32", "float64")
+DEVICES = ("auto", "cpu", "cuda")
+RESUME = ("auto", "never")
+
+
+def _setting(default: Any, text: str, valid: Callable[[Any], bool], expected: str) -> Any:
+    return dataclasses.field(default=default, metadata={"help": text, "valid": valid, "expected": expected})
+
+
+def _one_of(names: Sequence[str], default: str, text: str) -> Any:
+    return _setting(default, f"{text}: {', '.join(names)}", lambda v: v in names, f"one of {', '.join(names)}")
+
+
+def _at_least(least: int, default: int, text: str) -> Any:
+    return _setting(default, text, lambda v: least <= v < 2**31, f"a whole number from {least} to {2**31 - 1}")
+
+
+@dataclass(frozen=True)
+class Config:
+    """The settings of `distconv.train`; raises UsageError for a value that cannot be."""
+
+    data: str = _setting(
+        "auto",
+        "mnist, digits (built in), a folder with four MNIST-named IDX files, or package.module:function for a Dataset "
+        "of your own; auto takes mnist if it is found or can be fetched, else digits",
+        bool,
+        "the name of a data set",
+    )
+    model: str = _setting(
+        "deepconvnet",
+        "deepconvnet, simpleconvnet, or package.module:function for a network of your own",
+        lambda v: v in MODELS or is_factory(v),
+        f"one of {', '.join(MODELS)}, or package.module:function",
+    )
+    epochs: int = _at_least(1, 20, "how often the training set is visited")
+    batch_size: int = _at_least(1, 100, "images in a minibatch of the whole job, shared out among the ranks")
+    optimizer: str = _one_of(OPTIMIZERS, "adam", "rule of the update")
+    lr: float = _setting(
+        0.001, "learning rate", lambda v: math.isfinite(v) and v > 0, "a finite number above 0, 0.001 say"
+    )
+    wire: str = _one_of(WIRES, "float16", "numbers that carry the gradients between ranks")
+    device: str = _one_of(DEVICES, "auto", "where to compute; this version has kernels for the CPU")
+    seed: int = _setting(
+        0,
+        "of the first weights, the order of the samples and dropout",
+        lambda v: 0 <= v < 2**32,
+        "a whole number from 0 to 2^32 - 1",
+    )
+    limit_train: int = _at_least(0, 0, "use the first so many training images only; 0: all")
+    eval_samples: int = _at_least(0, 1000, "training and test images for the accuracies of each epoch; 0: all")
+    out: str = _setting("", "folder for everything the run writes (default: runs/<time>-<model>)", lambda v: True, "")
+    resume: str = _setting(
+        "auto",
+        "auto: go on from the newest good checkpoint in --out, if there is one; never: refuse a folder with a run in "
+        "it; or a checkpoint file to go on from",
+        bool,
+        "auto, never or a checkpoint file",
+    )
+    checkpoint_seconds: float = _setting(
+        5.0,
+        "write a checkpoint when so much time has passed since the last one (and at the end of each epoch)",
+        lambda v: v >= 0,
+        "a number of seconds, 0 or more",
+    )
+    target_accuracy: float = _setting(
+        0.0,
+        "end with exit code 1 if the final test accuracy is below this, 0.97 say",
+        lambda v: 0 <= v <= 1,
+        "a fraction from 0 to 1",
+    )
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value, kind = getattr(self, field.name), type(field.default)
+            if kind is float and type(value) is int:
+                value = float(value)
+                object.__setattr__(self, field.name, value)
+            if type(value) is not kind or not field.metadata["valid"](value):
+                expected = field.metadata["expected"] or "text"
+                raise UsageError(f"{flag(field.name)} {value}: expected {expected}{_nearest(value, expected)}")
+
+    def toml(self) -> str:
+        """The settings as a TOML file that --config reads."""
+        return "".join(f"{name} = {json.dumps(value)}\n" for name, value in dataclasses.asdict(self).items())
+
+
+def flag(name: str) -> str:
+    """limit_train -> --limit-train"""
+    return "--" + name.replace("_", "-")
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Settings from a file. Raises MissingInputError or UsageError."""
+    try:
+        settings = tomllib.loads(path.read_text())
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"--config {path} is not a TOML file: {error}") from None
+    except OSError as error:
+        raise MissingInputError(f"--config {path} cannot be read: {error.strerror}") from None
+    names = [field.name for field in dataclasses.fields(Config)]
+    for name in settings:
+        if name not in names:
+            raise UsageError(f"--config {path} sets {name}, which is no setting{_nearest(name, ' '.join(names))}")
+    return settings
+
+
+def from_command_line(argv: Sequence[str]) -> tuple[Config, bool]:
+    """The configuration, and whether --print-config was asked for. Raises UsageError, MissingInputError."""
+    parser = Parser(
+        prog="python -m distconv.train",
+        description="Train a convolutional network, its minibatches shared out among the ranks of an MPI job.",
+        epilog="examples:\n"
+        "  mpirun -n 4 python -m distconv.train\n"
+        "  mpirun -n 2 python -m distconv.train --data mnist --epochs 1 --target-accuracy 0.97\n"
+        "  mpirun -n 4 python -m distconv.train --out runs/mine      # again: goes on where it stopped\n"
+        "  python -m distconv.train --batch-size 400 --print-config > big.toml\n"
+        "  mpirun -n 4 python -m distconv.train --config big.toml --seed 1\n\n"
+        "exit codes: 0 done, 1 failure or target missed, 2 usage, 65 bad data, 66 missing input, 69 cannot download,\n"
+        "70 replicas differ, 73 cannot create, 74 I/O, 75 stopped on request (run me again), 78 configurations differ",
+    )
+    for field in dataclasses.fields(Config):
+        shown = f" (default: {field.default})" if field.default not in ("", 0, 0.0) else ""
+        parser.add_argument(
+            flag(field.name),
+            type=type(field.default),
+            default=argparse.SUPPRESS,
+            metavar=type(field.default).__name__.upper().replace("STR", "NAME"),
+            help=(field.metadata["help"] + shown).replace("%", "%%"),
+        )
+    parser.add_argument("--config", type=Path, metavar="FILE", help="TOML file with settings; flags go before it")
+    parser.add_argument("--print-config", action="store_true", help="print the settings as TOML and stop")
+    flags: Mapping[str, Any] = vars(parser.parse_args(argv))
+    settings = read_toml(flags["config"]) if flags["config"] else {}
+    settings.update({name: value for name, value in flags.items() if name not in ("config", "print_config")})
+    return Config(**settings), flags["print_config"]
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse that raises UsageError, names the flag that was perhaps meant, and prints help on one rank only."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **options)
+
+    def error(self, message: str) -> NoReturn:
+        known = " ".join(self._option_string_actions)
+        wrong = next((word for word in message.split() if word.startswith("--") and word not in known.split()), "")
+        raise UsageError(f"{message}{_nearest(wrong, known)}; {self.prog} --help lists the flags")
+
+    def print_help(self, file: Any = None) -> None:
+        if launcher_rank() == 0:
+            super().print_help(file)
+
+
+def _nearest(word: object, choices: str) -> str:
+    close = difflib.get_close_matches(str(word), choices.replace(",", " ").split(), n=1, cutoff=0.7)
+    return f" (did you mean {close[0]}?)" if close else ""

@@ -1,0 +1,52 @@
+"""Data sets by name: mnist, digits, a folder of IDX files, or a user's package.module:function."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from distconv.data import digits, mnist
+from distconv.data.dataset import Dataset
+from distconv.errors import CannotCreateError, DownloadError, MissingInputError, UsageError
+from distconv.factory import is_factory, load_factory
+
+AUTO = "auto"
+
+
+def prepare(name: str) -> tuple[str, str]:
+    """Make a data set ready for every process of this host; to be called by one of them.
+
+    Returns the name that `load` takes and a line for the user, empty where nothing need be said: "auto" becomes mnist
+    if that is at hand or can be fetched, else digits. Raises what mnist.obtain raises.
+    """
+    if name == "mnist":
+        mnist.obtain()
+    if name != AUTO:
+        return name, ""
+    if mnist.find():
+        return "mnist", ""
+    try:
+        mnist.obtain()
+    except (DownloadError, MissingInputError, CannotCreateError) as error:
+        if isinstance(error, CannotCreateError):
+            why = str(error)
+        else:
+            why = "it is not on this machine and " + ("offline is set" if mnist.offline() else "no mirror answers")
+        return "digits", f"no MNIST ({why}): training on the built-in digits; --data DIR names a folder with MNIST"
+    return "mnist", ""
+
+
+def load(name: str) -> Dataset:
+    """The data set of that name, once `prepare` has been called on this host.
+
+    Raises MissingInputError, BadDataError, StorageError, or UsageError for a function that gives no Dataset.
+    """
+    if name == "mnist":
+        return mnist.load()
+    if name == "digits":
+        return digits.load()
+    if is_factory(name) and not Path(name).exists():
+        dataset = load_factory(name)()
+        if not isinstance(dataset, Dataset):
+            raise UsageError(f"--data {name} returned {type(dataset).__name__}, but a distconv.data.Dataset is expected")
+        return dataset
+    return mnist.load_folder(Path(name))

@@ -1,0 +1,81 @@
+"""A data set in memory: pixels stay bytes until a step uses them."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+from distconv.errors import BadDataError
+
+Bytes = NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Images (N, H, W) or (N, H, W, C) of bytes and labels (N,) in [0, classes), for training and for test.
+
+    Raises BadDataError where these do not fit together. Images without a channel axis get one of length 1.
+    """
+
+    name: str
+    train_images: Bytes
+    train_labels: Bytes
+    test_images: Bytes
+    test_labels: Bytes
+    classes: int = 10
+
+    def __post_init__(self) -> None:
+        for part in ("train", "test"):
+            images, labels = getattr(self, f"{part}_images"), getattr(self, f"{part}_labels")
+            _check_pair(f"{self.name}, {part}", images, labels, self.classes)
+            if images.ndim == 3:
+                object.__setattr__(self, f"{part}_images", images[..., np.newaxis])
+        if self.train_images.shape[1:] != self.test_images.shape[1:]:
+            raise BadDataError(
+                f"{self.name}: training images have shape {self.train_images.shape[1:]} and test images "
+                f"{self.test_images.shape[1:]}; they must be alike"
+            )
+
+    @property
+    def image_shape(self) -> tuple[int, ...]:
+        """(H, W, C)"""
+        return self.train_images.shape[1:]
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 over shapes and contents: tells whether two ranks, or a run and its checkpoint, see the same data."""
+        sha = hashlib.sha256()
+        for array in (self.train_images, self.train_labels, self.test_images, self.test_labels):
+            sha.update(repr(array.shape).encode())
+            sha.update(np.ascontiguousarray(array))
+        return sha.hexdigest()
+
+    def limited(self, count: int) -> Dataset:
+        """The same with the first `count` training samples only."""
+        return replace(self, train_images=self.train_images[:count], train_labels=self.train_labels[:count])
+
+
+def pixels(images: Bytes, dtype: DTypeLike) -> NDArray[Any]:
+    """Bytes 0 to 255 as numbers from 0 to 1."""
+    return np.divide(images, 255, dtype=np.promote_types(dtype, np.float32)).astype(dtype, copy=False)
+
+
+def _check_pair(where: str, images: Bytes, labels: Bytes, classes: int) -> None:
+    for what, array, dimensions in (("images", images, (3, 4)), ("labels", labels, (1,))):
+        if array.dtype != np.uint8 or array.ndim not in dimensions:
+            raise BadDataError(
+                f"{where}: {what} are {array.dtype} of shape {array.shape}, but uint8 with "
+                f"{' or '.join(map(str, dimensions))} dimensions were expected"
+            )
+    if len(images) != len(labels) or len(images) == 0:
+        raise BadDataError(
+            f"{where}: there are {len(images)} images and {len(labels)} labels; there must be one label an image"
+        )
+    if labels.max() >= classes:
+        bad = int(np.argmax(labels >= classes))
+        raise BadDataError(f"{where}: label number {bad} is {labels[bad]}; labels must lie in 0 to {classes - 1}")

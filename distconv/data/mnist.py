@@ -1,0 +1,221 @@
+"""MNIST: find it, fetch it once, verify it. LeCun, Cortes, Burges, "The MNIST database of handwritten digits".
+
+A file is trusted when the SHA-256 of its *decompressed* content is the known one, so any mirror and any compression
+will do.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+import os
+import tempfile
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import platformdirs
+
+from distconv.data import idx
+from distconv.data.dataset import Bytes, Dataset
+from distconv.errors import BadDataError, CannotCreateError, DistconvError, DownloadError, MissingInputError
+
+FILES = {  # name: (dimensions, SHA-256 of the decompressed file)
+    "train-images-idx3-ubyte": (3, "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db"),
+    "train-labels-idx1-ubyte": (1, "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5"),
+    "t10k-images-idx3-ubyte": (3, "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7"),
+    "t10k-labels-idx1-ubyte": (1, "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2"),
+}
+MIRRORS = (
+    "https://storage.googleapis.com/cvdf-datasets/mnist/",
+    "https://ossci-datasets.s3.amazonaws.com/mnist/",
+)
+SECONDS_TO_FIRST_BYTE = 4.0  # a mirror; two of them stay below the ten seconds that a user should wait for nothing
+SECONDS_BETWEEN_BYTES = 20.0
+LOCK_SECONDS = 900.0
+
+
+def load_folder(folder: Path, name: str | None = None) -> Dataset:
+    """Read the four files of a folder, each plain or .gz; they may be any data set in MNIST's form.
+
+    Raises MissingInputError, BadDataError, StorageError.
+    """
+    if not folder.is_dir():
+        raise MissingInputError(f"{folder} is not a folder: give one that holds {', '.join(FILES)}, plain or .gz")
+    arrays = {}
+    for file, (dimensions, _) in FILES.items():
+        path = _existing(folder, file)
+        if path is None:
+            raise MissingInputError(f"{folder} holds neither {file} nor {file}.gz: all of {', '.join(FILES)} are needed")
+        arrays[file] = idx.read(path, dimensions)
+    owner = {digest: file for file, (_, digest) in FILES.items()}
+    for file, array in arrays.items():
+        true_name = owner.get(_idx_digest(array), file)
+        if true_name != file:
+            raise BadDataError(f"{folder / file} holds MNIST's {true_name}: files are swapped; give them their names back")
+    return Dataset(name or str(folder), *arrays.values())
+
+
+def find() -> Path | None:
+    """The folder with the four verified files: DISTCONV_DATA_DIR, it alone if it is set, or the user's cache.
+
+    Raises MissingInputError or BadDataError where DISTCONV_DATA_DIR is set but does not hold MNIST.
+    """
+    chosen = os.environ.get("DISTCONV_DATA_DIR")
+    if chosen:
+        for file in FILES:
+            if problem := _problem(Path(chosen), file):
+                raise problem
+        return Path(chosen)
+    cache = cache_folder()
+    return cache if not any(_problem(cache, file) for file in FILES) else None
+
+
+def cache_folder() -> Path:
+    """Where downloads go: distconv/mnist in the user's cache folder."""
+    return Path(platformdirs.user_cache_dir("distconv")) / "mnist"
+
+
+def offline() -> bool:
+    """Whether DISTCONV_OFFLINE forbids to open a connection."""
+    return os.environ.get("DISTCONV_OFFLINE", "") not in ("", "0")
+
+
+def obtain() -> Path:
+    """The folder with MNIST, fetched into the cache first if it has to be; one process at a time does that.
+
+    Raises DownloadError where no mirror answers, MissingInputError where DISTCONV_OFFLINE=1 forbids to ask,
+    CannotCreateError where the cache cannot be written.
+    """
+    if found := find():
+        return found
+    cache = cache_folder()
+    if offline():
+        raise MissingInputError(
+            f"MNIST is not in {cache} and DISTCONV_OFFLINE forbids to fetch it: set DISTCONV_DATA_DIR to a folder "
+            f"with {', '.join(FILES)} (plain or .gz), or use --data digits"
+        )
+    import filelock  # slow to import, seldom needed
+
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        with filelock.FileLock(cache / "lock", timeout=LOCK_SECONDS):
+            for file in FILES:
+                if _problem(cache, file):
+                    _fetch(file, cache)
+    except filelock.Timeout:
+        raise DownloadError(f"another process has held {cache / 'lock'} for {LOCK_SECONDS:.0f} s: end it") from None
+    except OSError as error:
+        raise CannotCreateError(f"{cache} cannot be written ({error}): set XDG_CACHE_HOME or DISTCONV_DATA_DIR") from None
+    return cache
+
+
+def load() -> Dataset:
+    """MNIST itself. Raises what `obtain` raises."""
+    return load_folder(obtain(), "mnist")
+
+
+def _existing(folder: Path, file: str) -> Path | None:
+    return next((path for path in (folder / file, folder / f"{file}.gz") if path.exists()), None)
+
+
+def _problem(folder: Path, file: str) -> DistconvError | None:
+    """What keeps the file of a folder from being MNIST's, or None."""
+    dimensions, known = FILES[file]
+    path = _existing(folder, file)
+    if path is None:
+        return MissingInputError(
+            f"{folder} holds neither {file} nor {file}.gz: DISTCONV_DATA_DIR must be a folder with MNIST's four files"
+        )
+    try:
+        digest = _idx_digest(idx.read(path, dimensions))
+    except DistconvError as error:
+        return error
+    if digest != known:
+        return BadDataError(
+            f"{path} is not MNIST's: its content has SHA-256 {digest}, expected {known}; "
+            "fetch it again, or name its folder by --data to use another data set"
+        )
+    return None
+
+
+def _idx_digest(array: Bytes) -> str:
+    """SHA-256 of the decompressed IDX file that holds this array."""
+    header = bytes([0, 0, idx.UNSIGNED_BYTE, array.ndim]) + np.array(array.shape, ">u4").tobytes()
+    sha = hashlib.sha256(header)
+    sha.update(np.ascontiguousarray(array))
+    return sha.hexdigest()
+
+
+def _fetch(file: str, cache: Path) -> None:
+    """Bring one file into the cache from the first mirror that gives it whole; it gets its name when verified."""
+    failures = []
+    for mirror in MIRRORS:
+        with tempfile.TemporaryDirectory(prefix="fetching-", dir=cache, ignore_cleanup_errors=True) as temporary:
+            failure = _download(f"{mirror}{file}.gz", Path(temporary), f"{file}.gz")
+            problem = failure or _problem(Path(temporary), file)
+            if problem is None:
+                (Path(temporary) / f"{file}.gz").replace(cache / f"{file}.gz")
+                return
+            failures.append(f"{mirror}: {problem}")
+    raise DownloadError(
+        f"MNIST could not be fetched ({'; '.join(failures)}): set DISTCONV_DATA_DIR to a folder with "
+        f"{', '.join(FILES)} (plain or .gz), or use --data digits"
+    )
+
+
+def _download(url: str, folder: Path, name: str) -> str | None:
+    """Download url to folder / name with a progress bar. Returns what went wrong, if anything.
+
+    The work is done in a thread that is left behind when no byte comes in time: name look-up and connection attempts
+    have no time limit of their own that could be trusted.
+    """
+    import pooch  # slow to import, seldom needed
+
+    logging.getLogger("pooch").setLevel(logging.ERROR)
+    progress = _Progress(name)
+    outcome: list[str] = []
+
+    def work() -> None:
+        downloader = pooch.HTTPDownloader(progressbar=progress, timeout=(SECONDS_TO_FIRST_BYTE, SECONDS_BETWEEN_BYTES))
+        try:
+            pooch.retrieve(url, known_hash=None, fname=name, path=folder, downloader=downloader)
+        except Exception as error:  # whatever it was: the next mirror may do better
+            outcome.append(f"{type(error).__name__}")
+        progress.started.set()
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    if not progress.started.wait(SECONDS_TO_FIRST_BYTE):
+        return f"no answer within {SECONDS_TO_FIRST_BYTE:.0f} s"
+    thread.join()
+    return outcome[0] if outcome else None
+
+
+class _Progress:
+    """tqdm as pooch wants it, shown on a terminal only, that also tells when the first bytes have come."""
+
+    def __init__(self, name: str) -> None:
+        self.started = threading.Event()
+        self.name = name
+        self.total = 0
+        self.bar: Any = None
+
+    def update(self, count: int) -> None:
+        from tqdm import tqdm
+
+        if self.bar is None:
+            self.bar = tqdm(desc=self.name, total=self.total, unit="B", unit_scale=True, disable=None)
+        self.started.set()
+        self.bar.update(count)
+
+    def reset(self) -> None:
+        """pooch resets the bar at the end to show it full."""
+        if self.bar is not None:
+            self.bar.reset()
+
+    def close(self) -> None:
+        with contextlib.suppress(AttributeError):
+            self.bar.close()

@@ -1,0 +1,63 @@
+"""The mistakes and misfortunes that one sentence explains, each with the exit code that a script can act on.
+
+A message says what was given, what was expected and what to do. Everything else that is raised is a bug and
+ends with a traceback and exit code 1.
+"""
+
+
+class DistconvError(Exception):
+    """Failure without a code of its own."""
+
+    exit_code = 1
+    everywhere = False  # set where all ranks raise it at the same place, so that the job can end without an abort
+
+
+class UsageError(DistconvError):
+    """The command line or a configuration value is wrong."""
+
+    exit_code = 2
+
+
+class BadDataError(DistconvError):
+    """A file is there, but what is in it is not what it should be."""
+
+    exit_code = 65
+
+
+class MissingInputError(DistconvError):
+    """A file or a data set that was named is not there."""
+
+    exit_code = 66
+
+
+class DownloadError(DistconvError):
+    """No mirror gave the data set."""
+
+    exit_code = 69
+
+
+class ReplicasDifferError(DistconvError):
+    """Ranks that must hold the same bits do not."""
+
+    exit_code = 70
+
+
+class CannotCreateError(DistconvError):
+    """The output folder cannot be made or is taken."""
+
+    exit_code = 73
+
+
+class StorageError(DistconvError):
+    """Reading or writing failed underway."""
+
+    exit_code = 74
+
+
+class MismatchError(DistconvError):
+    """Ranks, or a checkpoint and its run, disagree about the configuration."""
+
+    exit_code = 78
+
+
+STOPPED = 75  # not an error: stopped on request with a checkpoint, run me again

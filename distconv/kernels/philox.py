@@ -1,0 +1,47 @@
+"""Random numbers that belong to a sample, not to a rank: the counter-based generator Philox4x32-10.
+
+Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC11. A number is a function of a key and a
+counter, so any rank, and later any GPU thread, draws the number of any sample without drawing those before it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+_MULTIPLIERS = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
+_KEY_STEPS = 0x9E3779B9, 0xBB67AE85
+_ROUNDS = 10
+_WORD = 0xFFFFFFFF
+
+
+def philox4x32(counter: NDArray[np.uint64], key: tuple[int, int]) -> NDArray[np.uint64]:
+    """Ten rounds of Philox over counters (4, M) of 32-bit words held in uint64 -> random words, same shape."""
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    shift, low = np.uint64(32), np.uint64(_WORD)
+    for _ in range(_ROUNDS):
+        p0, p1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
+        c0, c1, c2, c3 = (p1 >> shift) ^ c1 ^ np.uint64(k0), p1 & low, (p0 >> shift) ^ c3 ^ np.uint64(k1), p0 & low
+        k0, k1 = (k0 + _KEY_STEPS[0]) & _WORD, (k1 + _KEY_STEPS[1]) & _WORD
+    return np.stack([c0, c1, c2, c3])
+
+
+def random_words(key: tuple[int, int], step: int, samples: NDArray[np.integer[Any]], count: int) -> NDArray[np.uint64]:
+    """`count` random 32-bit words for each of the N global sample indices at a step -> (N, count)."""
+    blocks = -(-count // 4)  # a counter gives four words
+    counter = np.empty((4, len(samples), blocks), np.uint64)
+    counter[0] = np.arange(blocks, dtype=np.uint64)
+    counter[1] = np.asarray(samples, np.uint64)[:, None]
+    counter[2] = step & _WORD
+    counter[3] = step >> 32
+    words = philox4x32(counter.reshape(4, -1), key).reshape(counter.shape)
+    return words.transpose(1, 2, 0).reshape(len(samples), 4 * blocks)[:, :count]
+
+
+def permutation(key: tuple[int, int], n: int) -> NDArray[np.int64]:
+    """A random order of range(n): the indices sorted by 64 random bits each, the same on every machine and NumPy."""
+    words = random_words(key, 0, np.arange(n), 2)
+    return np.argsort(words[:, 0] << np.uint64(32) | words[:, 1], kind="stable").astype(np.int64)

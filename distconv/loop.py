@@ -1,0 +1,237 @@
+"""The synchronous step and the epoch: a generator of records. It prints nothing and knows no files.
+
+Each rank computes the gradient of its shard as a sum over its samples divided by the global batch, so that the exchange
+is a plain sum and every sample weighs the same, however unevenly the batch divides. All ranks then make the same step.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from distconv.comm.exchange import HEADER, Exchange
+from distconv.comm.world import World
+from distconv.config import Config
+from distconv.data.dataset import Bytes, Dataset, pixels
+from distconv.data.shard import batches, epoch_order, shard, split
+from distconv.errors import DistconvError, ReplicasDifferError
+from distconv.kernels.cpu import softmax_cross_entropy
+from distconv.nn.layers import EVALUATION, Context, Layer
+from distconv.nn.optimizers import Optimizer
+from distconv.nn.parameters import Parameters
+
+EVALUATION_BATCH = 100  # images; nothing is kept for a backward pass
+MOST_SKIPPED = 10  # steps in a row without a finite gradient
+
+
+@dataclass
+class Run:
+    """A training run on one rank: what it is made of, and the position that a checkpoint holds."""
+
+    config: Config
+    dataset: Dataset
+    model: Layer
+    parameters: Parameters
+    optimizer: Optimizer
+    world: World
+    exchange: Exchange
+    step: int = 0  # steps done since the first epoch began
+    loss_sum: float = 0.0  # over the samples of this epoch so far, skipped steps left out
+    samples: int = 0  # in loss_sum
+    skipped: int = 0  # steps in a row whose gradient was not finite
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return batches(len(self.dataset.train_labels), self.config.batch_size)
+
+    @property
+    def steps(self) -> int:
+        """Of the whole run."""
+        return self.config.epochs * self.steps_per_epoch
+
+    def position(self) -> dict[str, Any]:
+        epoch, batch = divmod(self.step, self.steps_per_epoch)
+        cursor = batch * self.config.batch_size
+        moving = {name: getattr(self, name) for name in ("step", "loss_sum", "samples", "skipped")}
+        return {**moving, "epoch": epoch, "cursor": cursor}
+
+    def restore(self, position: dict[str, Any], vectors: dict[str, Any]) -> None:
+        """Go to the position of a checkpoint."""
+        self.step, self.loss_sum = position["step"], position["loss_sum"]
+        self.samples, self.skipped = position["samples"], position["skipped"]
+        self.parameters.vector[...] = vectors["value"]
+        for slot, vector in self.optimizer.state.items():
+            vector[...] = vectors[slot]
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """One step. train_loss is the mean over the global batch, with dropout; seconds and bytes are rank 0's own."""
+
+    event: ClassVar[str] = "step"
+    step: int
+    epoch: int
+    train_loss: float
+    images_per_second: float
+    compute_seconds: float
+    exchange_seconds: float
+    wire_bytes: int
+    skipped: bool
+    last_of_epoch: bool = field(metadata={"log": False})
+
+
+@dataclass(frozen=True)
+class EpochRecord:
+    """One epoch. The accuracies are without dropout, on the first eval_samples images of each set."""
+
+    event: ClassVar[str] = "epoch"
+    step: int
+    epoch: int
+    train_loss: float
+    train_accuracy: float
+    test_accuracy: float
+    images_per_second: float
+    parameters_sha256: str
+
+
+@dataclass(frozen=True)
+class StopRecord:
+    """Some rank was asked to stop; all have stopped after the same step."""
+
+    event: ClassVar[str] = "stop"
+    step: int
+
+
+Record = StepRecord | EpochRecord | StopRecord
+
+
+def local_gradient(
+    model: Layer, parameters: Parameters, images: Bytes, labels: Bytes, context: Context, global_batch: int
+) -> float:
+    """Write this rank's share of the gradient of the mean loss over the global batch; return its sum of losses.
+
+    images (N, H, W, C) and labels (N,) are the rank's shard, which may be empty.
+    """
+    if len(images) == 0:
+        parameters.gradient[...] = 0
+        return 0.0
+    x = pixels(images, parameters.vector.dtype)
+    scores, backward = model.forward(x, parameters.values, context)
+    loss_sum, dscores = softmax_cross_entropy(scores, labels)
+    dscores /= global_batch
+    backward(dscores, parameters.grads, False)
+    return loss_sum
+
+
+def predict(model: Layer, parameters: Parameters, images: Bytes, world: World) -> NDArray[np.int64]:
+    """The class that the model gives each image (N, H, W, C), without dropout -> (N,); the ranks share the work."""
+    mine = split(len(images), world.size, world.rank)
+    found = [np.empty(0, np.int64)]
+    for start in range(mine.start, mine.stop, EVALUATION_BATCH):
+        x = pixels(images[start : min(start + EVALUATION_BATCH, mine.stop)], parameters.vector.dtype)
+        scores, _ = model.forward(x, parameters.values, EVALUATION)
+        found.append(np.argmax(scores, axis=1))
+    return np.concatenate(world.comm.allgather(np.concatenate(found)))
+
+
+def count_correct(model: Layer, parameters: Parameters, images: Bytes, labels: Bytes, world: World) -> int:
+    """How many images the model classifies as labelled; every image once, the same number on every rank."""
+    return int(np.count_nonzero(predict(model, parameters, images, world) == labels))
+
+
+def train(run: Run, stop_requested: Callable[[], bool]) -> Iterator[Record]:
+    """Train from the run's position to its end, or until a rank is asked to stop.
+
+    Between records the run's position and vectors are those of a checkpoint, except between the last step of an epoch
+    and the record of the epoch. Raises DistconvError where no step has a finite gradient any more, ReplicasDifferError.
+    """
+    stopping = False
+    while run.step < run.steps and not stopping:
+        epoch, first = divmod(run.step, run.steps_per_epoch)
+        order = epoch_order(run.config.seed, epoch, len(run.dataset.train_labels))
+        seconds, images = 0.0, 0
+        for batch in range(first, run.steps_per_epoch):
+            began = time.perf_counter()
+            record, stopping = _step(run, order, epoch, batch, stop_requested())
+            seconds += time.perf_counter() - began
+            images += len(order[batch * run.config.batch_size : (batch + 1) * run.config.batch_size])
+            yield record
+            if stopping and not record.last_of_epoch:
+                break
+        else:
+            yield _end_of_epoch(run, epoch, images / seconds)
+    if stopping:
+        yield StopRecord(run.step)
+
+
+def _step(run: Run, order: NDArray[np.int64], epoch: int, batch: int, stop: bool) -> tuple[StepRecord, bool]:
+    """One synchronous step of all ranks: its record, and whether any rank was asked to stop."""
+    world, parameters, batch_size = run.world, run.parameters, run.config.batch_size
+    mine = shard(order, batch, batch_size, world.size, world.rank)
+    global_batch = len(order[batch * batch_size : (batch + 1) * batch_size])
+    images, labels = run.dataset.train_images[mine], run.dataset.train_labels[mine]
+
+    began = time.perf_counter()
+    context = Context(training=True, seed=run.config.seed, step=run.step, samples=mine)
+    loss_sum = local_gradient(run.model, parameters, images, labels, context, global_batch)
+    finite = bool(np.isfinite(parameters.gradient).all())
+    computed = time.perf_counter()
+    header = np.array((run.step, len(mine), loss_sum, finite, stop), HEADER)
+    headers = run.exchange.sum(parameters.gradient, header)
+    exchanged = time.perf_counter()
+
+    if np.any(headers["step"] != run.step) or headers["samples"].sum() != global_batch:
+        raise DistconvError(f"the ranks are not at the same step: {headers['step'].tolist()}; this is a bug")
+    good = bool(np.isfinite(parameters.gradient).all())  # the same bits on all ranks, so the same decision
+    loss = float(headers["loss_sum"].sum())
+    run.step += 1
+    if good:
+        run.optimizer.step(parameters.vector, parameters.gradient, run.step)
+        run.loss_sum += loss
+        run.samples += global_batch
+        run.skipped = 0
+    else:
+        run.skipped += 1
+    if run.skipped == MOST_SKIPPED:
+        bad = np.flatnonzero(headers["finite"] == 0).tolist()
+        failure = DistconvError(
+            f"step {run.step}: {MOST_SKIPPED} steps in a row had a gradient that is not finite (last on rank "
+            f"{', '.join(map(str, bad)) or 'none, but in their sum'}): use a smaller --lr than {run.config.lr:g}"
+        )
+        failure.everywhere = True
+        raise failure
+    record = StepRecord(
+        step=run.step,
+        epoch=epoch + 1,
+        train_loss=loss / global_batch,
+        images_per_second=global_batch / (time.perf_counter() - began),
+        compute_seconds=computed - began,
+        exchange_seconds=exchanged - computed,
+        wire_bytes=run.exchange.bytes_sent,
+        skipped=not good,
+        last_of_epoch=batch + 1 == run.steps_per_epoch,
+    )
+    return record, bool(headers["stop"].any())
+
+
+def _end_of_epoch(run: Run, epoch: int, images_per_second: float) -> EpochRecord:
+    """Check that all replicas hold the same bits, and measure the accuracies."""
+    digest = run.parameters.digest()
+    advice = "start again from the last checkpoint; if it comes back, suspect the hardware of that rank"
+    run.world.agree(f"the parameters after epoch {epoch + 1}", digest, advice, ReplicasDifferError)
+    accuracies = []
+    for images, labels in (
+        (run.dataset.train_images, run.dataset.train_labels),
+        (run.dataset.test_images, run.dataset.test_labels),
+    ):
+        count = min(run.config.eval_samples or len(labels), len(labels))
+        correct = count_correct(run.model, run.parameters, images[:count], labels[:count], run.world)
+        accuracies.append(correct / count)
+    train_loss = run.loss_sum / run.samples if run.samples else float("nan")
+    run.loss_sum, run.samples = 0.0, 0
+    return EpochRecord(run.step, epoch + 1, train_loss, *accuracies, images_per_second, digest)

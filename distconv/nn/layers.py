@@ -1,0 +1,228 @@
+"""Layers: small frozen objects of hyper-parameters. A forward pass returns its own backward pass.
+
+A layer has two methods. `shapes` tells, for an input shape without the batch axis, its output shape and the parameters
+it needs. `forward` computes y and returns it with `backward`, a function that writes the gradients of the parameters
+and returns dx. Activations live in that function, so a layer holds no state and evaluation keeps nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from distconv.kernels import cpu, philox
+from distconv.kernels.cpu import Array
+from distconv.nn.parameters import Shape, Spec, Specs, Views
+
+# backward(dy, grads, wants_dx): writes into grads, returns dx, or None where the caller does not want it.
+Backward = Callable[[Array, Views, bool], "Array | None"]
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a forward pass knows besides its input.
+
+    samples (N,) are the indices of the batch in the whole training set. Random draws are keyed by seed, step, layer and
+    sample, so that they do not depend on which rank holds a sample.
+    """
+
+    training: bool
+    seed: int = 0
+    step: int = 0
+    samples: NDArray[np.int64] | None = None
+    path: str = ""
+
+    def within(self, name: str) -> Context:
+        """The same pass, seen by the layer called `name` inside this one."""
+        return dataclasses.replace(self, path=f"{self.path}.{name}")
+
+    def random_words(self, count: int) -> NDArray[np.uint64]:
+        """`count` random 32-bit words for each sample of the batch -> (N, count)."""
+        if self.samples is None:
+            raise ValueError("a layer that draws random numbers needs Context(samples=...), one index per image")
+        return philox.random_words((self.seed, zlib.crc32(self.path.encode())), self.step, self.samples, count)
+
+
+EVALUATION = Context(training=False)
+
+
+class Layer(Protocol):
+    """What a model is made of; a model is a layer itself."""
+
+    def shapes(self, input_shape: Shape) -> tuple[Shape, Specs]:
+        """Output shape and parameters for an input shape, both without the batch axis."""
+        ...
+
+    def forward(self, x: Array, params: Views, context: Context) -> tuple[Array, Backward]:
+        """y and its backward pass; x has shape (N, *input_shape)."""
+        ...
+
+
+def he(fan_in: int) -> float:
+    """Standard deviation of first weights before a ReLU (He et al. 2015, arXiv 1502.01852)."""
+    return math.sqrt(2 / fan_in)
+
+
+@dataclass(frozen=True)
+class Conv:
+    """2-D convolution (H, W, C) -> (OH, OW, F) with bias and, if asked, ReLU.
+
+    deviation: of the normal first weights; None takes He's.
+    """
+
+    filters: int
+    size: int = 3
+    stride: int = 1
+    pad: int = 0
+    relu: bool = False
+    deviation: float | None = None
+
+    def shapes(self, input_shape: Shape) -> tuple[Shape, Specs]:
+        H, W, C = _image_shape(self, input_shape)
+        K, F = self.size, self.filters
+        output_shape = (*_window_grid(self, H, W, K, self.stride, self.pad), F)
+        deviation = he(K * K * C) if self.deviation is None else self.deviation
+        return output_shape, {"W": Spec((K, K, C, F), deviation), "b": Spec((F,))}
+
+    def forward(self, x: Array, params: Views, context: Context) -> tuple[Array, Backward]:
+        y = cpu.conv_forward(x, params["W"], params["b"], self.stride, self.pad, self.relu)
+
+        def backward(dy: Array, grads: Views, wants_dx: bool) -> Array | None:
+            if self.relu:
+                dy = cpu.relu_backward(dy, y)
+            cpu.conv_backward_filters(x, dy, self.stride, self.pad, grads["W"], grads["b"])
+            return cpu.conv_backward_input(dy, params["W"], self.stride, self.pad, x.shape) if wants_dx else None
+
+        return y, backward
+
+
+@dataclass(frozen=True)
+class MaxPool:
+    """Largest element of each window, (H, W, C) -> (OH, OW, C). Rows that fill no window are left out."""
+
+    size: int = 2
+    stride: int = 2
+    pad: int = 0
+
+    def shapes(self, input_shape: Shape) -> tuple[Shape, Specs]:
+        H, W, C = _image_shape(self, input_shape)
+        return (*_window_grid(self, H, W, self.size, self.stride, self.pad), C), {}
+
+    def forward(self, x: Array, params: Views, context: Context) -> tuple[Array, Backward]:
+        y, winner = cpu.max_pool_forward(x, self.size, self.stride, self.pad)
+        shape = x.shape
+
+        def backward(dy: Array, grads: Views, wants_dx: bool) -> Array | None:
+            return cpu.max_pool_backward(dy, winner, self.size, self.stride, self.pad, shape)
+
+        return y, backward
+
+
+@dataclass(frozen=True)
+class Affine:
+    """x W + b and, if asked, ReLU; an image is flattened in (H, W, C) order first.
+
+    deviation: of the normal first weights; None takes He's.
+    """
+
+    outputs: int
+    relu: bool = False
+    deviation: float | None = None
+
+    def shapes(self, input_shape: Shape) -> tuple[Shape, Specs]:
+        C = math.prod(input_shape)
+        deviation = he(C) if self.deviation is None else self.deviation
+        return (self.outputs,), {"W": Spec((C, self.outputs), deviation), "b": Spec((self.outputs,))}
+
+    def forward(self, x: Array, params: Views, context: Context) -> tuple[Array, Backward]:
+        flat = x.reshape(len(x), params["W"].shape[0])
+        y = cpu.affine_forward(flat, params["W"], params["b"], self.relu)
+
+        def backward(dy: Array, grads: Views, wants_dx: bool) -> Array | None:
+            if self.relu:
+                dy = cpu.relu_backward(dy, y)
+            dx = cpu.affine_backward(flat, params["W"], dy, grads["W"], grads["b"])
+            return dx.reshape(x.shape)
+
+        return y, backward
+
+
+@dataclass(frozen=True)
+class ReLU:
+    """max(x, 0), for where no convolution or affine layer can do it in passing: after an addition, say."""
+
+    def shapes(self, input_shape: Shape) -> tuple[Shape, Specs]:
+        return input_shape, {}
+
+    def forward(self, x: Array, params: Views, context: Context) -> tuple[Array, Backward]:
+        y = np.maximum(x, 0)
+        return y, lambda dy, grads, wants_dx: cpu.relu_backward(dy, y)
+
+
+@dataclass(frozen=True)
+class Dropout:
+    """The classical kind (Srivastava et al. 2014): drops with probability `ratio` in training, x (1 - ratio) after it."""
+
+    ratio: float = 0.5
+
+    def shapes(self, input_shape: Shape) -> tuple[Shape, Specs]:
+        return input_shape, {}
+
+    def forward(self, x: Array, params: Views, context: Context) -> tuple[Array, Backward]:
+        if context.training:
+            words = context.random_words(math.prod(x.shape[1:]))
+            mask = (words >= np.uint64(round(self.ratio * 2**32))).reshape(x.shape)
+            return x * mask, lambda dy, grads, wants_dx: dy * mask
+        return x * (1 - self.ratio), lambda dy, grads, wants_dx: dy * (1 - self.ratio)
+
+
+@dataclass(frozen=True, init=False)
+class Chain:
+    """Layers one after the other. Each is named after its kind and numbered within it: conv1, conv2, affine1."""
+
+    layers: tuple[tuple[str, Layer], ...]
+
+    def __init__(self, *layers: Layer) -> None:
+        kinds = [type(layer).__name__.lower() for layer in layers]
+        names = [f"{kind}{kinds[: i + 1].count(kind)}" for i, kind in enumerate(kinds)]
+        object.__setattr__(self, "layers", tuple(zip(names, layers, strict=True)))
+
+    def shapes(self, input_shape: Shape) -> tuple[Shape, Specs]:
+        specs: dict[str, Specs] = {}
+        for name, layer in self.layers:
+            input_shape, specs[name] = layer.shapes(input_shape)
+        return input_shape, specs
+
+    def forward(self, x: Array, params: Views, context: Context) -> tuple[Array, Backward]:
+        backwards: list[tuple[str, Backward]] = []
+        for name, layer in self.layers:
+            x, layer_backward = layer.forward(x, params.get(name, {}), context.within(name))
+            if context.training:
+                backwards.append((name, layer_backward))
+
+        def backward(dy: Any, grads: Views, wants_dx: bool) -> Array | None:
+            for i, (name, layer_backward) in reversed(list(enumerate(backwards))):
+                dy = layer_backward(dy, grads.get(name, {}), wants_dx or i > 0)
+            return dy  # type: ignore[no-any-return]
+
+        return x, backward
+
+
+def _image_shape(layer: object, shape: Shape) -> tuple[int, int, int]:
+    if len(shape) != 3:
+        raise ValueError(f"{layer} needs images (H, W, C), but what comes in has shape {shape}")
+    return shape
+
+
+def _window_grid(layer: object, H: int, W: int, K: int, stride: int, pad: int) -> tuple[int, int]:
+    grid = cpu.output_size(H, K, stride, pad), cpu.output_size(W, K, stride, pad)
+    if min(grid) < 1:
+        raise ValueError(f"{layer} does not fit into an image of {H} x {W}: use a smaller window or more padding")
+    return grid

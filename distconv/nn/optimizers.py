@@ -1,0 +1,109 @@
+"""Six optimizers, each for one flat vector. They know no layers.
+
+In the formulas p is the vector of parameters, g its gradient, t the number of this step, counted from 1; all is
+element-wise. `state` holds what a checkpoint must keep besides p: the vectors v, h or m, all zero at the start.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import ClassVar
+
+import numpy as np
+from numpy.typing import DTypeLike
+
+from distconv.kernels.cpu import Array
+
+EPSILON = 1e-7  # keeps the divisions finite; outside the bias correction, as in the source
+
+
+class Optimizer:
+    """Base: `step` changes p in place. Subclasses name their state vectors in `slots`."""
+
+    slots: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self, size: int, dtype: DTypeLike, lr: float) -> None:
+        self.lr = lr
+        self.state = {slot: np.zeros(size, dtype) for slot in self.slots}
+
+    def step(self, p: Array, g: Array, t: int) -> None:
+        raise NotImplementedError
+
+
+class SGD(Optimizer):
+    """p -= lr g"""
+
+    def step(self, p: Array, g: Array, t: int) -> None:
+        p -= self.lr * g
+
+
+class Momentum(Optimizer):
+    """v = a v - lr g; p += v (Polyak 1964)"""
+
+    slots = ("v",)
+    a = 0.9
+
+    def step(self, p: Array, g: Array, t: int) -> None:
+        v = self.state["v"]
+        v *= self.a
+        v -= self.lr * g
+        p += v
+
+
+class Nesterov(Optimizer):
+    """p += a a v - (1 + a) lr g, then v = a v - lr g (Nesterov 1983, in Bengio's look-ahead form, arXiv 1212.0901)"""
+
+    slots = ("v",)
+    a = 0.9
+
+    def step(self, p: Array, g: Array, t: int) -> None:
+        v = self.state["v"]
+        p += self.a * self.a * v - (1 + self.a) * self.lr * g
+        v *= self.a
+        v -= self.lr * g
+
+
+class AdaGrad(Optimizer):
+    """h += g g; p -= lr g / (sqrt(h) + eps) (Duchi et al. 2011)"""
+
+    slots = ("h",)
+
+    def step(self, p: Array, g: Array, t: int) -> None:
+        h = self.state["h"]
+        h += g * g
+        p -= self.lr * g / (np.sqrt(h) + EPSILON)
+
+
+class RMSprop(Optimizer):
+    """h = d h + (1 - d) g g; p -= lr g / (sqrt(h) + eps) (Tieleman and Hinton 2012)"""
+
+    slots = ("h",)
+    d = 0.99
+
+    def step(self, p: Array, g: Array, t: int) -> None:
+        h = self.state["h"]
+        h *= self.d
+        h += (1 - self.d) * g * g
+        p -= self.lr * g / (np.sqrt(h) + EPSILON)
+
+
+class Adam(Optimizer):
+    """m += (1 - b1)(g - m); v += (1 - b2)(g g - v); p -= lr sqrt(1 - b2^t) / (1 - b1^t) m / (sqrt(v) + eps)
+
+    Kingma and Ba 2015, arXiv 1412.6980, with the bias corrections gathered into the step size.
+    """
+
+    slots = ("m", "v")
+    b1, b2 = 0.9, 0.999
+
+    def step(self, p: Array, g: Array, t: int) -> None:
+        m, v = self.state["m"], self.state["v"]
+        m += (1 - self.b1) * (g - m)
+        v += (1 - self.b2) * (g * g - v)
+        rate = self.lr * math.sqrt(1 - self.b2**t) / (1 - self.b1**t)
+        p -= rate * m / (np.sqrt(v) + EPSILON)
+
+
+OPTIMIZERS: dict[str, type[Optimizer]] = {
+    kind.__name__.lower(): kind for kind in (SGD, Momentum, Nesterov, AdaGrad, RMSprop, Adam)
+}

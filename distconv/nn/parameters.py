@@ -1,0 +1,95 @@
+"""The model is one vector: every weight and bias in one contiguous array, every gradient in another.
+
+One exchange, one optimizer step, one broadcast, one checkpoint and one hash serve the whole model. Layers see named
+views into the vectors; the mappings that hold the views are read-only, so no name can be bound to other memory.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+from numpy.typing import DTypeLike
+
+from distconv.kernels.cpu import Array
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What a layer asks for: an array of this shape, first drawn from a normal distribution (deviation 0: zeros)."""
+
+    shape: Shape
+    deviation: float = 0.0
+
+
+Specs = Mapping[str, "Spec | Specs"]  # by name, nested as the layers are
+Views = Mapping[str, Any]  # the same nesting, arrays at the leaves
+
+
+class Parameters:
+    """Values and gradients of a model, laid out in the order in which its layers list them.
+
+    vector and gradient are contiguous, of one dtype and `size` elements; values and grads are nested read-only mappings
+    of views into them: values["conv1"]["W"].
+    """
+
+    def __init__(self, specs: Specs, dtype: DTypeLike = np.float32) -> None:
+        self.specs = dict(_flatten(specs))
+        self.size = sum(math.prod(spec.shape) for spec in self.specs.values())
+        self.vector: Array = np.zeros(self.size, dtype)
+        self.gradient: Array = np.zeros(self.size, dtype)
+        self.values = _nest(self.named(self.vector))
+        self.grads = _nest(self.named(self.gradient))
+
+    def named(self, vector: Array) -> dict[str, Array]:
+        """Views "conv1.W", ... of any vector laid out as this model's is (an optimizer's moments, say)."""
+        views, start = {}, 0
+        for name, spec in self.specs.items():
+            stop = start + math.prod(spec.shape)
+            views[name] = vector[start:stop].reshape(spec.shape)
+            start = stop
+        return views
+
+    def initialize(self, seed: int) -> None:
+        """Draw the first values; each array has a stream of its own, so adding a layer changes no other."""
+        for name, view in self.named(self.vector).items():
+            stream = np.random.default_rng([seed, zlib.crc32(name.encode())])
+            view[...] = self.specs[name].deviation * stream.standard_normal(view.shape)
+
+    def digest(self) -> str:
+        """SHA-256 over the bits of the values."""
+        return hashlib.sha256(self.vector.tobytes()).hexdigest()
+
+    def layout(self) -> str:
+        """Names, shapes and dtype as text: what ranks and checkpoints must share."""
+        return "; ".join(f"{name} {spec.shape}" for name, spec in self.specs.items()) + f"; {self.vector.dtype}"
+
+
+def _flatten(specs: Specs, prefix: str = "") -> list[tuple[str, Spec]]:
+    flat: list[tuple[str, Spec]] = []
+    for name, spec in specs.items():
+        flat += [(prefix + name, spec)] if isinstance(spec, Spec) else _flatten(spec, f"{prefix}{name}.")
+    return flat
+
+
+def _nest(named: Mapping[str, Array]) -> Views:
+    tree: dict[str, Any] = {}
+    for path, view in named.items():
+        *folders, name = path.split(".")
+        branch = tree
+        for folder in folders:
+            branch = branch.setdefault(folder, {})
+        branch[name] = view
+    return _freeze(tree)
+
+
+def _freeze(tree: dict[str, Any]) -> Views:
+    return MappingProxyType({name: _freeze(node) if isinstance(node, dict) else node for name, node in tree.items()})

@@ -1,0 +1,122 @@
+"""What a run tells: metrics.jsonl for programs, lines and a progress bar for people. Only rank 0 has a voice."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import IO, Any
+
+from tqdm import tqdm
+
+from distconv.errors import StorageError
+
+SECONDS_BETWEEN_LINES = 10.0  # of progress, where there is no terminal
+LAUNCHERS = ("mpirun", "mpiexec", "hydra", "prte", "orte", "srun")
+
+
+class RunLog:
+    """The voice of a run. On a silent rank every method does nothing."""
+
+    def __init__(self, speaks: bool) -> None:
+        self.speaks = speaks
+        self.file: IO[str] | None = None
+        self.bar: Any = None
+        self.last_line = time.monotonic()
+
+    def say(self, text: str) -> None:
+        """One line on standard output, above the progress bar if there is one."""
+        if self.speaks:
+            with tqdm.external_write_mode(file=sys.stdout):
+                print(text, flush=True)
+
+    def open(self, path: Path, step: int) -> None:
+        """Append to a file of metrics, without what lies after a step: that is about to happen again.
+
+        Raises StorageError.
+        """
+        if not self.speaks:
+            return
+        try:
+            kept = [record for record in read_metrics(path) if _happened(record, step)]
+            temporary = path.with_suffix(".tmp")
+            temporary.write_text("".join(json.dumps(record) + "\n" for record in kept))
+            temporary.replace(path)
+            self.file = path.open("a")
+        except OSError as error:
+            raise StorageError(f"{path} cannot be written: {error}") from None
+
+    def write(self, event: str, **fields: Any) -> None:
+        """One line of metrics; numbers that are not finite become null, as JSON has none. Raises StorageError."""
+        if self.file is None:
+            return
+        clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in fields.items()}
+        try:
+            self.file.write(json.dumps({"event": event, **clean}) + "\n")
+            self.file.flush()
+        except OSError as error:
+            raise StorageError(f"{self.file.name} cannot be written: {error}") from None
+
+    def progress(self, step: int, steps: int, epoch: int, epochs: int, loss: float, images_per_second: float) -> None:
+        """Show how far the run is: a bar on a terminal, else a line about every ten seconds."""
+        if not self.speaks:
+            return
+        if self.bar is None and on_a_terminal():
+            self.bar = tqdm(total=steps, initial=step - 1, unit="step", dynamic_ncols=True, leave=False)
+        if self.bar is not None:
+            self.bar.set_description(f"epoch {epoch}/{epochs}", refresh=False)
+            self.bar.set_postfix_str(f"loss {loss:.3f}, {images_per_second:.0f} images/s", refresh=False)
+            self.bar.update(step - self.bar.n)
+        elif time.monotonic() - self.last_line >= SECONDS_BETWEEN_LINES:
+            self.last_line = time.monotonic()
+            self.say(
+                f"epoch {epoch}/{epochs}, step {step:,} of {steps:,}: loss {loss:.3f}, {images_per_second:.0f} images/s"
+            )
+
+    def close(self) -> None:
+        """Take the bar away and close the file."""
+        if self.bar is not None:
+            self.bar.close()
+        if self.file is not None:
+            self.file.close()
+
+
+def read_metrics(path: Path) -> list[Mapping[str, Any]]:
+    """The records of a metrics.jsonl, none if there is no such file; a torn line, left by a kill, is passed over."""
+    records = []
+    if path.exists():
+        for line in path.read_text().splitlines():
+            try:
+                record = json.loads(line)
+            except ValueError:
+                continue
+            if isinstance(record, dict):
+                records.append(record)
+    return records
+
+
+def on_a_terminal() -> bool:
+    """Whether a person watches: standard error is a terminal, or that of the launcher that forwards it is."""
+    if sys.stderr.isatty():
+        return True
+    process = os.getppid()
+    try:
+        while process > 1:
+            status = Path(f"/proc/{process}/stat").read_text()
+            name, after = status[status.index("(") + 1 : status.rindex(")")], status[status.rindex(")") + 2 :].split()
+            if not name.startswith(LAUNCHERS):
+                return False
+            if os.readlink(f"/proc/{process}/fd/2").startswith(("/dev/pts/", "/dev/tty")):
+                return True
+            process = int(after[1])
+    except (OSError, ValueError):
+        pass  # no /proc, or a launcher of another user
+    return False
+
+
+def _happened(record: Mapping[str, Any], step: int) -> bool:
+    return record.get("event") == "start" or (record.get("event") != "final" and record.get("step", 0) <= step)

@@ -1,0 +1,309 @@
+"""`mpirun -n 4 python -m distconv.train`: train a network across MPI ranks. Flags -> wiring -> printing."""
+
+from __future__ import annotations
+
+import dataclasses
+import platform
+import shutil
+import signal
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from distconv import __version__, config, errors
+from distconv.comm import world as ranks
+from distconv.config import Config
+
+if TYPE_CHECKING:
+    from distconv.checkpoint import Checkpoint
+    from distconv.data.dataset import Dataset
+    from distconv.loop import Run
+    from distconv.runlog import RunLog
+
+
+def main(argv: Sequence[str]) -> int:
+    settings, print_only = config.from_command_line(argv)
+    if print_only:
+        if ranks.launcher_rank() == 0:
+            print(settings.toml(), end="")
+        return 0
+    stop = StopRequest()
+    with ranks.start() as world:
+        return train(settings, world, stop)
+
+
+def train(settings: Config, world: ranks.World, stop: StopRequest) -> int:
+    """The whole run on this rank; returns the exit code."""
+    from distconv.loop import EpochRecord, StepRecord, StopRecord
+    from distconv.loop import train as records
+    from distconv.runlog import RunLog
+
+    world.agree("the command line or the version", f"{__version__} {settings.toml()}", "start all ranks alike")
+    with world.together():
+        check_settings(settings, world)
+    log = RunLog(world.rank == 0)
+    dataset, data_name = load_data(settings, world, log)
+    run = build(settings, dataset, world)
+    out = make_folder(settings, world)
+    world.error_folder = out / "errors"
+    checkpoint = resume(run, out, log)
+    with world.together():
+        log.open(out / "metrics.jsonl", run.step)
+    introduce(run, out, data_name, checkpoint, log)
+
+    saver = Saver(run, out / "checkpoints", data_name, log)
+    for record in records(run, stop.requested):
+        fields = {f.name: getattr(record, f.name) for f in dataclasses.fields(record) if f.metadata.get("log", True)}
+        log.write(record.event, **fields)
+        if isinstance(record, StepRecord):
+            log.progress(
+                record.step, run.steps, record.epoch, settings.epochs, record.train_loss, record.images_per_second
+            )
+            if record.skipped:
+                log.say(f"step {record.step}: skipped, the gradient was not finite")
+            if not record.last_of_epoch:
+                saver.save_if_due()
+        elif isinstance(record, EpochRecord):
+            log.say(
+                f"epoch {record.epoch}/{settings.epochs}: loss {record.train_loss:.4f}, accuracy "
+                f"{record.train_accuracy:.2%} training, {record.test_accuracy:.2%} test, "
+                f"{record.images_per_second:,.0f} images/s"
+            )
+            saver.save()
+        elif isinstance(record, StopRecord):
+            saver.save()
+            log.say(f"stopped on request after step {record.step}; the same command with --out {out} goes on from there")
+            log.close()
+            return errors.STOPPED
+    return finish(run, out, log)
+
+
+def check_settings(settings: Config, world: ranks.World) -> None:
+    """What can be known only with the ranks and the machine at hand. Raises UsageError."""
+    if settings.batch_size < world.size:
+        raise errors.UsageError(
+            f"--batch-size {settings.batch_size} with {world.size} ranks: every rank needs at least one image of the "
+            f"global batch; use --batch-size {world.size} or more, or fewer ranks"
+        )
+    if settings.device == "cuda":
+        raise errors.UsageError(
+            "--device cuda: this version of distconv computes on the CPU only; use --device cpu or auto"
+        )
+
+
+def load_data(settings: Config, world: ranks.World, log: RunLog) -> tuple[Dataset, str]:
+    """The data set, the same on all ranks, fetched by one process of a host if need be; and its name."""
+    from distconv import data
+
+    name, note = settings.data, ""
+    with world.together():
+        if world.rank == 0:
+            name, note = data.prepare(name)
+    name, note = world.comm.bcast((name, note))
+    if note:
+        log.say(note)
+    with world.together():
+        if world.local_rank == 0 and world.rank != 0:
+            data.prepare(name)
+    with world.together():
+        dataset = data.load(name)
+        if settings.limit_train:
+            dataset = dataset.limited(settings.limit_train)
+    world.agree("the data set", dataset.digest, "give all hosts the same files")
+    return dataset, name
+
+
+def build(settings: Config, dataset: Dataset, world: ranks.World) -> Run:
+    """Model, parameters, optimizer and exchange; rank 0's first weights go to all ranks."""
+    import numpy as np
+
+    from distconv.comm.exchange import Exchange
+    from distconv.comm.half import WIRES
+    from distconv.loop import Run
+    from distconv.nn.networks import build_network
+    from distconv.nn.optimizers import OPTIMIZERS
+    from distconv.nn.parameters import Parameters
+
+    with world.together():
+        model, specs = build_network(settings.model, dataset.image_shape, dataset.classes)
+        parameters = Parameters(specs, np.float32)
+    world.agree("the model", parameters.layout(), "give all hosts the same code")
+    parameters.initialize(settings.seed)
+    world.comm.Bcast(parameters.vector)
+    optimizer = OPTIMIZERS[settings.optimizer](parameters.size, parameters.vector.dtype, settings.lr)
+    exchange = Exchange(world.comm, parameters.size, WIRES[settings.wire], parameters.vector.dtype)
+    return Run(settings, dataset, model, parameters, optimizer, world, exchange)
+
+
+def make_folder(settings: Config, world: ranks.World) -> Path:
+    """The folder of the run; never one that holds another run's files. Raises CannotCreateError on all ranks."""
+    default = Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{settings.model.split(':')[-1]}"
+    out: Path = world.comm.bcast(Path(settings.out) if settings.out else default)
+    with world.together():
+        if world.rank == 0:
+            holds_a_run = (out / "metrics.jsonl").exists() or (out / "checkpoints").exists()
+            if holds_a_run and settings.resume != "auto":
+                raise errors.CannotCreateError(
+                    f"--out {out} holds a run already: with --resume {settings.resume} give a folder of its own"
+                )
+            try:
+                (out / "checkpoints").mkdir(parents=True, exist_ok=True)
+                shutil.rmtree(out / "errors", ignore_errors=True)
+                (out / "config.toml").write_text(settings.toml())
+            except OSError as error:
+                raise errors.CannotCreateError(
+                    f"--out {out} cannot be written ({error.strerror}): give a folder that can be"
+                ) from None
+    return out
+
+
+def resume(run: Run, out: Path, log: RunLog) -> Checkpoint | None:
+    """Bring all ranks to the checkpoint that --resume asks for, read by rank 0. Returns it, on rank 0."""
+    from distconv import checkpoint as files
+
+    found, state = None, None
+    with run.world.together():
+        if run.world.rank == 0 and run.config.resume != "never":
+            if run.config.resume == "auto":
+                found, passed_over = files.newest_good(out / "checkpoints")
+                for reason in passed_over:
+                    log.say(f"passed over: {reason}")
+            else:
+                found = files.load_checkpoint(Path(run.config.resume))
+            if found:
+                for change in files.check_same_run(found, run.config, run.dataset.digest):
+                    log.say(f"resumed with a change: {change}")
+                state = (dict(found.position), found.vectors(run.parameters))
+    state = run.world.comm.bcast(state)
+    if state:
+        run.restore(*state)
+    return found
+
+
+def introduce(run: Run, out: Path, data_name: str, checkpoint: Checkpoint | None, log: RunLog) -> None:
+    """The start line and the start event."""
+    import numpy as np
+
+    world, dataset, settings = run.world, run.dataset, run.config
+    threads = ranks.blas_threads()
+    log.say(
+        f"distconv {__version__}: {world.size} rank{'s' * (world.size > 1)} on {world.hosts} "
+        f"host{'s' * (world.hosts > 1)}, cpu with {threads} BLAS thread{'s' * (threads > 1)} a rank, {world.library} | "
+        f"{settings.model}, {run.parameters.size:,} parameters, {settings.wire} on the wire | {data_name}, "
+        f"{len(dataset.train_labels):,} training and {len(dataset.test_labels):,} test images"
+    )
+    if checkpoint:
+        log.say(f"going on from {checkpoint.path}, after step {run.step:,} of {run.steps:,}")
+    log.write(
+        "start",
+        resumed_step=run.step,
+        ranks=world.size,
+        hosts=world.hosts,
+        device="cpu",
+        blas_threads=threads,
+        model=settings.model,
+        parameter_count=run.parameters.size,
+        data=data_name,
+        data_sha256=dataset.digest,
+        train_images=len(dataset.train_labels),
+        test_images=len(dataset.test_labels),
+        steps=run.steps,
+        out=str(out),
+        versions={
+            "distconv": __version__,
+            "python": platform.python_version(),
+            "numpy": np.__version__,
+            "mpi": world.library,
+        },
+    )
+
+
+def finish(run: Run, out: Path, log: RunLog) -> int:
+    """Final accuracy on the whole test set, curves and DONE; exit code 1 where the target is missed."""
+    from distconv.loop import count_correct
+
+    total = len(run.dataset.test_labels)
+    correct = count_correct(run.model, run.parameters, run.dataset.test_images, run.dataset.test_labels, run.world)
+    log.write(
+        "final",
+        step=run.step,
+        test_accuracy=correct / total,
+        correct=correct,
+        total=total,
+        parameters_sha256=run.parameters.digest(),
+    )
+    log.close()
+    missed = correct / total < run.config.target_accuracy
+    with run.world.together():
+        if run.world.rank == 0:
+            draw(run, out)
+            try:
+                (out / "DONE").write_text(f"{run.step}\n")
+            except OSError as error:
+                raise errors.StorageError(f"{out / 'DONE'} cannot be written: {error}") from None
+    log.say(f"test accuracy {correct / total:.2%} ({correct:,} of {total:,}); model, metrics and curves are in {out}")
+    if missed:
+        log.say(f"the target accuracy {run.config.target_accuracy:.2%} was missed")
+    return int(missed)
+
+
+def draw(run: Run, out: Path) -> None:
+    from distconv.plots import draw_curves
+    from distconv.runlog import read_metrics
+
+    title = f"{run.config.model} on {run.world.size} rank{'s' * (run.world.size > 1)}"
+    try:
+        draw_curves(read_metrics(out / "metrics.jsonl"), title, out / "curves.png")
+    except OSError as error:
+        raise errors.StorageError(f"{out / 'curves.png'} cannot be written: {error}") from None
+
+
+class Saver:
+    """Writes checkpoints on rank 0: when asked, and when the time has come."""
+
+    def __init__(self, run: Run, folder: Path, data_name: str, log: RunLog) -> None:
+        self.run, self.folder, self.log = run, folder, log
+        shape = list(run.dataset.image_shape)
+        self.data = {
+            "name": data_name,
+            "digest": run.dataset.digest,
+            "classes": run.dataset.classes,
+            "image_shape": shape,
+        }
+        self.due = time.monotonic() + run.config.checkpoint_seconds
+
+    def save_if_due(self) -> None:
+        if self.run.world.rank == 0 and time.monotonic() >= self.due:
+            self.save()
+
+    def save(self) -> None:
+        from distconv.checkpoint import save_checkpoint
+
+        if self.run.world.rank == 0:
+            run = self.run
+            save_checkpoint(self.folder, run.parameters, run.optimizer, run.position(), run.config, self.data)
+            self.due = time.monotonic() + run.config.checkpoint_seconds
+
+
+class StopRequest:
+    """Turns the first SIGTERM, SIGINT or SIGUSR1 into a request to stop after this step; a second one acts as usual."""
+
+    SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+    def __init__(self) -> None:
+        self.received = False
+        for number in self.SIGNALS:
+            signal.signal(number, self._note)
+
+    def requested(self) -> bool:
+        return self.received
+
+    def _note(self, number: int, frame: Any) -> None:
+        self.received = True
+        for other in self.SIGNALS:
+            signal.signal(other, signal.SIG_DFL)
+
+
+if __name__ == "__main__":
+    ranks.run(main)
