@@ -160,7 +160,7 @@ def _digest(tensors: Mapping[str, Array]) -> str:
     sha = hashlib.sha256()
     for name in sorted(tensors):
         sha.update(f"{name} {tensors[name].shape} {tensors[name].dtype}".encode())
-        sha.update(np.ascontiguousarray(tensors[name]))
+        sha.update(np.ascontiguousarray(tensors[name]).data)
     return sha.hexdigest()
 
 

@@ -224,14 +224,13 @@ def _end_of_epoch(run: Run, epoch: int, images_per_second: float) -> EpochRecord
     digest = run.parameters.digest()
     advice = "start again from the last checkpoint; if it comes back, suspect the hardware of that rank"
     run.world.agree(f"the parameters after epoch {epoch + 1}", digest, advice, ReplicasDifferError)
-    accuracies = []
-    for images, labels in (
-        (run.dataset.train_images, run.dataset.train_labels),
-        (run.dataset.test_images, run.dataset.test_labels),
-    ):
-        count = min(run.config.eval_samples or len(labels), len(labels))
-        correct = count_correct(run.model, run.parameters, images[:count], labels[:count], run.world)
-        accuracies.append(correct / count)
+    train_accuracy = _accuracy(run, run.dataset.train_images, run.dataset.train_labels)
+    test_accuracy = _accuracy(run, run.dataset.test_images, run.dataset.test_labels)
     train_loss = run.loss_sum / run.samples if run.samples else float("nan")
     run.loss_sum, run.samples = 0.0, 0
-    return EpochRecord(run.step, epoch + 1, train_loss, *accuracies, images_per_second, digest)
+    return EpochRecord(run.step, epoch + 1, train_loss, train_accuracy, test_accuracy, images_per_second, digest)
+
+
+def _accuracy(run: Run, images: Bytes, labels: Bytes) -> float:
+    count = min(run.config.eval_samples or len(labels), len(labels))
+    return count_correct(run.model, run.parameters, images[:count], labels[:count], run.world) / count

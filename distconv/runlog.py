@@ -34,6 +34,11 @@ class RunLog:
             with tqdm.external_write_mode(file=sys.stdout):
                 print(text, flush=True)
 
+    def say_aside(self, text: str) -> None:
+        """One line on standard error, for a command whose standard output is its result."""
+        if self.speaks:
+            print(f"distconv: {text}", file=sys.stderr, flush=True)
+
     def open(self, path: Path, step: int) -> None:
         """Append to a file of metrics, without what lies after a step: that is about to happen again.
 
@@ -87,7 +92,7 @@ class RunLog:
 
 def read_metrics(path: Path) -> list[Mapping[str, Any]]:
     """The records of a metrics.jsonl, none if there is no such file; a torn line, left by a kill, is passed over."""
-    records = []
+    records: list[Mapping[str, Any]] = []
     if path.exists():
         for line in path.read_text().splitlines():
             try:
@@ -107,12 +112,12 @@ def on_a_terminal() -> bool:
     try:
         while process > 1:
             status = Path(f"/proc/{process}/stat").read_text()
-            name, after = status[status.index("(") + 1 : status.rindex(")")], status[status.rindex(")") + 2 :].split()
+            name, _, after = status.partition("(")[2].rpartition(")")
             if not name.startswith(LAUNCHERS):
                 return False
-            if os.readlink(f"/proc/{process}/fd/2").startswith(("/dev/pts/", "/dev/tty")):
+            if str(Path(f"/proc/{process}/fd/2").readlink()).startswith(("/dev/pts/", "/dev/tty")):
                 return True
-            process = int(after[1])
+            process = int(after.split()[1])  # the parent
     except (OSError, ValueError):
         pass  # no /proc, or a launcher of another user
     return False

@@ -35,6 +35,7 @@ def main(argv: Sequence[str]) -> int:
 
 def train(settings: Config, world: ranks.World, stop: StopRequest) -> int:
     """The whole run on this rank; returns the exit code."""
+    from distconv.inputs import load_dataset
     from distconv.loop import EpochRecord, StepRecord, StopRecord
     from distconv.loop import train as records
     from distconv.runlog import RunLog
@@ -43,7 +44,9 @@ def train(settings: Config, world: ranks.World, stop: StopRequest) -> int:
     with world.together():
         check_settings(settings, world)
     log = RunLog(world.rank == 0)
-    dataset, data_name = load_data(settings, world, log)
+    dataset, data_name = load_dataset(settings.data, world, log.say)
+    if settings.limit_train:
+        dataset = dataset.limited(settings.limit_train)
     run = build(settings, dataset, world)
     out = make_folder(settings, world)
     world.error_folder = out / "errors"
@@ -73,7 +76,9 @@ def train(settings: Config, world: ranks.World, stop: StopRequest) -> int:
             saver.save()
         elif isinstance(record, StopRecord):
             saver.save()
-            log.say(f"stopped on request after step {record.step}; the same command with --out {out} goes on from there")
+            log.say(
+                f"stopped on request after step {record.step}; the same command with --out {out} goes on from there"
+            )
             log.close()
             return errors.STOPPED
     return finish(run, out, log)
@@ -90,28 +95,6 @@ def check_settings(settings: Config, world: ranks.World) -> None:
         raise errors.UsageError(
             "--device cuda: this version of distconv computes on the CPU only; use --device cpu or auto"
         )
-
-
-def load_data(settings: Config, world: ranks.World, log: RunLog) -> tuple[Dataset, str]:
-    """The data set, the same on all ranks, fetched by one process of a host if need be; and its name."""
-    from distconv import data
-
-    name, note = settings.data, ""
-    with world.together():
-        if world.rank == 0:
-            name, note = data.prepare(name)
-    name, note = world.comm.bcast((name, note))
-    if note:
-        log.say(note)
-    with world.together():
-        if world.local_rank == 0 and world.rank != 0:
-            data.prepare(name)
-    with world.together():
-        dataset = data.load(name)
-        if settings.limit_train:
-            dataset = dataset.limited(settings.limit_train)
-    world.agree("the data set", dataset.digest, "give all hosts the same files")
-    return dataset, name
 
 
 def build(settings: Config, dataset: Dataset, world: ranks.World) -> Run:

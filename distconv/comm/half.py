@@ -26,7 +26,10 @@ LOWEST, HIGHEST = -126, 127  # exponents whose powers of two, either way, are no
 class Wire(Protocol):
     """A format for vectors whose length is a multiple of BLOCK."""
 
-    sum_dtype: np.dtype[Any]  # in which contributions are added up
+    @property
+    def sum_dtype(self) -> np.dtype[Any]:
+        """The type in which contributions are added up."""
+        ...
 
     def nbytes(self, n: int) -> int:
         """Bytes for n numbers."""
@@ -61,7 +64,9 @@ class PlainWire:
 class HalfWire:
     """n halves, then n / BLOCK exponents. Infinities and NaN stay what they are; so do signed zeros."""
 
-    sum_dtype: np.dtype[Any] = np.dtype(np.float32)
+    @property
+    def sum_dtype(self) -> np.dtype[Any]:
+        return np.dtype(np.float32)
 
     def nbytes(self, n: int) -> int:
         return 2 * n + 2 * n // BLOCK

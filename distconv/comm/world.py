@@ -155,7 +155,7 @@ def start() -> World:
         failure.everywhere = True
         raise failure
     if world.local_size > 1 and not any(os.environ.get(name) for name in BLAS_THREADS):
-        import numpy  # noqa: F401, ICN001 (a limit reaches only libraries that are loaded)
+        import numpy  # noqa: F401 (a limit reaches only libraries that are loaded)
 
         threadpoolctl.threadpool_limits(1)
     return world

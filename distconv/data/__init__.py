@@ -47,6 +47,8 @@ def load(name: str) -> Dataset:
     if is_factory(name) and not Path(name).exists():
         dataset = load_factory(name)()
         if not isinstance(dataset, Dataset):
-            raise UsageError(f"--data {name} returned {type(dataset).__name__}, but a distconv.data.Dataset is expected")
+            raise UsageError(
+                f"--data {name} returned {type(dataset).__name__}, but a distconv.data.Dataset is expected"
+            )
         return dataset
     return mnist.load_folder(Path(name))

@@ -52,7 +52,7 @@ class Dataset:
         sha = hashlib.sha256()
         for array in (self.train_images, self.train_labels, self.test_images, self.test_labels):
             sha.update(repr(array.shape).encode())
-            sha.update(np.ascontiguousarray(array))
+            sha.update(np.ascontiguousarray(array).data)
         return sha.hexdigest()
 
     def limited(self, count: int) -> Dataset:

@@ -36,4 +36,5 @@ def _enlarge(images: Bytes) -> Bytes:
     centres = np.clip((np.arange(SIDE) + 0.5) * n / SIDE - 0.5, 0, n - 1)
     weights = np.maximum(0, 1 - np.abs(centres[:, None] - np.arange(n)))  # (28, 8): each row sums to 1
     large = np.einsum("ai,nij,bj->nab", weights, images * (255 / BRIGHTEST), weights, optimize=True)
-    return np.rint(large).astype(np.uint8)
+    result: Bytes = np.rint(large).astype(np.uint8)
+    return result

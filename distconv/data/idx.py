@@ -44,7 +44,7 @@ def read(path: Path, dimensions: int) -> NDArray[np.uint8]:
         raise StorageError(f"{path} cannot be read: {error}") from None
 
 
-def _parse(file: IO[bytes], path: Path, dimensions: int) -> NDArray[np.uint8]:
+def _parse(file: IO[bytes] | gzip.GzipFile, path: Path, dimensions: int) -> NDArray[np.uint8]:
     file.seek(0)
     magic = file.read(4)
     wanted = bytes([0, 0, UNSIGNED_BYTE, dimensions])

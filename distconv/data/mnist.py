@@ -48,14 +48,19 @@ def load_folder(folder: Path, name: str | None = None) -> Dataset:
     for file, (dimensions, _) in FILES.items():
         path = _existing(folder, file)
         if path is None:
-            raise MissingInputError(f"{folder} holds neither {file} nor {file}.gz: all of {', '.join(FILES)} are needed")
+            raise MissingInputError(
+                f"{folder} holds neither {file} nor {file}.gz: all of {', '.join(FILES)} are needed"
+            )
         arrays[file] = idx.read(path, dimensions)
     owner = {digest: file for file, (_, digest) in FILES.items()}
     for file, array in arrays.items():
         true_name = owner.get(_idx_digest(array), file)
         if true_name != file:
-            raise BadDataError(f"{folder / file} holds MNIST's {true_name}: files are swapped; give them their names back")
-    return Dataset(name or str(folder), *arrays.values())
+            raise BadDataError(
+                f"{folder / file} holds MNIST's {true_name}: files are swapped; give them their names back"
+            )
+    train_images, train_labels, test_images, test_labels = arrays.values()
+    return Dataset(name or str(folder), train_images, train_labels, test_images, test_labels)
 
 
 def find() -> Path | None:
@@ -108,7 +113,9 @@ def obtain() -> Path:
     except filelock.Timeout:
         raise DownloadError(f"another process has held {cache / 'lock'} for {LOCK_SECONDS:.0f} s: end it") from None
     except OSError as error:
-        raise CannotCreateError(f"{cache} cannot be written ({error}): set XDG_CACHE_HOME or DISTCONV_DATA_DIR") from None
+        raise CannotCreateError(
+            f"{cache} cannot be written ({error}): set XDG_CACHE_HOME or DISTCONV_DATA_DIR"
+        ) from None
     return cache
 
 
@@ -145,7 +152,7 @@ def _idx_digest(array: Bytes) -> str:
     """SHA-256 of the decompressed IDX file that holds this array."""
     header = bytes([0, 0, idx.UNSIGNED_BYTE, array.ndim]) + np.array(array.shape, ">u4").tobytes()
     sha = hashlib.sha256(header)
-    sha.update(np.ascontiguousarray(array))
+    sha.update(np.ascontiguousarray(array).data)
     return sha.hexdigest()
 
 

@@ -154,7 +154,8 @@ def affine_backward(x: Array, w: Array, dy: Array, dw: Array, db: Array) -> Arra
 
 def relu_backward(dy: Array, y: Array) -> Array:
     """dx = dy where y = max(x, 0) is positive, else 0 (the slope at 0 is taken as 0)."""
-    return dy * (y > 0)
+    dx: Array = dy * (y > 0)
+    return dx
 
 
 def softmax_cross_entropy(scores: Array, labels: NDArray[np.integer[Any]]) -> tuple[float, Array]:

@@ -168,7 +168,7 @@ class ReLU:
 
 @dataclass(frozen=True)
 class Dropout:
-    """The classical kind (Srivastava et al. 2014): drops with probability `ratio` in training, x (1 - ratio) after it."""
+    """The classical kind (Srivastava et al. 2014): drops with probability `ratio` in training, then x (1 - ratio)."""
 
     ratio: float = 0.5
 

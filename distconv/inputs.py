@@ -1,0 +1,77 @@
+"""A data set and a saved model, the same on all ranks: what the commands read before they work."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import DTypeLike
+
+from distconv import data
+from distconv.checkpoint import load_checkpoint
+from distconv.comm.world import World
+from distconv.config import Parser
+from distconv.data.dataset import Dataset
+from distconv.nn.layers import Layer
+from distconv.nn.networks import build_network
+from distconv.nn.parameters import Parameters
+from distconv.pickled import from_source, read_pickle
+
+CHECKPOINT_ENDING = ".safetensors"
+
+
+def add_arguments(parser: Parser) -> None:
+    """The arguments that name a model and its data."""
+    parser.add_argument("file", type=Path, metavar="CHECKPOINT|PARAMS.pkl", help="a checkpoint, or a source's pickle")
+    parser.add_argument("--data", default=None, help="as in distconv.train (default: what the model was trained on)")
+    parser.add_argument("--model", default=None, help="of a pickle (default: deepconvnet); a checkpoint knows its own")
+
+
+def load_dataset(name: str, world: World, say: Callable[[str], None]) -> tuple[Dataset, str]:
+    """The data set of that name, fetched by one process of a host if need be, and the name it turned out to have.
+
+    say prints a line for the user. Raises DistconvError on all ranks alike.
+    """
+    note = ""
+    with world.together():
+        if world.rank == 0:
+            name, note = data.prepare(name)
+    name, note = world.comm.bcast((name, note))
+    if note:
+        say(note)
+    with world.together():
+        if world.local_rank == 0 and world.rank != 0:
+            data.prepare(name)
+    with world.together():
+        dataset = data.load(name)
+    world.agree("the data set", dataset.digest, "give all hosts the same files")
+    return dataset, name
+
+
+def load_model(
+    arguments: argparse.Namespace, world: World, say: Callable[[str], None]
+) -> tuple[Layer, Parameters, Dataset]:
+    """Model, parameters in float64 and data set, on every rank. Raises DistconvError on all of them alike."""
+    with world.together():
+        checkpoint = load_checkpoint(arguments.file) if arguments.file.suffix == CHECKPOINT_ENDING else None
+        arrays = {} if checkpoint else read_pickle(arguments.file)
+    trained_on = checkpoint.data["name"] if checkpoint else data.AUTO
+    dataset, _ = load_dataset(arguments.data or trained_on, world, say)
+    with world.together():
+        name = arguments.model or (checkpoint.config["model"] if checkpoint else "deepconvnet")
+        model, specs = build_network(name, dataset.image_shape, dataset.classes)
+        parameters = Parameters(specs, np.float64)
+        if checkpoint:
+            parameters.vector[...] = checkpoint.vectors(parameters)["value"]
+        else:
+            from_source(arrays, model, dataset.image_shape, parameters, arguments.file)
+    return model, parameters, dataset
+
+
+def cast(parameters: Parameters, dtype: DTypeLike) -> Parameters:
+    """The same model with its parameters rounded to another dtype."""
+    other = Parameters(parameters.specs, dtype)
+    other.vector[...] = parameters.vector
+    return other

@@ -1,0 +1,72 @@
+"""Start commands under a real mpirun, with a time limit, and leave no process behind."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import psutil
+
+ROOT = Path(__file__).parent.parent
+MPIRUN = str(Path(sys.executable).parent / "mpirun")
+ENVIRONMENT = {
+    **os.environ,
+    "DISTCONV_OFFLINE": "1",
+    "PYTHONUNBUFFERED": "1",
+    # Open MPI refuses root and more ranks than cores unless told otherwise; MPICH knows neither variable.
+    "OMPI_ALLOW_RUN_AS_ROOT": "1",
+    "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
+    "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
+}
+
+
+class Job:
+    """A running command and its descendants."""
+
+    def __init__(self, ranks: int, arguments: Sequence[str | Path], **environment: str) -> None:
+        launcher = [MPIRUN, "-n", str(ranks)] if ranks else []
+        self.process = subprocess.Popen(
+            [*launcher, sys.executable, *map(str, arguments)],
+            cwd=ROOT,
+            env={**ENVIRONMENT, **environment},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def ranks(self) -> list[psutil.Process]:
+        """The Python processes that the launcher has started."""
+        return [
+            child
+            for child in psutil.Process(self.process.pid).children(recursive=True)
+            if Path(sys.executable).name in Path(child.name()).name or "python" in child.name()
+        ]
+
+    def finish(self, seconds: float) -> subprocess.CompletedProcess[str]:
+        """Wait for the end; fails where that takes longer or leaves a process behind."""
+        children = psutil.Process(self.process.pid).children(recursive=True) if self.process.poll() is None else []
+        began = time.monotonic()
+        try:
+            out, err = self.process.communicate(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            for process in [*psutil.Process(self.process.pid).children(recursive=True), *children]:
+                if process.is_running():
+                    process.kill()
+            self.process.kill()
+            out, err = self.process.communicate()
+            raise AssertionError(f"still running after {seconds} s\n{out}\n{err}") from None
+        _, alive = psutil.wait_procs(children, timeout=5)
+        assert not alive, f"left behind: {alive}"
+        result = subprocess.CompletedProcess(self.process.args, self.process.returncode, out, err)
+        result.seconds = time.monotonic() - began  # type: ignore[attr-defined]
+        return result
+
+
+def run(ranks: int, *arguments: str | Path, seconds: float = 60, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run `python arguments...` on so many ranks, without a launcher for 0; returns code and output."""
+    return Job(ranks, arguments, **environment).finish(seconds)
