@@ -37,7 +37,7 @@ def _setting(default: Any, text: str, valid: Callable[[Any], bool], expected: st
 
 
 def _one_of(names: Sequence[str], default: str, text: str) -> Any:
-    return _setting(default, f"{text}: {', '.join(names)}", lambda v: v in names, f"one of {', '.join(names)}")
+    return _setting(default, f"{', '.join(names)}: {text}", lambda v: v in names, f"one of {', '.join(names)}")
 
 
 def _at_least(least: int, default: int, text: str) -> Any:
@@ -67,8 +67,12 @@ class Config:
     lr: float = _setting(
         0.001, "learning rate", lambda v: math.isfinite(v) and v > 0, "a finite number above 0, 0.001 say"
     )
-    wire: str = _one_of(WIRES, "float16", "numbers that carry the gradients between ranks")
-    device: str = _one_of(DEVICES, "auto", "where to compute; this version has kernels for the CPU")
+    wire: str = _one_of(
+        WIRES,
+        "float16",
+        "numbers that carry the gradients between ranks; float64 computes in float64 too, to compare runs",
+    )
+    device: str = _one_of(DEVICES, "auto", "where to compute (this version has kernels for the CPU only)")
     seed: int = _setting(
         0,
         "of the first weights, the order of the samples and dropout",
@@ -172,7 +176,8 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         known = " ".join(self._option_string_actions)
-        wrong = next((word for word in message.split() if word.startswith("--") and word not in known.split()), "")
+        words = [word.rstrip(":") for word in message.split()]
+        wrong = next((word for word in words if word.startswith("--") and word not in known.split()), "")
         raise UsageError(f"{message}{_nearest(wrong, known)}; {self.prog} --help lists the flags")
 
     def print_help(self, file: Any = None) -> None:

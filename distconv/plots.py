@@ -26,7 +26,7 @@ def draw_curves(records: Sequence[Mapping[str, Any]], title: str, path: Path) ->
     for key, label, color in (("train_accuracy", "training", "tab:gray"), ("test_accuracy", "test", "tab:orange")):
         accuracy.plot(number, [record[key] for record in epochs], "o-", color=color, label=label)
     accuracy.set(title="accuracy (without dropout)", xlabel="epoch")
-    accuracy.yaxis.set_major_formatter(PercentFormatter(1, decimals=1))
+    accuracy.yaxis.set_major_formatter(PercentFormatter(1))
     accuracy.legend()
     for axes in (loss, accuracy):
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))

@@ -13,6 +13,7 @@ from typing import IO, Any
 
 from tqdm import tqdm
 
+from distconv.comm.world import mute_stdout
 from distconv.errors import StorageError
 
 SECONDS_BETWEEN_LINES = 10.0  # of progress, where there is no terminal
@@ -31,8 +32,11 @@ class RunLog:
     def say(self, text: str) -> None:
         """One line on standard output, above the progress bar if there is one."""
         if self.speaks:
-            with tqdm.external_write_mode(file=sys.stdout):
-                print(text, flush=True)
+            try:
+                with tqdm.external_write_mode(file=sys.stdout):
+                    print(text, flush=True)
+            except BrokenPipeError:  # nobody listens any more, but the run goes on
+                mute_stdout()
 
     def say_aside(self, text: str) -> None:
         """One line on standard error, for a command whose standard output is its result."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import platform
 import shutil
 import signal
@@ -52,6 +53,8 @@ def train(settings: Config, world: ranks.World, stop: StopRequest) -> int:
     world.error_folder = out / "errors"
     checkpoint = resume(run, out, log)
     with world.together():
+        if world.rank == 0:
+            write_text(out / "config.toml", settings.toml())
         log.open(out / "metrics.jsonl", run.step)
     introduce(run, out, data_name, checkpoint, log)
 
@@ -99,8 +102,6 @@ def check_settings(settings: Config, world: ranks.World) -> None:
 
 def build(settings: Config, dataset: Dataset, world: ranks.World) -> Run:
     """Model, parameters, optimizer and exchange; rank 0's first weights go to all ranks."""
-    import numpy as np
-
     from distconv.comm.exchange import Exchange
     from distconv.comm.half import WIRES
     from distconv.loop import Run
@@ -110,7 +111,7 @@ def build(settings: Config, dataset: Dataset, world: ranks.World) -> Run:
 
     with world.together():
         model, specs = build_network(settings.model, dataset.image_shape, dataset.classes)
-        parameters = Parameters(specs, np.float32)
+        parameters = Parameters(specs, WIRES[settings.wire].sum_dtype)  # no use in sums finer than what is summed
     world.agree("the model", parameters.layout(), "give all hosts the same code")
     parameters.initialize(settings.seed)
     world.comm.Bcast(parameters.vector)
@@ -121,8 +122,7 @@ def build(settings: Config, dataset: Dataset, world: ranks.World) -> Run:
 
 def make_folder(settings: Config, world: ranks.World) -> Path:
     """The folder of the run; never one that holds another run's files. Raises CannotCreateError on all ranks."""
-    default = Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{settings.model.split(':')[-1]}"
-    out: Path = world.comm.bcast(Path(settings.out) if settings.out else default)
+    out: Path = world.comm.bcast(Path(settings.out) if settings.out else new_folder(settings.model))
     with world.together():
         if world.rank == 0:
             holds_a_run = (out / "metrics.jsonl").exists() or (out / "checkpoints").exists()
@@ -133,12 +133,17 @@ def make_folder(settings: Config, world: ranks.World) -> Path:
             try:
                 (out / "checkpoints").mkdir(parents=True, exist_ok=True)
                 shutil.rmtree(out / "errors", ignore_errors=True)
-                (out / "config.toml").write_text(settings.toml())
             except OSError as error:
                 raise errors.CannotCreateError(
                     f"--out {out} cannot be written ({error.strerror}): give a folder that can be"
                 ) from None
     return out
+
+
+def new_folder(model: str) -> Path:
+    """A name under runs/ that is not taken: two runs may start in the same second."""
+    name = f"{time.strftime('%Y%m%d-%H%M%S')}-{model.split(':')[-1]}"
+    return next(path for n in itertools.count(1) if not (path := Path("runs") / f"{name}{f'-{n}' * (n > 1)}").exists())
 
 
 def resume(run: Run, out: Path, log: RunLog) -> Checkpoint | None:
@@ -221,14 +226,18 @@ def finish(run: Run, out: Path, log: RunLog) -> int:
     with run.world.together():
         if run.world.rank == 0:
             draw(run, out)
-            try:
-                (out / "DONE").write_text(f"{run.step}\n")
-            except OSError as error:
-                raise errors.StorageError(f"{out / 'DONE'} cannot be written: {error}") from None
+            write_text(out / "DONE", f"{run.step}\n")
     log.say(f"test accuracy {correct / total:.2%} ({correct:,} of {total:,}); model, metrics and curves are in {out}")
     if missed:
         log.say(f"the target accuracy {run.config.target_accuracy:.2%} was missed")
     return int(missed)
+
+
+def write_text(path: Path, text: str) -> None:
+    try:
+        path.write_text(text)
+    except OSError as error:
+        raise errors.StorageError(f"{path} cannot be written: {error}") from None
 
 
 def draw(run: Run, out: Path) -> None:

@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import psutil
@@ -50,7 +50,6 @@ class Job:
     def finish(self, seconds: float) -> subprocess.CompletedProcess[str]:
         """Wait for the end; fails where that takes longer or leaves a process behind."""
         children = psutil.Process(self.process.pid).children(recursive=True) if self.process.poll() is None else []
-        began = time.monotonic()
         try:
             out, err = self.process.communicate(timeout=seconds)
         except subprocess.TimeoutExpired:
@@ -62,11 +61,20 @@ class Job:
             raise AssertionError(f"still running after {seconds} s\n{out}\n{err}") from None
         _, alive = psutil.wait_procs(children, timeout=5)
         assert not alive, f"left behind: {alive}"
-        result = subprocess.CompletedProcess(self.process.args, self.process.returncode, out, err)
-        result.seconds = time.monotonic() - began  # type: ignore[attr-defined]
-        return result
+        return subprocess.CompletedProcess(self.process.args, self.process.returncode, out, err)
 
 
-def run(ranks: int, *arguments: str | Path, seconds: float = 60, **environment: str) -> subprocess.CompletedProcess[str]:
+def run(
+    ranks: int, *arguments: str | Path, seconds: float = 60, **environment: str
+) -> subprocess.CompletedProcess[str]:
     """Run `python arguments...` on so many ranks, without a launcher for 0; returns code and output."""
     return Job(ranks, arguments, **environment).finish(seconds)
+
+
+def wait_until(happened: Callable[[], bool], job: Job, seconds: float = 60) -> None:
+    """Wait for something that a running job does; fails where the job ends or the time passes without it."""
+    deadline = time.monotonic() + seconds
+    while not happened():
+        assert job.process.poll() is None, f"ended before: {job.process.communicate()}"
+        assert time.monotonic() < deadline, f"did not happen within {seconds} s"
+        time.sleep(0.01)  # between looks at a file; no event tells of another process's writes

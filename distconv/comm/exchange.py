@@ -3,7 +3,8 @@
 Each rank owns one part of the vector. It sends every owner that owner's part (all-to-all), the owner adds up the P
 parts in rank order, and sends the sum back to all (all-gather). MPI carries bytes only: it needs no half type, and it
 does no arithmetic whose order could differ between libraries or runs. A rank sends 2 (P-1)/P of the vector, what a ring
-allreduce sends, and every number is rounded once on its way out and once on its way back, whatever P is.
+allreduce sends, and every number is rounded once on its way out and once on its way back, whatever P is. An owner's own
+contribution does not travel and is not rounded.
 
 A header with what the other ranks must know about this step rides along, so that no step needs another collective.
 """
@@ -53,14 +54,16 @@ class Exchange:
         """Replace vector by its sum over all ranks. Returns the headers (P,) of all ranks."""
         H = HEADER.itemsize
         self.padded[: self.size] = vector
-        for owner, part in enumerate(self.padded.reshape(-1, self.part)):
-            self.outgoing[owner, :H] = np.frombuffer(header.tobytes(), np.uint8)
-            self.wire.encode(part, self.outgoing[owner, H:])
+        parts = self.padded.reshape(-1, self.part)
+        self.outgoing[:, :H] = np.frombuffer(header.tobytes(), np.uint8)
+        for owner, part in enumerate(parts):
+            if owner != self.comm.rank:
+                self.wire.encode(part, self.outgoing[owner, H:])
         self.comm.Alltoall(self.outgoing, self.incoming)
 
         total = np.zeros(self.part, self.wire.sum_dtype)
-        for contribution in self.incoming:
-            total += self.wire.decode(contribution[H:])
+        for rank, contribution in enumerate(self.incoming):
+            total += parts[rank] if rank == self.comm.rank else self.wire.decode(contribution[H:])
         mine = np.empty_like(self.sums[0])
         self.wire.encode(total, mine)
         self.comm.Allgather(mine, self.sums)

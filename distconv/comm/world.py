@@ -41,10 +41,15 @@ def run(command: Callable[[Sequence[str]], int]) -> NoReturn:
         if launcher_rank() == 0:
             print(f"distconv: {error}", file=sys.stderr, flush=True)
         code = error.exit_code
-    except BrokenPipeError:  # the reader of our output left: `... | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:
+        mute_stdout()
         code = 1
     sys.exit(code)
+
+
+def mute_stdout() -> None:
+    """Send what is still printed to nowhere: its reader has left, as in `... | head`."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 class World:

@@ -181,7 +181,7 @@ def _download(url: str, folder: Path, name: str) -> str | None:
     """
     import pooch  # slow to import, seldom needed
 
-    logging.getLogger("pooch").setLevel(logging.ERROR)
+    pooch.get_logger().setLevel(logging.ERROR)
     progress = _Progress(name)
     outcome: list[str] = []
 

@@ -138,7 +138,7 @@ def _window_offsets(x: Array, K: int, stride: int) -> Iterator[Array]:
 def affine_forward(x: Array, w: Array, b: Array, relu: bool) -> Array:
     """x (N, C) @ w (C, F) + b (F,) and, if asked, ReLU -> y (N, F)."""
     dtype = _compute_dtype(x.dtype)
-    y = x.astype(dtype, copy=False) @ w.astype(dtype, copy=False)
+    y: Array = x.astype(dtype, copy=False) @ w.astype(dtype, copy=False)
     y += b
     if relu:
         np.maximum(y, 0, out=y)

@@ -1,0 +1,15 @@
+"""Tests that hold on any number of ranks; tests/test_parallel.py starts them under mpirun on 1, 2, 3 and 4."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from distconv.comm.world import World, start
+
+
+@pytest.fixture(scope="session")
+def world() -> Iterator[World]:
+    """The ranks of this job. A failure on one rank ends all of them: mpirun starts `python -m mpi4py -m pytest -x`."""
+    yield start()

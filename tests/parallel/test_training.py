@@ -1,0 +1,147 @@
+"""The step: the number of ranks does not change the run."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+
+from distconv import config, loop
+from distconv.comm.exchange import HEADER, Exchange
+from distconv.comm.half import WIRES
+from distconv.comm.world import World
+from distconv.data import digits
+from distconv.data.shard import split
+from distconv.errors import DistconvError, ReplicasDifferError
+from distconv.kernels.cpu import Array
+from distconv.nn.layers import Context
+from distconv.nn.networks import build_network
+from distconv.nn.optimizers import OPTIMIZERS
+from distconv.nn.parameters import Parameters
+
+SETTINGS = config.Config(data="digits", epochs=1, batch_size=23, limit_train=100, eval_samples=50)
+
+
+def make_run(world: World, settings: config.Config = SETTINGS, dtype: type = np.float32) -> loop.Run:
+    dataset = digits.load().limited(settings.limit_train)
+    model, specs = build_network(settings.model, dataset.image_shape, dataset.classes)
+    parameters = Parameters(specs, dtype)
+    parameters.initialize(settings.seed)
+    optimizer = OPTIMIZERS[settings.optimizer](parameters.size, dtype, settings.lr)
+    exchange = Exchange(world.comm, parameters.size, WIRES[settings.wire], dtype)
+    return loop.Run(settings, dataset, model, parameters, optimizer, world, exchange)
+
+
+def never() -> bool:
+    return False
+
+
+def gradient(run: loop.Run, samples: np.ndarray, share: slice) -> Array:
+    """The gradient that one rank computes of its share of a global batch."""
+    mine = samples[share]
+    images, labels = run.dataset.train_images[mine], run.dataset.train_labels[mine]
+    context = Context(training=True, seed=1, step=3, samples=mine)
+    loop.local_gradient(run.model, run.parameters, images, labels, context, len(samples))
+    return run.parameters.gradient
+
+
+@pytest.mark.parametrize(
+    ("wire", "dtype", "bound"),
+    [("float64", np.float64, 1e-12), ("float32", np.float32, 1e-5), ("float16", np.float32, 1e-3)],
+)
+@pytest.mark.parametrize("batch", [1, 2, 5, 31])  # uneven shards; with more ranks than samples some are empty
+def test_the_gradient_of_all_ranks_is_the_gradient_of_one(
+    world: World, wire: str, dtype: type, bound: float, batch: int
+) -> None:
+    run = make_run(world, dataclasses.replace(SETTINGS, wire=wire), dtype)
+    samples = np.random.default_rng(0).permutation(100)[:batch]
+    alone = gradient(run, samples, slice(None)).copy()
+    together = gradient(run, samples, split(batch, world.size, world.rank))
+    run.exchange.sum(together, np.zeros((), HEADER))
+    for name, wanted in run.parameters.named(alone).items():
+        got = run.parameters.named(together)[name]
+        assert np.linalg.norm(got - wanted) <= bound * np.linalg.norm(wanted), name
+
+
+def test_an_epoch_ends_with_equal_replicas_and_exact_sums(world: World) -> None:
+    run = make_run(world)
+    records = list(loop.train(run, never))
+    steps = [record for record in records if isinstance(record, loop.StepRecord)]
+    epoch = records[-1]
+    assert isinstance(epoch, loop.EpochRecord)
+    assert len(steps) == 5  # 4 batches of 23 and one of 8
+    weights = [23, 23, 23, 23, 8]
+    mean = np.average([step.train_loss for step in steps], weights=weights)
+    assert epoch.train_loss == pytest.approx(float(mean), rel=1e-12)
+    assert len(set(world.comm.allgather(run.parameters.vector.tobytes()))) == 1
+    assert len(set(world.comm.allgather((epoch.train_loss, epoch.train_accuracy, epoch.test_accuracy)))) == 1
+
+
+def test_the_accuracy_counts_every_image_once(world: World) -> None:
+    run = make_run(world)
+    images, labels = run.dataset.test_images[:101], run.dataset.test_labels[:101]
+    found = loop.predict(run.model, run.parameters, images, world)
+    assert found.shape == (101,)
+    whole = loop.count_correct(run.model, run.parameters, images, found.astype(np.uint8), world)
+    assert whole == 101
+    assert loop.count_correct(run.model, run.parameters, images, labels, world) == np.count_nonzero(found == labels)
+
+
+def test_a_flipped_bit_on_one_rank_is_found_and_named(world: World) -> None:
+    if world.size == 1:
+        pytest.skip("one replica cannot differ from itself")
+    run = make_run(world)
+    with pytest.raises(ReplicasDifferError, match=f"rank {world.size - 1} differs"):
+        for record in loop.train(run, never):
+            if record.step == 5 and world.rank == world.size - 1:
+                run.parameters.vector.view(np.uint32)[777] ^= 1
+
+
+def test_all_ranks_stop_after_the_same_step_when_one_is_asked_to(world: World) -> None:
+    run = make_run(world)
+    requests: Iterator[bool] = iter([False, False, world.rank == world.size - 1, False, False])
+    records = list(loop.train(run, lambda: next(requests)))
+    assert records[-1] == loop.StopRecord(3)
+    assert run.position()["cursor"] == 3 * 23
+
+
+def with_a_bad_rank(run: loop.Run, bad_steps: set[int]) -> None:
+    """Make the last rank's gradient NaN in some steps, counted from 0."""
+    whole = run.model
+
+    class Poisoned:
+        def shapes(self, shape):  # type: ignore[no-untyped-def]
+            return whole.shapes(shape)
+
+        def forward(self, x, params, context):  # type: ignore[no-untyped-def]
+            y, backward = whole.forward(x, params, context)
+
+            def poisoned(dy, grads, wants_dx):  # type: ignore[no-untyped-def]
+                dx = backward(dy, grads, wants_dx)
+                if context.step in bad_steps:
+                    grads["conv3"]["W"][0, 0, 0, 0] = np.nan
+                return dx
+
+            return y, poisoned
+
+    if run.world.rank == run.world.size - 1:
+        run.model = Poisoned()
+
+
+def test_a_gradient_that_is_not_finite_makes_all_ranks_skip_the_same_step(world: World) -> None:
+    run = make_run(world)
+    with_a_bad_rank(run, {1, 3})
+    steps = [record for record in loop.train(run, never) if isinstance(record, loop.StepRecord)]
+    assert [step.skipped for step in steps] == [False, True, False, True, False]
+    assert np.isfinite(run.parameters.vector).all()
+    assert len(set(world.comm.allgather(run.parameters.digest()))) == 1
+
+
+def test_ten_bad_steps_in_a_row_end_the_run_on_every_rank(world: World) -> None:
+    run = make_run(world, dataclasses.replace(SETTINGS, batch_size=8))
+    with_a_bad_rank(run, set(range(100)))
+    with pytest.raises(DistconvError, match=rf"10 steps in a row .* rank {world.size - 1}"):
+        list(loop.train(run, never))
+    assert run.step == 10

@@ -1,0 +1,28 @@
+"""Agreeing and failing together."""
+
+from __future__ import annotations
+
+import pytest
+
+from distconv.comm.world import World
+from distconv.errors import BadDataError, MismatchError
+
+
+def test_an_error_of_one_rank_is_raised_on_all_and_names_it(world: World) -> None:
+    last = world.size - 1
+    with pytest.raises(BadDataError) as caught, world.together():
+        if world.rank == last:
+            raise BadDataError("the file is torn")
+    assert str(caught.value) == ("the file is torn" if last == 0 else f"rank {last}: the file is torn")
+    assert caught.value.everywhere
+
+
+def test_ranks_that_disagree_are_named_on_all(world: World) -> None:
+    world.agree("the seed", "7", "start all ranks alike")
+    if world.size > 1:
+        with pytest.raises(MismatchError, match=f"the seed: rank {world.size - 1} differs from rank 0"):
+            world.agree("the seed", str(world.rank == world.size - 1), "start all ranks alike")
+
+
+def test_one_host_is_one_host(world: World) -> None:
+    assert (world.hosts, world.local_size, world.local_rank) == (1, world.size, world.rank)

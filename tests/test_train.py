@@ -1,0 +1,210 @@
+"""`mpirun -n P python -m distconv.train`, as a user types it."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import matplotlib.image
+import pytest
+
+from distconv.checkpoint import find_checkpoints, load_checkpoint
+from distconv.runlog import read_metrics
+from tests import jobs
+
+QUICK = ("--data", "digits", "--limit-train", "150", "--batch-size", "32", "--eval-samples", "40")  # 5 steps an epoch
+TIMINGS = {"images_per_second", "compute_seconds", "exchange_seconds", "out"}
+
+
+def train(ranks: int, *arguments: str | Path, **environment: Any) -> subprocess.CompletedProcess[str]:
+    return jobs.run(ranks, "-m", "distconv.train", *arguments, **environment)
+
+
+def metrics(out: Path, event: str = "") -> list[dict[str, Any]]:
+    """The records of a run without its timings."""
+    records = [dict(record) for record in read_metrics(out / "metrics.jsonl")]
+    return [
+        {key: value for key, value in record.items() if key not in TIMINGS}
+        for record in records
+        if event in ("", record["event"])
+    ]
+
+
+def parameters(out: Path) -> bytes:
+    """The bits of a finished run's parameters and moments."""
+    tensors = load_checkpoint(find_checkpoints(out / "checkpoints")[0]).tensors
+    return b"".join(tensors[name].tobytes() for name in sorted(tensors))
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of three epochs on two ranks that nothing disturbs."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    result = train(2, *QUICK, "--epochs", "3", "--out", out)
+    assert result.returncode == 0, result.stderr
+    (out / "stdout").write_text(result.stdout)
+    return out
+
+
+def test_a_run_leaves_what_the_contract_promises(whole: Path) -> None:
+    assert {path.name for path in whole.iterdir()} >= {"config.toml", "metrics.jsonl", "checkpoints", "DONE"}
+    events = [record["event"] for record in metrics(whole)]
+    assert events == ["start", *(["step"] * 5 + ["epoch"]) * 3, "final"]
+    start, final = metrics(whole, "start")[0], metrics(whole, "final")[0]
+    assert (start["ranks"], start["device"], start["parameter_count"]) == (2, "cpu", 123_552)
+    assert start["versions"]["mpi"]
+    assert final["total"] == 360 and final["test_accuracy"] == final["correct"] / 360
+    for record in metrics(whole, "epoch"):
+        assert 0 <= record["train_accuracy"] <= 1 and record["train_loss"] > 0
+
+
+def test_the_start_line_is_said_once_and_the_end_tells_where_the_files_are(whole: Path) -> None:
+    lines = (whole / "stdout").read_text().splitlines()
+    start = [line for line in lines if "123,552 parameters" in line]
+    assert len(start) == 1
+    for part in ("2 ranks", "1 host", "cpu", "1 BLAS thread a rank", "deepconvnet", "float16", "digits"):
+        assert part in start[0]
+    assert sum(line.startswith("epoch 3/3:") for line in lines) == 1
+    assert str(whole) in lines[-1] and "test accuracy" in lines[-1]
+
+
+def test_the_curves_are_a_picture(whole: Path) -> None:
+    picture = matplotlib.image.imread(whole / "curves.png")
+    assert picture.shape[:2] == (400, 1000) and picture.std() > 0.05
+
+
+def test_the_same_seed_gives_the_same_metrics_and_another_seed_others(whole: Path, tmp_path: Path) -> None:
+    for seed in ("0", "1"):
+        assert train(2, *QUICK, "--epochs", "3", "--seed", seed, "--out", tmp_path / seed).returncode == 0
+    assert metrics(tmp_path / "0") == metrics(whole)
+    assert metrics(tmp_path / "1", "step") != metrics(whole, "step")
+
+
+def test_config_toml_repeats_the_run(whole: Path, tmp_path: Path) -> None:
+    assert train(2, "--config", whole / "config.toml", "--out", tmp_path / "again").returncode == 0
+    assert metrics(tmp_path / "again") == metrics(whole)
+
+
+def test_a_finished_run_that_is_started_again_changes_nothing(whole: Path) -> None:
+    before, bits = metrics(whole, "step"), parameters(whole)
+    assert train(2, *QUICK, "--epochs", "3", "--out", whole).returncode == 0
+    assert metrics(whole, "step") == before and parameters(whole) == bits
+    assert len(metrics(whole, "final")) == 1
+
+
+def test_one_rank_and_four_ranks_see_the_same_losses_over_fifty_steps(tmp_path: Path) -> None:
+    settings = ("--data", "digits", "--limit-train", "200", "--batch-size", "22", "--epochs", "5", "--wire", "float64")
+    losses = []
+    for ranks in (1, 4):
+        assert train(ranks, *settings, "--out", tmp_path / str(ranks)).returncode == 0
+        losses.append([record["train_loss"] for record in metrics(tmp_path / str(ranks), "step")])
+    assert len(losses[0]) == 50
+    assert max(abs(one - four) for one, four in zip(*losses, strict=True)) < 1e-5
+
+
+def interrupt(job: jobs.Job, out: Path, step: int, number: signal.Signals, everyone: bool) -> None:
+    """Send a signal to the launcher, or to the last rank alone, once the run has done so many steps."""
+    jobs.wait_until(lambda: len(metrics(out, "step")) >= step, job)
+    target = job.process.pid if everyone else job.ranks()[-1].pid
+    jobs.psutil.Process(target).send_signal(number)
+
+
+@pytest.mark.parametrize(
+    ("number", "everyone"), [(signal.SIGUSR1, True), (signal.SIGUSR1, False), (signal.SIGTERM, False)]
+)
+def test_a_signal_stops_all_ranks_with_a_checkpoint_and_the_run_goes_on_bit_for_bit(
+    whole: Path, tmp_path: Path, number: signal.Signals, everyone: bool
+) -> None:
+    out = tmp_path / "run"
+    job = jobs.Job(2, ("-m", "distconv.train", *QUICK, "--epochs", "3", "--out", out))
+    interrupt(job, out, 7, number, everyone)
+    stopped = job.finish(30)
+    assert stopped.returncode == 75, stopped.stdout + stopped.stderr
+    done = len(metrics(out, "step"))
+    assert load_checkpoint(find_checkpoints(out / "checkpoints")[0]).position["step"] == done < 15
+    assert not (out / "DONE").exists()
+    assert f"stopped on request after step {done}" in stopped.stdout
+    again = train(2, *QUICK, "--epochs", "3", "--out", out)
+    assert again.returncode == 0 and f"after step {done} of 15" in again.stdout
+    assert parameters(out) == parameters(whole)
+    assert metrics(out, "step") == metrics(whole, "step")
+    assert metrics(out, "epoch") == metrics(whole, "epoch")
+
+
+def test_a_killed_run_goes_on_from_its_last_checkpoint_bit_for_bit(whole: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    arguments = ("-m", "distconv.train", *QUICK, "--epochs", "3", "--checkpoint-seconds", "0", "--out", out)
+    job = jobs.Job(2, arguments)
+    interrupt(job, out, 8, signal.SIGKILL, everyone=False)
+    assert job.finish(30).returncode != 0
+    with (out / "metrics.jsonl").open("a") as file:
+        file.write('{"event": "step", "st')  # what a kill in the middle of a write leaves
+    assert train(2, *QUICK, "--epochs", "3", "--out", out).returncode == 0
+    assert parameters(out) == parameters(whole)
+    assert metrics(out, "step") == metrics(whole, "step")
+
+
+def test_a_run_may_go_on_with_another_number_of_ranks(whole: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    assert train(3, *QUICK, "--epochs", "1", "--out", out).returncode == 0
+    more = train(1, *QUICK, "--epochs", "3", "--out", out)
+    assert more.returncode == 0 and "epochs is now 3, was 1" in more.stdout
+    for ours, undisturbed in zip(metrics(out, "epoch"), metrics(whole, "epoch"), strict=True):
+        assert ours["train_loss"] == pytest.approx(undisturbed["train_loss"], rel=0.01)
+
+
+def test_a_missed_target_is_exit_code_1_and_the_model_is_kept(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    result = train(1, *QUICK, "--epochs", "1", "--target-accuracy", "0.999", "--out", out)
+    assert result.returncode == 1 and "target accuracy 99.90% was missed" in result.stdout
+    assert (out / "DONE").exists() and find_checkpoints(out / "checkpoints")
+
+
+OWN_MODULE = """
+import numpy as np
+from distconv.data.dataset import Dataset
+from distconv.nn.layers import Affine, Chain, Conv
+
+def network(classes):
+    return Chain(Conv(4, size=3, stride=2, relu=True), Affine(classes))
+
+def stripes():
+    images = np.zeros((60, 9, 11, 3), np.uint8)
+    labels = np.arange(60, dtype=np.uint8) % 3
+    images[np.arange(60), :, 4 * labels] = 255
+    return Dataset("stripes", images, labels, images, labels, classes=3)
+"""
+
+
+def test_a_model_and_a_data_set_of_the_users_own_are_trained(tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text(OWN_MODULE)
+    out = tmp_path / "run"
+    own = ("--model", "own:network", "--data", "own:stripes", "--optimizer", "momentum", "--lr", "0.005")
+    result = train(2, *own, "--batch-size", "7", "--epochs", "12", "--out", out, PYTHONPATH=str(tmp_path))
+    assert result.returncode == 0, result.stderr
+    assert metrics(out, "final")[0]["test_accuracy"] == 1.0
+    shown = jobs.run(
+        0, "-m", "distconv.evaluate", *find_checkpoints(out / "checkpoints")[:1], "--json", PYTHONPATH=str(tmp_path)
+    )
+    assert [json.loads(line)["correct"] for line in shown.stdout.splitlines()] == [60, 60, 60]
+
+
+def test_print_config_prints_a_file_that_config_reads(tmp_path: Path) -> None:
+    printed = jobs.run(2, "-m", "distconv.train", "--epochs", "7", "--lr", "1e-4", "--print-config")
+    (tmp_path / "printed.toml").write_text(printed.stdout)
+    again = jobs.run(0, "-m", "distconv.train", "--config", tmp_path / "printed.toml", "--print-config")
+    assert again.stdout == printed.stdout and "epochs = 7\n" in again.stdout
+
+
+def test_output_that_nobody_reads_does_not_end_the_run(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    command = [sys.executable, "-m", "distconv.train", *QUICK, "--epochs", "1", "--out", str(out)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=jobs.ROOT, env=jobs.ENVIRONMENT) as process:
+        assert process.stdout is not None
+        process.stdout.close()  # as `| head` does
+        assert process.wait(60) == 0
+    assert (out / "DONE").exists()
