@@ -3,8 +3,8 @@
 Convolution is a matrix product of image patches and filters (im2col, Chellapilla et al. 2006). The patches of a whole
 batch would be nine times its size, so they are made for as many images as stay in a core's cache (PATCH_BYTES).
 
-Every function takes float32 or float64 arrays and computes in their type; float16 arrays are stored as halves and
-multiplied in float32, as tensor cores do. Gradients are named after their variable: dx, dw, db, dy.
+Every function takes float32 or float64 arrays and computes in their type. The forward ones take float16 arrays too,
+multiply them in float32, as tensor cores do, and store halves. Gradients are named after their variable: dx, dw, db, dy.
 """
 
 from __future__ import annotations
@@ -101,10 +101,8 @@ def _spread(length: int, stride: int, first: int, room: int) -> tuple[slice, sli
 def max_pool_forward(x: Array, K: int, stride: int, pad: int) -> tuple[Array, Array]:
     """Largest of each K x K window of x (N, H, W, C) -> y (N, OH, OW, C), and which of the K*K it was (uint8).
 
-    The first of equal elements counts. Raises ValueError where a window could lie in the padding alone.
+    The first of equal elements counts. pad is below K, so that no window lies in the padding alone.
     """
-    if pad >= K:
-        raise ValueError(f"max-pool windows of {K} cannot be padded by {pad}: use a pad below the window size")
     best, winner = None, None
     padded = np.pad(x, ((0, 0), (pad, pad), (pad, pad), (0, 0)), constant_values=-np.inf) if pad else x
     for i, window in enumerate(_window_offsets(padded, K, stride)):

@@ -113,6 +113,8 @@ class MaxPool:
 
     def shapes(self, input_shape: Shape) -> tuple[Shape, Specs]:
         H, W, C = _image_shape(self, input_shape)
+        if self.pad >= self.size:
+            raise ValueError(f"{self}: a window could lie in the padding alone; use a pad below the window size")
         return (*_window_grid(self, H, W, self.size, self.stride, self.pad), C), {}
 
     def forward(self, x: Array, params: Views, context: Context) -> tuple[Array, Backward]:
@@ -173,6 +175,8 @@ class Dropout:
     ratio: float = 0.5
 
     def shapes(self, input_shape: Shape) -> tuple[Shape, Specs]:
+        if not 0 <= self.ratio <= 1:
+            raise ValueError(f"{self}: the ratio must lie in 0 to 1")
         return input_shape, {}
 
     def forward(self, x: Array, params: Views, context: Context) -> tuple[Array, Backward]:
@@ -208,6 +212,8 @@ class Chain:
                 backwards.append((name, layer_backward))
 
         def backward(dy: Any, grads: Views, wants_dx: bool) -> Array | None:
+            if not context.training:
+                raise RuntimeError("evaluation keeps nothing for a backward pass: use Context(training=True)")
             for i, (name, layer_backward) in reversed(list(enumerate(backwards))):
                 dy = layer_backward(dy, grads.get(name, {}), wants_dx or i > 0)
             return dy  # type: ignore[no-any-return]
@@ -222,6 +228,8 @@ def _image_shape(layer: object, shape: Shape) -> tuple[int, int, int]:
 
 
 def _window_grid(layer: object, H: int, W: int, K: int, stride: int, pad: int) -> tuple[int, int]:
+    if K < 1 or stride < 1 or pad < 0:
+        raise ValueError(f"{layer}: window and stride must be at least 1, padding at least 0")
     grid = cpu.output_size(H, K, stride, pad), cpu.output_size(W, K, stride, pad)
     if min(grid) < 1:
         raise ValueError(f"{layer} does not fit into an image of {H} x {W}: use a smaller window or more padding")

@@ -6,7 +6,7 @@ A factory takes the number of classes and returns a layer, usually a Chain. `--m
 from __future__ import annotations
 
 from distconv.errors import UsageError
-from distconv.factory import load_factory
+from distconv.factory import is_factory, load_factory
 from distconv.nn.layers import Affine, Chain, Conv, Dropout, Layer, MaxPool
 from distconv.nn.parameters import Shape, Specs
 
@@ -46,8 +46,10 @@ NETWORKS = {"deepconvnet": deepconvnet, "simpleconvnet": simpleconvnet}
 def build_network(name: str, image_shape: Shape, classes: int) -> tuple[Layer, Specs]:
     """The network of that name, or of a user's package.module:function, and its parameters for such images (H, W, C).
 
-    Raises UsageError where it does not fit the images or gives no score for each class.
+    Raises UsageError where there is none, where it does not fit the images or gives no score for each class.
     """
+    if name not in NETWORKS and not is_factory(name):
+        raise UsageError(f"--model {name}: expected one of {', '.join(NETWORKS)}, or package.module:function")
     factory = NETWORKS[name] if name in NETWORKS else load_factory(name)
     model = factory(classes)
     try:

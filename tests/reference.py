@@ -1,0 +1,180 @@
+"""What is right: slow loops in float64 and Python numbers, written from the formulas and from nothing in distconv.
+
+Letters for shapes: N samples, H and W height and width, OH and OW the same of an output, C channels in, F filters,
+K filter or window size. Gradients are named after their variable: dx, dw, db, dy.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+
+import numpy as np
+
+Places = Iterator[tuple[tuple[int, int, int], tuple[int, slice, slice]]]
+WORD = 2**32
+
+
+def conv_forward(x, w, b, stride, pad):
+    """x (N, H, W, C), w (K, K, C, F), b (F,) -> y (N, OH, OW, F)."""
+    padded, K, F = _padded(x, pad, 0.0), w.shape[0], w.shape[3]
+    y = np.zeros((*_grid(padded, K, stride), F))
+    for out, window in _places(padded, K, stride):
+        for f in range(F):
+            y[out][f] = np.sum(padded[window] * w[..., f], dtype=np.float64) + b[f]
+    return y
+
+
+def conv_backward(x, w, dy, stride, pad):
+    """x (N, H, W, C), w (K, K, C, F), dy (N, OH, OW, F) -> dx like x, dw like w, db (F,)."""
+    padded, K, F = _padded(x, pad, 0.0), w.shape[0], w.shape[3]
+    dpadded, dw, db = np.zeros(padded.shape), np.zeros(w.shape), np.zeros(F)
+    for out, window in _places(padded, K, stride):
+        for f in range(F):
+            dpadded[window] += float(dy[out][f]) * w[..., f]
+            dw[..., f] += float(dy[out][f]) * padded[window]
+            db[f] += dy[out][f]
+    return _cropped(dpadded, x, pad), dw, db
+
+
+def max_pool_forward(x, K, stride, pad):
+    """x (N, H, W, C) -> y (N, OH, OW, C)."""
+    padded = _padded(x, pad, -np.inf)
+    y = np.zeros((*_grid(padded, K, stride), x.shape[3]))
+    for out, window in _places(padded, K, stride):
+        y[out] = padded[window].max(axis=(0, 1))
+    return y
+
+
+def max_pool_backward(x, dy, K, stride, pad):
+    """x (N, H, W, C), dy (N, OH, OW, C) -> dx like x; the first of equal elements, row by row, takes all of dy."""
+    padded = _padded(x, pad, -np.inf)
+    dpadded = np.zeros(padded.shape)
+    for out, window in _places(padded, K, stride):
+        for c in range(x.shape[3]):
+            inside = padded[window][..., c]
+            i, j = next(place for place in np.ndindex(K, K) if inside[place] == inside.max())
+            dpadded[window][i, j, c] += dy[out][c]
+    return _cropped(dpadded, x, pad)
+
+
+def affine_forward(x, w, b):
+    """x (N, C), w (C, F), b (F,) -> y (N, F)."""
+    (N, C), F = x.shape, len(b)
+    y = np.zeros((N, F))
+    for n, f in np.ndindex(N, F):
+        y[n, f] = math.fsum(float(x[n, c]) * float(w[c, f]) for c in range(C)) + b[f]
+    return y
+
+
+def affine_backward(x, w, dy):
+    """x (N, C), w (C, F), dy (N, F) -> dx (N, C), dw (C, F), db (F,)."""
+    dx, dw, db = np.zeros(x.shape), np.zeros(w.shape), np.zeros(w.shape[1])
+    for n, f in np.ndindex(dy.shape):
+        for c in range(x.shape[1]):
+            dx[n, c] += float(dy[n, f]) * float(w[c, f])
+            dw[c, f] += float(dy[n, f]) * float(x[n, c])
+        db[f] += dy[n, f]
+    return dx, dw, db
+
+
+def softmax_cross_entropy(scores, labels):
+    """scores (N, F), labels (N,) -> sum of -log softmax(scores)[label], and dscores (N, F)."""
+    loss, dscores = 0.0, np.zeros(scores.shape)
+    for n, label in enumerate(labels):
+        row = [float(score) for score in scores[n]]
+        # log(sum(exp(row))), with the largest taken out so that no exp overflows
+        log_total = max(row) + math.log(math.fsum(math.exp(score - max(row)) for score in row))
+        loss += log_total - row[label]
+        for f, score in enumerate(row):
+            dscores[n, f] = math.exp(score - log_total) - (f == label)
+    return loss, dscores
+
+
+def sgd(p: float, gradients: Iterable[float], lr: float) -> Iterator[float]:
+    """The parameter after each step; so are the five below."""
+    for g in gradients:
+        p = p - lr * g
+        yield p
+
+
+def momentum(p: float, gradients: Iterable[float], lr: float) -> Iterator[float]:
+    v = 0.0
+    for g in gradients:
+        v = 0.9 * v - lr * g
+        p = p + v
+        yield p
+
+
+def nesterov(p: float, gradients: Iterable[float], lr: float) -> Iterator[float]:
+    v = 0.0
+    for g in gradients:
+        p = p + 0.9 * 0.9 * v - 1.9 * lr * g
+        v = 0.9 * v - lr * g
+        yield p
+
+
+def adagrad(p: float, gradients: Iterable[float], lr: float) -> Iterator[float]:
+    h = 0.0
+    for g in gradients:
+        h = h + g * g
+        p = p - lr * g / (math.sqrt(h) + 1e-7)
+        yield p
+
+
+def rmsprop(p: float, gradients: Iterable[float], lr: float) -> Iterator[float]:
+    h = 0.0
+    for g in gradients:
+        h = 0.99 * h + 0.01 * g * g
+        p = p - lr * g / (math.sqrt(h) + 1e-7)
+        yield p
+
+
+def adam(p: float, gradients: Iterable[float], lr: float) -> Iterator[float]:
+    m = v = 0.0
+    for t, g in enumerate(gradients, start=1):
+        m = 0.9 * m + 0.1 * g
+        v = 0.999 * v + 0.001 * g * g
+        p = p - lr * math.sqrt(1 - 0.999**t) / (1 - 0.9**t) * m / (math.sqrt(v) + 1e-7)
+        yield p
+
+
+OPTIMIZERS = {
+    "sgd": sgd,
+    "momentum": momentum,
+    "nesterov": nesterov,
+    "adagrad": adagrad,
+    "rmsprop": rmsprop,
+    "adam": adam,
+}
+
+
+def philox4x32(counter: Sequence[int], key: Sequence[int]) -> list[int]:
+    """Philox4x32-10 (Salmon et al., SC11): four counter words and two key words -> four random words."""
+    (c0, c1, c2, c3), (k0, k1) = counter, key
+    for _ in range(10):
+        high0, low0 = divmod(0xD2511F53 * c0, WORD)
+        high1, low1 = divmod(0xCD9E8D57 * c2, WORD)
+        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
+        k0, k1 = (k0 + 0x9E3779B9) % WORD, (k1 + 0xBB67AE85) % WORD
+    return [c0, c1, c2, c3]
+
+
+def _padded(x, pad, value):
+    return np.pad(x.astype(np.float64), ((0, 0), (pad, pad), (pad, pad), (0, 0)), constant_values=value)
+
+
+def _cropped(dpadded, x, pad):
+    return dpadded[:, pad : pad + x.shape[1], pad : pad + x.shape[2]]
+
+
+def _grid(padded, K: int, stride: int) -> tuple[int, int, int]:
+    """(N, OH, OW): a window may start wherever it ends within the padded image."""
+    N, H, W, _ = padded.shape
+    return N, len(range(0, H - K + 1, stride)), len(range(0, W - K + 1, stride))
+
+
+def _places(padded, K: int, stride: int) -> Places:
+    """Each place of an output, and the window of the padded input that it sees."""
+    for n, i, j in np.ndindex(_grid(padded, K, stride)):
+        yield (n, i, j), (n, slice(i * stride, i * stride + K), slice(j * stride, j * stride + K))

@@ -1,0 +1,213 @@
+"""The kernels of the CPU against loops in float64, at the shapes where indices go wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from distconv.kernels import cpu
+from tests import reference
+
+steady = settings(derandomize=True, deadline=None, max_examples=100)
+TOLERANCE = {np.float64: 1e-12, np.float32: 1e-5}  # of the norm
+either_precision = pytest.mark.parametrize("dtype", TOLERANCE)
+
+
+class Case(NamedTuple):
+    """A convolution, or, without F, a pooling."""
+
+    N: int
+    H: int
+    W: int
+    C: int
+    F: int
+    K: int
+    stride: int
+    pad: int
+
+    @property
+    def x_shape(self) -> tuple[int, ...]:
+        return self.N, self.H, self.W, self.C
+
+    @property
+    def w_shape(self) -> tuple[int, ...]:
+        return self.K, self.K, self.C, self.F
+
+    @property
+    def grid(self) -> tuple[int, ...]:
+        return tuple(cpu.output_size(size, self.K, self.stride, self.pad) for size in (self.H, self.W))
+
+
+@st.composite
+def cases(draw: st.DrawFn, extra_pad: int) -> Case:
+    """Shapes in which at least one window fits; pads up to K - 1 + extra_pad."""
+    K = draw(st.integers(1, 5))
+    pad = draw(st.integers(0, K - 1 + extra_pad))
+    H, W = (draw(st.integers(max(1, K - 2 * pad), 8)) for _ in range(2))
+    N, C, F, stride = (draw(st.integers(1, 3)) for _ in range(4))
+    return Case(N, H, W, C, F, K, stride, pad)
+
+
+convolutions, poolings = cases(extra_pad=2), cases(extra_pad=0)
+WIDE_PAD = Case(N=2, H=3, W=5, C=3, F=1, K=2, stride=3, pad=4)  # windows that see nothing but padding
+ROWS_LEFT = Case(N=1, H=7, W=8, C=1, F=3, K=2, stride=3, pad=0)  # the last column fills no window
+
+
+def normal(dtype: type, *shapes: tuple[int, ...]) -> Iterator[np.ndarray]:
+    """Arrays of random numbers that cannot be written to, so that a kernel which changes its input fails."""
+    rng = np.random.default_rng(0)
+    for shape in shapes:
+        yield read_only(rng.standard_normal(shape).astype(dtype))
+
+
+def read_only(array: np.ndarray) -> np.ndarray:
+    array.flags.writeable = False
+    return array
+
+
+def assert_close(found: np.ndarray, expected: np.ndarray, dtype: type) -> None:
+    assert found.dtype == dtype
+    assert found.shape == expected.shape
+    error, norm = np.linalg.norm(found - expected), np.linalg.norm(expected)
+    assert error <= TOLERANCE[dtype] * norm, f"off by {error / norm:.1e} of the norm"
+
+
+def filter_gradients(x: np.ndarray, dy: np.ndarray, case: Case) -> tuple[np.ndarray, np.ndarray]:
+    # What lay in dw and db before must not matter.
+    dw, db = np.full(case.w_shape, np.nan, x.dtype), np.full(case.F, np.nan, x.dtype)
+    cpu.conv_backward_filters(x, dy, case.stride, case.pad, dw, db)
+    return dw, db
+
+
+def assert_convolution_is_the_loops(case: Case, dtype: type) -> None:
+    y_shape = (case.N, *case.grid, case.F)
+    x, w, b, dy = normal(dtype, case.x_shape, case.w_shape, (case.F,), y_shape)
+    expected = reference.conv_forward(x, w, b, case.stride, case.pad)
+    assert_close(cpu.conv_forward(x, w, b, case.stride, case.pad, relu=False), expected, dtype)
+    assert_close(cpu.conv_forward(x, w, b, case.stride, case.pad, relu=True), np.maximum(expected, 0), dtype)
+
+    dx, dw, db = reference.conv_backward(x, w, dy, case.stride, case.pad)
+    found_dw, found_db = filter_gradients(x, dy, case)
+    assert_close(found_dw, dw, dtype)
+    assert_close(found_db, db, dtype)
+    assert_close(cpu.conv_backward_input(dy, w, case.stride, case.pad, x.shape), dx, dtype)
+
+
+@steady
+@given(st.integers(1, 9), st.integers(1, 5), st.integers(1, 3), st.integers(0, 6))
+def test_output_size_counts_the_windows_that_fit(size, window, stride, pad):
+    if size + 2 * pad >= window:
+        starts = [start for start in range(-pad, size + pad, stride) if start + window <= size + pad]
+        assert cpu.output_size(size, window, stride, pad) == len(starts)
+
+
+@either_precision
+@steady
+@given(convolutions)
+@example(WIDE_PAD)
+@example(ROWS_LEFT)
+def test_convolution_and_its_three_gradients_are_the_loops(dtype, case):
+    assert_convolution_is_the_loops(case, dtype)
+
+
+@either_precision
+@pytest.mark.parametrize("images", [0, 2, 4])  # none: a single image is still too large, and goes alone
+def test_convolution_is_the_same_when_the_patches_of_few_images_fit(monkeypatch, dtype, images):
+    case = Case(N=5, H=6, W=4, C=3, F=3, K=3, stride=1, pad=1)
+    patch_bytes = int(np.prod([*case.grid, *case.w_shape[:3]])) * np.dtype(dtype).itemsize
+    monkeypatch.setattr(cpu, "PATCH_BYTES", images * patch_bytes)
+    assert_convolution_is_the_loops(case, dtype)
+
+
+def test_ones_convolved_with_ones_count_the_pixels_under_the_filter():
+    y = cpu.conv_forward(np.ones((1, 3, 4, 1)), np.ones((3, 3, 1, 1)), np.zeros(1), stride=1, pad=1, relu=False)
+    np.testing.assert_array_equal(y[0, :, :, 0], [[4, 6, 6, 4], [6, 9, 9, 6], [4, 6, 6, 4]])
+
+
+@pytest.mark.parametrize("dtype", [*TOLERANCE, np.float16])
+@pytest.mark.parametrize("high", [0, 3])  # with 3, numbers from -3 to 2; with 0, only below the padding's zeros
+@steady
+@given(poolings)
+@example(Case(N=2, H=3, W=5, C=3, F=1, K=3, stride=2, pad=2))
+@example(ROWS_LEFT)
+@example(Case(N=1, H=18, W=19, C=1, F=1, K=17, stride=1, pad=0))  # more places in a window than a byte counts
+def test_pooling_takes_the_largest_and_its_gradient_goes_to_the_first_of_equals(dtype, high, case):
+    # Few different numbers, so that many windows have several largest ones.
+    x = read_only(np.random.default_rng(0).integers(-3, high, case.x_shape).astype(dtype))
+    y, winner = cpu.max_pool_forward(x, case.K, case.stride, case.pad)
+    np.testing.assert_array_equal(y, reference.max_pool_forward(x, case.K, case.stride, case.pad))
+    assert y.dtype == dtype
+
+    # Whole numbers add up exactly in any order, so overlapping windows leave no rounding to tolerate.
+    dy = read_only(np.random.default_rng(1).integers(1, 9, y.shape).astype(dtype))
+    dx = cpu.max_pool_backward(dy, read_only(winner), case.K, case.stride, case.pad, x.shape)
+    np.testing.assert_array_equal(dx, reference.max_pool_backward(x, dy, case.K, case.stride, case.pad))
+    assert dx.dtype == dtype
+
+
+@either_precision
+@steady
+@given(st.integers(1, 4), st.integers(1, 9), st.integers(1, 5))
+def test_affine_layer_and_its_gradients_are_the_loops(dtype, N, C, F):
+    x, w, b, dy = normal(dtype, (N, C), (C, F), (F,), (N, F))
+    expected = reference.affine_forward(x, w, b)
+    assert_close(cpu.affine_forward(x, w, b, relu=False), expected, dtype)
+    assert_close(cpu.affine_forward(x, w, b, relu=True), np.maximum(expected, 0), dtype)
+
+    dw, db = np.full((C, F), np.nan, dtype), np.full(F, np.nan, dtype)
+    found = cpu.affine_backward(x, w, dy, dw, db), dw, db
+    for array, wanted in zip(found, reference.affine_backward(x, w, dy), strict=True):
+        assert_close(array, wanted, dtype)
+
+
+def test_relu_lets_the_gradient_through_where_the_output_is_positive_only():
+    y, dy = read_only(np.array([0.0, 2.0, 0.0, 1e-300])), read_only(np.array([3.0, 4.0, -5.0, -6.0]))
+    np.testing.assert_array_equal(cpu.relu_backward(dy, y), [0, 4, 0, -6])
+
+
+@either_precision
+@steady
+@given(st.integers(0, 5), st.integers(1, 6))
+def test_softmax_cross_entropy_is_the_loops_even_for_no_sample(dtype, N, F):
+    [scores] = normal(dtype, (N, F))
+    labels = read_only(np.random.default_rng(1).integers(0, F, N).astype(np.uint8))
+    loss, dscores = cpu.softmax_cross_entropy(scores, labels)
+    expected_loss, expected = reference.softmax_cross_entropy(scores, labels)
+    assert loss == pytest.approx(expected_loss, rel=TOLERANCE[dtype], abs=TOLERANCE[dtype])
+    assert dscores.dtype == dtype
+    np.testing.assert_allclose(dscores, expected, rtol=0, atol=TOLERANCE[dtype])
+
+
+@either_precision
+def test_softmax_of_huge_scores_does_not_overflow(dtype):
+    scores = read_only(np.array([[1e4, -1e4, 0.0], [1e4, 1e4, -1e4]], dtype))
+    loss, dscores = cpu.softmax_cross_entropy(scores, read_only(np.array([1, 0])))
+    assert loss == pytest.approx(2e4 + np.log(2), rel=TOLERANCE[dtype])
+    np.testing.assert_allclose(dscores, [[1, -1, 0], [-0.5, 0.5, 0]], atol=TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize(
+    ("kernel", "shapes", "options"),
+    [
+        (cpu.conv_forward, [(3, 6, 5, 3), (3, 3, 3, 4), (4,)], {"stride": 1, "pad": 1}),
+        (cpu.affine_forward, [(3, 8), (8, 5), (5,)], {}),
+    ],
+)
+def test_halves_are_multiplied_in_float32_and_rounded_once(kernel, shapes, options, relu):
+    halves = list(normal(np.float16, *shapes))
+    y = kernel(*halves, **options, relu=relu)
+    rounded = kernel(*(array.astype(np.float32) for array in halves), **options, relu=relu).astype(np.float16)
+    np.testing.assert_array_equal(y, rounded, strict=True)
+
+
+def test_sums_of_halves_do_not_stop_at_2048():
+    # 2048 + 1 is no half: a sum of ones in halves stays there for ever.
+    x, b = np.ones((1, 5, 5, 200), np.float16), np.zeros(1, np.float16)
+    assert cpu.conv_forward(x, np.ones((5, 5, 200, 1), np.float16), b, stride=1, pad=0, relu=False) == 5000
+    assert cpu.affine_forward(x.reshape(1, 5000), np.ones((5000, 1), np.float16), b, relu=False) == 5000

@@ -1,0 +1,272 @@
+"""Layers and chains of them: gradients against slopes, dropout that belongs to samples, errors that name a layer."""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pytest
+
+from distconv.nn.layers import EVALUATION, Affine, Chain, Context, Conv, Dropout, Layer, MaxPool, ReLU
+from distconv.nn.networks import deepconvnet, simpleconvnet
+from distconv.nn.parameters import Parameters
+
+# Of the central difference. Outputs are linear in a tensor until a ReLU or a pool changes sides, so the step is small.
+STEP = 1e-7
+SAMPLES = np.array([40, 7, 59_999, 12, 3])
+
+
+def training(N: int = len(SAMPLES)) -> Context:
+    return Context(training=True, seed=1, step=5, samples=SAMPLES[:N])
+
+
+def built(model: Layer, input_shape: tuple[int, ...]) -> Parameters:
+    """Float64 parameters, with biases other than zero so that none can hide."""
+    parameters = Parameters(model.shapes(input_shape)[1], np.float64)
+    parameters.initialize(0)
+    parameters.vector += 0.01 * np.random.default_rng(0).standard_normal(parameters.size)
+    return parameters
+
+
+def images(N: int, *shape: int) -> np.ndarray:
+    return np.random.default_rng(1).standard_normal((N, *shape))
+
+
+def assert_gradients_are_the_slopes(model: Layer, N: int, *input_shape: int) -> None:
+    """<v, gradient> against the central difference along one random v, for each parameter tensor and for x."""
+    rng = np.random.default_rng(2)
+    parameters, x = built(model, input_shape), images(N, *input_shape)
+    y, backward = model.forward(x, parameters.values, training(N))
+    assert y.shape == (N, *model.shapes(input_shape)[0])
+    u = rng.standard_normal(y.shape)
+    parameters.gradient[...] = np.nan  # a backward pass writes every element, and adds to none
+    dx = backward(u, parameters.grads, True)
+
+    def output() -> float:
+        return float(np.vdot(u, model.forward(x, parameters.values, training(N))[0]))
+
+    values, grads = parameters.named(parameters.vector), parameters.named(parameters.gradient)
+    for name, value, gradient in [*((name, values[name], grads[name]) for name in values), ("x", x, dx)]:
+        v, saved = rng.standard_normal(value.shape), value.copy()
+        value[...] = saved + STEP * v
+        above = output()
+        value[...] = saved - STEP * v
+        below = output()
+        value[...] = saved
+        slope = (above - below) / (2 * STEP)
+        assert slope != 0, name
+        # Along a normal v, a slope is about as large as the norm of the gradient.
+        assert float(np.vdot(v, gradient)) == pytest.approx(slope, rel=0, abs=1e-6 * np.linalg.norm(gradient)), name
+
+
+def without_dropout(model: Any) -> Layer:
+    return Chain(*(layer for _, layer in model.layers if not isinstance(layer, Dropout)))
+
+
+@dataclass(frozen=True)
+class Residual:
+    """x + body(x): how a user writes the block of a ResNet."""
+
+    body: Layer
+
+    def shapes(self, input_shape):
+        return self.body.shapes(input_shape)
+
+    def forward(self, x, params, context):
+        y, body_backward = self.body.forward(x, params, context)
+        return x + y, lambda dy, grads, wants_dx: dy + body_backward(dy, grads, True)
+
+
+@dataclass(frozen=True)
+class Branches:
+    """The channels of several layers of one input, side by side: how a user writes an inception block."""
+
+    branches: dict[str, Layer]
+
+    def shapes(self, input_shape):
+        found = {name: branch.shapes(input_shape) for name, branch in self.branches.items()}
+        (H, W, _), *_ = (shape for shape, _ in found.values())
+        channels = sum(shape[2] for shape, _ in found.values())
+        return (H, W, channels), {name: specs for name, (_, specs) in found.items()}
+
+    def forward(self, x, params, context):
+        passes = {
+            name: branch.forward(x, params.get(name, {}), context.within(name))
+            for name, branch in self.branches.items()
+        }
+        ends = np.cumsum([y.shape[3] for y, _ in passes.values()])
+
+        def backward(dy, grads, wants_dx):
+            parts = np.split(dy, ends[:-1], axis=3)
+            return sum(
+                branch_backward(part, grads.get(name, {}), True)
+                for part, (name, (_, branch_backward)) in zip(parts, passes.items(), strict=True)
+            )
+
+        return np.concatenate([y for y, _ in passes.values()], axis=3), backward
+
+
+NOT_A_CHAIN = Chain(
+    Conv(4, pad=1),
+    Residual(Chain(Conv(4, pad=1, relu=True), Dropout(0.3), Conv(4, pad=1))),
+    ReLU(),
+    Branches({"wide": Conv(2, size=5, pad=2), "pool": MaxPool(3, stride=1, pad=1), "narrow": Conv(3, size=1)}),
+    MaxPool(),
+    Affine(3),
+)
+
+
+@pytest.mark.parametrize(
+    ("model", "shape"),
+    [
+        pytest.param(deepconvnet(10), (28, 28, 1), id="DeepConvNet"),
+        pytest.param(without_dropout(deepconvnet(10)), (28, 28, 1), id="DeepConvNet, no dropout"),
+        pytest.param(simpleconvnet(10), (28, 28, 1), id="SimpleConvNet"),
+        pytest.param(Chain(Conv(3, size=3, stride=2, pad=2), ReLU(), MaxPool(3, 2, pad=1)), (8, 7, 2), id="strides"),
+        pytest.param(Chain(Chain(Affine(5), ReLU()), Chain(Affine(4), Dropout())), (6,), id="chains in a chain"),
+        pytest.param(NOT_A_CHAIN, (8, 6, 2), id="branches and a skip"),
+    ],
+)
+def test_gradients_are_the_slopes(model, shape):
+    assert_gradients_are_the_slopes(model, 2, *shape)
+
+
+def test_gradients_are_the_same_when_nobody_wants_dx():
+    parameters, x = built(NOT_A_CHAIN, (8, 6, 2)), images(3, 8, 6, 2)
+    found = []
+    for wants_dx in (True, False):
+        y, backward = NOT_A_CHAIN.forward(x, parameters.values, training(3))
+        backward(np.ones(y.shape), parameters.grads, wants_dx)
+        found.append(parameters.gradient.copy())
+    np.testing.assert_array_equal(*found)
+
+
+@pytest.mark.parametrize("cuts", [[1], [2, 3], [0, 1, 2, 3, 4]])
+def test_gradients_of_the_parts_of_a_batch_add_up_to_that_of_the_whole(cuts):
+    model = deepconvnet(10)
+    parameters, x = built(model, (12, 12, 1)), images(len(SAMPLES), 12, 12, 1)
+    dy = np.random.default_rng(3).standard_normal((len(SAMPLES), 10))
+
+    def gradient(part: np.ndarray) -> np.ndarray:
+        context = Context(training=True, seed=1, step=5, samples=SAMPLES[part])
+        model.forward(x[part], parameters.values, context)[1](dy[part], parameters.grads, False)
+        return parameters.gradient.copy()
+
+    parts = [part for part in np.split(np.arange(len(SAMPLES)), cuts) if len(part)]
+    whole = gradient(np.arange(len(SAMPLES)))
+    assert np.linalg.norm(sum(map(gradient, parts)) - whole) < 1e-13 * np.linalg.norm(whole)
+
+
+def mask(ratio: float, context: Context, size: int = 1000) -> np.ndarray:
+    """What dropout makes of ones, in training."""
+    y, backward = Dropout(ratio).forward(np.ones((len(context.samples), size)), {}, context)
+    np.testing.assert_array_equal(backward(np.ones(y.shape), {}, True), y)
+    return y
+
+
+@pytest.mark.parametrize("ratio", [0.0, 0.1, 0.5, 0.8, 1.0])
+def test_dropout_keeps_its_share_in_training_and_scales_in_evaluation(ratio):
+    kept = mask(ratio, training())
+    assert set(np.unique(kept)) <= {0.0, 1.0}
+    five_deviations = 5 * np.sqrt(ratio * (1 - ratio) / kept.size)
+    assert kept.mean() == pytest.approx(1 - ratio, abs=five_deviations)
+
+    x = images(2, 3, 4, 5)
+    np.testing.assert_allclose(Dropout(ratio).forward(x, {}, EVALUATION)[0], x * (1 - ratio), rtol=1e-15)
+
+
+def test_dropout_masks_belong_to_the_sample_whoever_holds_it():
+    whole = mask(0.5, training())
+    for part in ([0, 1], [2, 3, 4], [4, 0, 3]):
+        np.testing.assert_array_equal(mask(0.5, Context(True, seed=1, step=5, samples=SAMPLES[part])), whole[part])
+
+
+@pytest.mark.parametrize("change", [{"seed": 2}, {"step": 6}, {"path": ".dropout2"}, {"samples": SAMPLES + 1}])
+def test_dropout_masks_differ_between_seeds_steps_layers_and_samples(change):
+    mine = {"seed": 1, "step": 5, "path": ".dropout1", "samples": SAMPLES}
+    one, other = mask(0.5, Context(True, **mine)), mask(0.5, Context(True, **{**mine, **change}))
+    assert np.mean(one == other) == pytest.approx(0.5, abs=0.05)  # as of two coins
+
+
+def test_two_dropouts_of_a_chain_draw_different_masks():
+    x = np.ones((5, 1000))
+    y, _ = Chain(Dropout(0.5), Dropout(0.5)).forward(x, {}, training())
+    assert y.mean() == pytest.approx(0.25, abs=0.05)  # 0.5 if they were the same
+
+
+def test_a_backward_pass_after_an_evaluation_is_refused():
+    _, backward = Chain(Affine(2)).forward(
+        np.ones((3, 4)), {"affine1": {"W": np.ones((4, 2)), "b": np.ones(2)}}, EVALUATION
+    )
+    with pytest.raises(RuntimeError, match="training=True"):
+        backward(np.ones((3, 2)), {}, True)
+
+
+def test_dropout_without_sample_indices_says_what_is_missing():
+    with pytest.raises(ValueError, match="samples"):
+        Chain(Dropout()).forward(np.ones((2, 3)), {}, Context(training=True))
+
+
+@dataclass(frozen=True)
+class Watch:
+    """A layer that knows whether anybody still holds what it gave out."""
+
+    outputs: list = field(default_factory=list)
+
+    def shapes(self, input_shape):
+        return input_shape, {}
+
+    def forward(self, x, params, context):
+        y = x + 1
+        self.outputs.append(weakref.ref(y))
+        return y, lambda dy, grads, wants_dx: dy
+
+
+def test_evaluation_keeps_no_activations_and_training_keeps_them_as_long_as_backward():
+    watch = Watch()
+    model = Chain(Conv(2), watch, Conv(2, relu=True), Chain(watch, Affine(3)))
+    parameters, x = built(model, (6, 6, 1)), images(2, 6, 6, 1)
+    kept = model.forward(x, parameters.values, EVALUATION)
+    assert [output() for output in watch.outputs] == [None, None]
+
+    watch.outputs.clear()
+    kept = model.forward(x, parameters.values, training(2))
+    assert all(output() is not None for output in watch.outputs)
+    del kept
+    assert [output() for output in watch.outputs] == [None, None]
+
+
+def test_a_pass_changes_neither_its_input_nor_the_parameters_nor_dy():
+    model = deepconvnet(10)
+    parameters, x = built(model, (12, 12, 1)), images(2, 12, 12, 1)
+    dy = np.ones((2, 10))
+    for array in (x, dy, parameters.vector, *parameters.named(parameters.vector).values()):
+        array.flags.writeable = False
+    _, backward = Chain(ReLU(), model).forward(x, {"chain1": parameters.values}, training(2))
+    backward(dy, {"chain1": parameters.grads}, True)
+    assert np.isfinite(parameters.gradient).all()
+
+
+def test_layers_are_named_after_kind_and_number():
+    model = Chain(Conv(1), ReLU(), Conv(2), Affine(3), MaxPool(), Affine(4))
+    assert [name for name, _ in model.layers] == ["conv1", "relu1", "conv2", "affine1", "maxpool1", "affine2"]
+
+
+@pytest.mark.parametrize(
+    ("model", "shape", "message"),
+    [
+        (Conv(4, size=5), (4, 9, 1), r"Conv\(filters=4, size=5.* does not fit into an image of 4 x 9"),
+        (Chain(Conv(4, size=3), MaxPool(size=3)), (9, 4, 1), r"MaxPool\(size=3.* image of 7 x 2"),
+        (Chain(Affine(7), Conv(4)), (8, 8, 1), r"Conv\(filters=4.* needs images .* \(7,\)"),
+        (Chain(Affine(7), MaxPool()), (8, 8, 1), r"MaxPool\(.* needs images .* \(7,\)"),
+        (MaxPool(pad=2), (4, 4, 1), r"MaxPool\(.*pad=2.* in the padding alone"),
+        (Conv(4, stride=0), (8, 8, 1), r"Conv\(.*stride=0.* at least 1"),
+        (MaxPool(size=0), (8, 8, 1), r"MaxPool\(size=0.* at least 1"),
+        (Dropout(1.5), (8,), r"Dropout\(ratio=1.5.* 0 to 1"),
+    ],
+)
+def test_what_does_not_fit_is_refused_with_the_layer_named(model, shape, message):
+    with pytest.raises(ValueError, match=message):
+        model.shapes(shape)

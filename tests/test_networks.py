@@ -1,0 +1,187 @@
+"""The two networks of the source: their tables, their first weights, their outputs; and networks of a user's own."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+import numpy as np
+import pytest
+
+from distconv.errors import UsageError
+from distconv.nn.layers import EVALUATION
+from distconv.nn.networks import NETWORKS, build_network
+from distconv.nn.parameters import Parameters
+from tests import reference
+
+MNIST = (28, 28, 1)
+DEEP_SHAPES = {
+    "conv1": (3, 3, 1, 16),
+    "conv2": (3, 3, 16, 16),
+    "conv3": (3, 3, 16, 32),
+    "conv4": (3, 3, 32, 32),
+    "conv5": (3, 3, 32, 64),
+    "conv6": (3, 3, 64, 64),
+    "affine1": (1024, 50),
+    "affine2": (50, 10),
+}
+SIMPLE_SHAPES = {"conv1": (5, 5, 1, 30), "affine1": (12 * 12 * 30, 100), "affine2": (100, 10)}
+SHAPES = {"deepconvnet": DEEP_SHAPES, "simpleconvnet": SIMPLE_SHAPES}
+both_networks = pytest.mark.parametrize("name", SHAPES)
+
+
+def initialized(name: str, dtype: type = np.float32):
+    model, specs = build_network(name, MNIST, 10)
+    parameters = Parameters(specs, dtype)
+    parameters.initialize(0)
+    return model, parameters
+
+
+def test_no_network_goes_untested():
+    assert sorted(NETWORKS) == sorted(SHAPES)
+
+
+@both_networks
+def test_weights_have_the_shapes_of_the_source_with_filters_last_and_a_bias_each(name):
+    _, parameters = initialized(name)
+    found = {path: view.shape for path, view in parameters.named(parameters.vector).items()}
+    expected = {}
+    for layer, shape in SHAPES[name].items():
+        expected |= {f"{layer}.W": shape, f"{layer}.b": shape[-1:]}
+    assert list(found.items()) == list(expected.items())
+
+
+def test_deepconvnet_has_123552_parameters():
+    _, parameters = initialized("deepconvnet")
+    assert parameters.size == parameters.vector.size == parameters.gradient.size == 123_552
+
+
+def test_deepconvnet_has_the_output_shapes_of_the_source():
+    shape, shapes = MNIST, {}
+    for layer_name, layer in build_network("deepconvnet", MNIST, 10)[0].layers:
+        shape, _ = layer.shapes(shape)
+        shapes[layer_name] = shape
+    assert shapes == {
+        "conv1": (28, 28, 16),
+        "conv2": (28, 28, 16),
+        "maxpool1": (14, 14, 16),
+        "conv3": (14, 14, 32),
+        "conv4": (16, 16, 32),  # padded by 2
+        "maxpool2": (8, 8, 32),
+        "conv5": (8, 8, 64),
+        "conv6": (8, 8, 64),
+        "maxpool3": (4, 4, 64),
+        "affine1": (50,),
+        "dropout1": (50,),
+        "affine2": (10,),
+        "dropout2": (10,),
+    }
+
+
+@both_networks
+def test_first_weights_have_their_deviation_and_biases_are_zero(name):
+    _, parameters = initialized(name)
+    for layer, shape in SHAPES[name].items():
+        W, b = parameters.values[layer]["W"], parameters.values[layer]["b"]
+        fan_in = W.size / shape[-1]
+        deviation = np.sqrt(2 / fan_in) if name == "deepconvnet" else 0.01
+        four_errors = 4 / np.sqrt(2 * W.size)  # of a sample's deviation: 1 % for the largest tensor
+        assert W.std() == pytest.approx(deviation, rel=four_errors), layer
+        assert W.mean() == pytest.approx(0, abs=4 * deviation / np.sqrt(W.size)), layer
+        assert not b.any(), layer
+
+
+def conv(x, params, pad):
+    """Convolution and ReLU by the loops of the reference."""
+    return np.maximum(reference.conv_forward(x, params["W"], params["b"], 1, pad), 0)
+
+
+def pool(x):
+    return reference.max_pool_forward(x, 2, 2, 0)
+
+
+def affine(x, params):
+    return reference.affine_forward(x.reshape(len(x), -1), params["W"], params["b"])
+
+
+def deepconvnet_by_loops(x, p):
+    x = pool(conv(conv(x, p["conv1"], 1), p["conv2"], 1))
+    x = pool(conv(conv(x, p["conv3"], 1), p["conv4"], 2))
+    x = pool(conv(conv(x, p["conv5"], 1), p["conv6"], 1))
+    x = 0.5 * np.maximum(affine(x, p["affine1"]), 0)  # dropout, in evaluation
+    return 0.5 * affine(x, p["affine2"])
+
+
+def simpleconvnet_by_loops(x, p):
+    x = pool(conv(x, p["conv1"], 0))
+    return affine(np.maximum(affine(x, p["affine1"]), 0), p["affine2"])
+
+
+@pytest.mark.parametrize(
+    ("name", "by_loops"), [("deepconvnet", deepconvnet_by_loops), ("simpleconvnet", simpleconvnet_by_loops)]
+)
+def test_scores_in_evaluation_are_those_of_the_loops(name, by_loops):
+    model, parameters = initialized(name, np.float64)
+    parameters.vector += 0.01 * np.random.default_rng(0).standard_normal(parameters.size)  # biases too
+    x = np.random.default_rng(1).random((1, *MNIST))
+    scores, _ = model.forward(x, parameters.values, EVALUATION)
+    expected = by_loops(x, parameters.values)
+    assert scores.shape == (1, 10)
+    np.testing.assert_allclose(scores, expected, rtol=0, atol=1e-12 * np.abs(expected).max())
+
+
+@both_networks
+@pytest.mark.parametrize(("shape", "classes"), [((32, 32, 3), 100), ((17, 30, 2), 2)])
+def test_networks_take_other_images_and_numbers_of_classes(name, shape, classes):
+    model, specs = build_network(name, shape, classes)
+    parameters = Parameters(specs)
+    parameters.initialize(0)
+    scores, _ = model.forward(np.ones((3, *shape), np.float32), parameters.values, EVALUATION)
+    assert scores.shape == (3, classes)
+    assert scores.dtype == np.float32
+
+
+@both_networks
+def test_images_too_small_for_the_network_are_refused_with_the_layer_named(name):
+    with pytest.raises(UsageError, match=rf"--model {name} does not fit images of \(1, 1, 1\): .*\(.* 1 x 1"):
+        build_network(name, (1, 1, 1), 10)
+
+
+@pytest.fixture
+def own_networks(tmp_path, monkeypatch):
+    """A module of a user, in the current folder and no other place where Python looks."""
+    (tmp_path / "own_networks.py").write_text(
+        "from distconv.nn.layers import Affine, Chain, Conv\n"
+        "def small(classes): return Chain(Conv(2), Affine(classes))\n"
+        "def seven(classes): return Chain(Affine(7))\n"
+        "def images(classes): return Chain(Conv(10))\n"
+        "number = 3\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    importlib.invalidate_caches()
+    yield
+    sys.modules.pop("own_networks", None)
+
+
+def test_a_network_of_the_users_own_is_found_by_module_and_function(own_networks):
+    model, specs = build_network("own_networks:small", (4, 5, 1), 6)
+    assert [name for name, _ in model.layers] == ["conv1", "affine1"]
+    assert specs["affine1"]["W"].shape == (2 * 3 * 2, 6)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("deepconvnett", "expected one of deepconvnet, simpleconvnet"),
+        ("own_networks:seven", r"\(7,\), but the data set has 10 classes"),
+        ("own_networks:images", r"\(26, 26, 10\), but the data set has 10 classes"),
+        ("own_networks:absent", "own_networks has no function absent"),
+        ("own_networks:number", "own_networks has no function number"),
+        ("no_such_module:small", "no module no_such_module"),
+        ("no_such_module.inner:small", "no module no_such_module"),
+    ],
+)
+def test_a_network_that_cannot_be_used_is_a_usage_error(own_networks, name, message):
+    with pytest.raises(UsageError, match=message):
+        build_network(name, MNIST, 10)

@@ -1,0 +1,90 @@
+"""The six optimizers against textbook loops over Python numbers, and what the trainer relies on."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from distconv.nn.optimizers import OPTIMIZERS
+from tests import reference
+
+SIZE, STEPS, LR = 7, 25, 0.01
+SLOTS = {"sgd": "", "momentum": "v", "nesterov": "v", "adagrad": "h", "rmsprop": "h", "adam": "mv"}
+all_six = pytest.mark.parametrize("name", reference.OPTIMIZERS)
+
+
+def textbook(name: str, p: np.ndarray, gradients: np.ndarray) -> np.ndarray:
+    """p (SIZE,), gradients (STEPS, SIZE) -> p after each step (STEPS, SIZE), one number at a time."""
+    rule = reference.OPTIMIZERS[name]
+    return np.array([list(rule(float(p[i]), map(float, gradients[:, i]), LR)) for i in range(SIZE)]).T
+
+
+def start(dtype: type) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(0)
+    p, gradients = rng.standard_normal(SIZE), rng.standard_normal((STEPS, SIZE))
+    gradients[:, 0] = 0  # a parameter that the loss does not see
+    gradients[:, 1] *= 1e-6  # so small that the epsilon of the divisions shows
+    return p.astype(dtype), gradients.astype(dtype)
+
+
+def test_the_six_are_those_of_the_command_line():
+    assert sorted(OPTIMIZERS) == sorted(reference.OPTIMIZERS)
+
+
+@all_six
+@pytest.mark.parametrize(("dtype", "tolerance"), [(np.float64, 1e-12), (np.float32, 1e-5)])
+def test_every_step_is_the_textbooks(name, dtype, tolerance):
+    p, gradients = start(dtype)
+    expected = textbook(name, p, gradients)
+    optimizer = OPTIMIZERS[name](SIZE, dtype, LR)
+    for t, g in enumerate(gradients, start=1):
+        optimizer.step(p, g, t)
+        np.testing.assert_allclose(p, expected[t - 1], rtol=tolerance, atol=0)
+
+
+@all_six
+def test_a_step_changes_parameters_and_state_in_place_and_leaves_the_gradient_alone(name):
+    p, gradients = start(np.float32)
+    gradients.flags.writeable = False
+    optimizer = OPTIMIZERS[name](SIZE, np.float32, LR)
+    state, memory = dict(optimizer.state), p.ctypes.data
+    for t, g in enumerate(gradients, start=1):
+        before = p.copy()
+        optimizer.step(p, g, t)
+        assert np.all((p != before)[2:])
+    assert p.dtype == np.float32
+    assert p.ctypes.data == memory
+    assert list(optimizer.state) == list(state)
+    for slot, vector in optimizer.state.items():
+        assert vector is state[slot]  # a checkpoint and its restoring hold on to these
+        assert vector.dtype == np.float32
+        assert np.all(vector[2:] != 0)
+
+
+@all_six
+def test_the_state_is_named_after_the_formula_and_zero_at_the_start(name):
+    state = OPTIMIZERS[name](SIZE, np.float64, LR).state
+    assert list(state) == list(SLOTS[name])
+    for vector in state.values():
+        np.testing.assert_array_equal(vector, np.zeros(SIZE), strict=True)
+
+
+@pytest.mark.parametrize("name", [name for name in SLOTS if SLOTS[name]])
+def test_two_optimizers_share_no_state(name):
+    first, second = (OPTIMIZERS[name](SIZE, np.float64, LR) for _ in range(2))
+    p, gradients = start(np.float64)
+    first.step(p, gradients[0], 1)
+    assert all(not vector.any() for vector in second.state.values())
+
+
+@pytest.mark.parametrize(
+    ("name", "lr"),
+    [("sgd", 0.1), ("momentum", 0.02), ("nesterov", 0.02), ("adagrad", 0.5), ("rmsprop", 0.01), ("adam", 0.05)],
+)
+def test_a_parabola_leads_to_its_lowest_point(name, lr):
+    lowest, curvature = np.array([1.0, -2.0, 0.5]), np.array([1.0, 10.0, 3.0])
+    p = np.zeros(3)
+    optimizer = OPTIMIZERS[name](3, np.float64, lr)
+    for t in range(1, 501):
+        optimizer.step(p, curvature * (p - lowest), t)
+    np.testing.assert_allclose(p, lowest, atol=0.02)

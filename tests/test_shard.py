@@ -1,0 +1,68 @@
+"""Who owns which sample: every sample once, whatever does not divide by what."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+
+from distconv.data.shard import batches, epoch_order, shard, split
+
+SIZES = range(1, 9)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_split_covers_the_range_once_in_order(size):
+    for n in range(50):
+        parts = [split(n, size, rank) for rank in range(size)]
+        assert [i for part in parts for i in range(n)[part]] == list(range(n))
+        # Also as bare numbers, since loops run from start to stop.
+        assert parts[0].start == 0
+        assert parts[-1].stop == n
+        assert all(left.stop == right.start for left, right in pairwise(parts))
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_parts_differ_by_one_element_at_most(size):
+    for n in range(50):
+        lengths = [len(range(n)[split(n, size, rank)]) for rank in range(size)]
+        assert max(lengths) - min(lengths) <= 1
+
+
+def test_ranks_beyond_the_samples_own_nothing():
+    assert [len(range(3)[split(3, 5, rank)]) for rank in range(5)] == [1, 1, 1, 0, 0]
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 8])
+@pytest.mark.parametrize(("n", "batch_size"), [(1, 1), (10, 4), (97, 10), (100, 10), (5, 100), (64, 7)])
+def test_an_epoch_visits_every_sample_once_over_all_batches_and_ranks(n, batch_size, size):
+    order = epoch_order(seed=3, epoch=0, n=n)
+    visited = []
+    for batch in range(batches(n, batch_size)):
+        parts = [shard(order, batch, batch_size, size, rank) for rank in range(size)]
+        together = np.concatenate(parts)
+        # The batch does not depend on the number of ranks, and only the last one may be smaller.
+        np.testing.assert_array_equal(together, order[batch * batch_size :][:batch_size])
+        assert len(together) == min(batch_size, n - batch * batch_size)
+        visited.extend(together.tolist())
+    assert sorted(visited) == list(range(n))
+
+
+def test_the_last_batch_is_shared_out_too_and_may_leave_ranks_without_samples():
+    order = epoch_order(seed=0, epoch=0, n=22)
+    assert batches(22, 10) == 3
+    assert [len(shard(order, 2, 10, 4, rank)) for rank in range(4)] == [1, 1, 0, 0]
+    assert [len(shard(order, 1, 10, 4, rank)) for rank in range(4)] == [3, 3, 2, 2]
+
+
+@pytest.mark.parametrize(("n", "batch_size", "steps"), [(60_000, 100, 600), (60_000, 128, 469), (1, 100, 1)])
+def test_an_epoch_has_a_whole_number_of_steps(n, batch_size, steps):
+    assert batches(n, batch_size) == steps
+
+
+def test_every_epoch_and_seed_has_an_order_of_its_own_that_comes_back():
+    orders = {(seed, epoch): tuple(epoch_order(seed, epoch, 50)) for seed in range(4) for epoch in range(25)}
+    assert len(set(orders.values())) == 100
+    assert all(sorted(order) == list(range(50)) for order in orders.values())
+    assert tuple(epoch_order(2, 7, 50)) == orders[2, 7]
