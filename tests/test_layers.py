@@ -263,7 +263,7 @@ def test_layers_are_named_after_kind_and_number():
         (Chain(Affine(7), MaxPool()), (8, 8, 1), r"MaxPool\(.* needs images .* \(7,\)"),
         (MaxPool(pad=2), (4, 4, 1), r"MaxPool\(.*pad=2.* in the padding alone"),
         (Conv(4, stride=0), (8, 8, 1), r"Conv\(.*stride=0.* at least 1"),
-        (MaxPool(size=0), (8, 8, 1), r"MaxPool\(size=0.* at least 1"),
+        (Conv(4, size=0), (8, 8, 1), r"Conv\(.*size=0.* at least 1"),
         (Dropout(1.5), (8,), r"Dropout\(ratio=1.5.* 0 to 1"),
     ],
 )

@@ -4,7 +4,7 @@ Convolution is a matrix product of image patches and filters (im2col, Chellapill
 batch would be nine times its size, so they are made for as many images as stay in a core's cache (PATCH_BYTES).
 
 Every function takes float32 or float64 arrays and computes in their type. The forward ones take float16 arrays too,
-multiply them in float32, as tensor cores do, and store halves. Gradients are named after their variable: dx, dw, db, dy.
+multiply them in float32, as tensor cores do, and store halves. A gradient is named after its variable: dx, dw, db, dy.
 """
 
 from __future__ import annotations
