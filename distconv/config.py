@@ -27,7 +27,8 @@ else:
 
 MODELS = ("deepconvnet", "simpleconvnet")
 OPTIMIZERS = ("adam", "sgd", "momentum", "nesterov", "adagrad", "rmsprop")
-WIRES = ("float16", "float32", "float64")
+WIRES = ("float16", "bfloat16", "float32", "float64")
+EXCHANGES = ("auto", "flat", "two-level", "mpi")
 DEVICES = ("auto", "cpu", "cuda")
 RESUME = ("auto", "never")
 
@@ -71,6 +72,12 @@ class Config:
         WIRES,
         "float16",
         "numbers that carry the gradients between ranks; float64 computes in float64 too, to compare runs",
+    )
+    exchange: str = _one_of(
+        EXCHANGES,
+        "auto",
+        "how they travel: among all ranks, or first within and then between hosts; mpi is the library's own Allreduce, "
+        "to compare with",
     )
     device: str = _one_of(DEVICES, "auto", "where to compute (this version has kernels for the CPU only)")
     seed: int = _setting(

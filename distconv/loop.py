@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distconv.comm.exchange import HEADER, Exchange
+from distconv.comm.probe import WireProbe
 from distconv.comm.world import World
 from distconv.config import Config
 from distconv.data.dataset import Bytes, Dataset, pixels
@@ -40,10 +41,12 @@ class Run:
     optimizer: Optimizer
     world: World
     exchange: Exchange
+    probe: WireProbe
     step: int = 0  # steps done since the first epoch began
     loss_sum: float = 0.0  # over the samples of this epoch so far, skipped steps left out
     samples: int = 0  # in loss_sum
     skipped: int = 0  # steps in a row whose gradient was not finite
+    exchanged: float = field(default_factory=time.perf_counter)  # when the last exchange ended
 
     @property
     def steps_per_epoch(self) -> int:
@@ -71,7 +74,11 @@ class Run:
 
 @dataclass(frozen=True)
 class StepRecord:
-    """One step. train_loss is the mean over the global batch, with dropout; seconds and bytes are rank 0's own."""
+    """One step. train_loss is the mean over the global batch, with dropout; seconds and bytes are rank 0's own.
+
+    compute: its gradient; wait: for the slowest rank; exchange: the rest of the exchange, in which all ranks take part;
+    wire_seconds_float32: such an exchange on a float32 wire, when it was last tried.
+    """
 
     event: ClassVar[str] = "step"
     step: int
@@ -80,14 +87,20 @@ class StepRecord:
     images_per_second: float
     compute_seconds: float
     exchange_seconds: float
+    wait_seconds: float
     wire_bytes: int
+    wire_seconds_float32: float
+    slowest_rank: int
     skipped: bool
     last_of_epoch: bool = field(metadata={"log": False})
 
 
 @dataclass(frozen=True)
 class EpochRecord:
-    """One epoch. The accuracies are without dropout, on the first eval_samples images of each set."""
+    """One epoch. The accuracies are without dropout, on the first eval_samples images of each set.
+
+    The wire's health is that of the epoch's last step: see WireHealth.
+    """
 
     event: ClassVar[str] = "epoch"
     step: int
@@ -96,6 +109,9 @@ class EpochRecord:
     train_accuracy: float
     test_accuracy: float
     images_per_second: float
+    largest_gradient: float
+    flushed_share: float
+    wire_error: float
     parameters_sha256: str
 
 
@@ -175,15 +191,21 @@ def _step(run: Run, order: NDArray[np.int64], epoch: int, batch: int, stop: bool
     mine = shard(order, batch, batch_size, world.size, world.rank)
     global_batch = len(order[batch * batch_size : (batch + 1) * batch_size])
     images, labels = run.dataset.train_images[mine], run.dataset.train_labels[mine]
+    last_of_epoch = batch + 1 == run.steps_per_epoch
 
     began = time.perf_counter()
     context = Context(training=True, seed=run.config.seed, step=run.step, samples=mine)
     loss_sum = local_gradient(run.model, parameters, images, labels, context, global_batch)
-    finite = bool(np.isfinite(parameters.gradient).all())
     computed = time.perf_counter()
-    header = np.array((run.step, len(mine), loss_sum, finite, stop), HEADER)
+    contribution = parameters.gradient.copy() if last_of_epoch or run.probe.fresh else None
+    bad_tensor = parameters.first_bad(parameters.gradient)
+    ready = time.perf_counter()
+    header = np.array((run.step, len(mine), loss_sum, bad_tensor, stop, ready - run.exchanged), HEADER)
     headers = run.exchange.sum(parameters.gradient, header)
-    exchanged = time.perf_counter()
+    run.exchanged = time.perf_counter()
+    wait = float(headers["busy_seconds"].max() - header["busy_seconds"])
+    if contribution is not None:
+        run.probe.compare(contribution, parameters.gradient)
 
     if np.any(headers["step"] != run.step) or headers["samples"].sum() != global_batch:
         raise DistconvError(f"the ranks are not at the same step: {headers['step'].tolist()}; this is a bug")
@@ -198,10 +220,9 @@ def _step(run: Run, order: NDArray[np.int64], epoch: int, batch: int, stop: bool
     else:
         run.skipped += 1
     if run.skipped == MOST_SKIPPED:
-        bad = np.flatnonzero(headers["finite"] == 0).tolist()
         failure = DistconvError(
-            f"step {run.step}: {MOST_SKIPPED} steps in a row had a gradient that is not finite (last on rank "
-            f"{', '.join(map(str, bad)) or 'none, but in their sum'}): use a smaller --lr than {run.config.lr:g}"
+            f"step {run.step}: {MOST_SKIPPED} steps in a row had a gradient that is not finite (last "
+            f"{_who_is_bad(headers['bad_tensor'], parameters)}): use a smaller --lr than {run.config.lr:g}"
         )
         failure.everywhere = True
         raise failure
@@ -211,12 +232,22 @@ def _step(run: Run, order: NDArray[np.int64], epoch: int, batch: int, stop: bool
         train_loss=loss / global_batch,
         images_per_second=global_batch / (time.perf_counter() - began),
         compute_seconds=computed - began,
-        exchange_seconds=exchanged - computed,
+        exchange_seconds=max(0.0, run.exchanged - ready - wait),
+        wait_seconds=wait,
         wire_bytes=run.exchange.bytes_sent,
+        wire_seconds_float32=run.probe.seconds,
+        slowest_rank=int(np.argmax(headers["busy_seconds"])),
         skipped=not good,
-        last_of_epoch=batch + 1 == run.steps_per_epoch,
+        last_of_epoch=last_of_epoch,
     )
     return record, bool(headers["stop"].any())
+
+
+def _who_is_bad(bad_tensors: NDArray[np.int64], parameters: Parameters) -> str:
+    """Names the ranks whose gradient is not finite, and the first such tensor of each."""
+    names = list(parameters.specs)
+    bad = [f"{names[tensor]} on rank {rank}" for rank, tensor in enumerate(bad_tensors) if tensor >= 0]
+    return ", ".join(bad) or "in the sum of finite ones"
 
 
 def _end_of_epoch(run: Run, epoch: int, images_per_second: float) -> EpochRecord:
@@ -228,7 +259,19 @@ def _end_of_epoch(run: Run, epoch: int, images_per_second: float) -> EpochRecord
     test_accuracy = _accuracy(run, run.dataset.test_images, run.dataset.test_labels)
     train_loss = run.loss_sum / run.samples if run.samples else float("nan")
     run.loss_sum, run.samples = 0.0, 0
-    return EpochRecord(run.step, epoch + 1, train_loss, train_accuracy, test_accuracy, images_per_second, digest)
+    health = run.probe.health
+    return EpochRecord(
+        run.step,
+        epoch + 1,
+        train_loss,
+        train_accuracy,
+        test_accuracy,
+        images_per_second,
+        health.largest_gradient,
+        health.flushed_share,
+        health.wire_error,
+        digest,
+    )
 
 
 def _accuracy(run: Run, images: Bytes, labels: Bytes) -> float:

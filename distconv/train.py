@@ -102,8 +102,9 @@ def check_settings(settings: Config, world: ranks.World) -> None:
 
 def build(settings: Config, dataset: Dataset, world: ranks.World) -> Run:
     """Model, parameters, optimizer and exchange; rank 0's first weights go to all ranks."""
-    from distconv.comm.exchange import Exchange
+    from distconv.comm.exchange import choose
     from distconv.comm.half import WIRES
+    from distconv.comm.probe import WireProbe
     from distconv.loop import Run
     from distconv.nn.networks import build_network
     from distconv.nn.optimizers import OPTIMIZERS
@@ -111,13 +112,16 @@ def build(settings: Config, dataset: Dataset, world: ranks.World) -> Run:
 
     with world.together():
         model, specs = build_network(settings.model, dataset.image_shape, dataset.classes)
-        parameters = Parameters(specs, WIRES[settings.wire].sum_dtype)  # no use in sums finer than what is summed
+        parameters = Parameters(specs, WIRES[settings.wire].dtype)  # no use in sums finer than what is summed
     world.agree("the model", parameters.layout(), "give all hosts the same code")
     parameters.initialize(settings.seed)
     world.comm.Bcast(parameters.vector)
     optimizer = OPTIMIZERS[settings.optimizer](parameters.size, parameters.vector.dtype, settings.lr)
-    exchange = Exchange(world.comm, parameters.size, WIRES[settings.wire], parameters.vector.dtype)
-    return Run(settings, dataset, model, parameters, optimizer, world, exchange)
+    with world.together():
+        exchange = choose(world, parameters.size, settings.wire, settings.exchange)
+    exact = "float64" if settings.wire == "float64" else "float32"
+    probe = WireProbe(settings.wire, lambda: choose(world, parameters.size, exact))
+    return Run(settings, dataset, model, parameters, optimizer, world, exchange, probe)
 
 
 def make_folder(settings: Config, world: ranks.World) -> Path:
@@ -178,8 +182,8 @@ def introduce(run: Run, out: Path, data_name: str, checkpoint: Checkpoint | None
     log.say(
         f"distconv {__version__}: {world.size} rank{'s' * (world.size > 1)} on {world.hosts} "
         f"host{'s' * (world.hosts > 1)}, cpu with {threads} BLAS thread{'s' * (threads > 1)} a rank, {world.library} | "
-        f"{settings.model}, {run.parameters.size:,} parameters, {settings.wire} on the wire | {data_name}, "
-        f"{len(dataset.train_labels):,} training and {len(dataset.test_labels):,} test images"
+        f"{settings.model}, {run.parameters.size:,} parameters, {settings.wire} on the wire ({run.exchange.how}) | "
+        f"{data_name}, {len(dataset.train_labels):,} training and {len(dataset.test_labels):,} test images"
     )
     if checkpoint:
         log.say(f"going on from {checkpoint.path}, after step {run.step:,} of {run.steps:,}")
@@ -190,6 +194,8 @@ def introduce(run: Run, out: Path, data_name: str, checkpoint: Checkpoint | None
         hosts=world.hosts,
         device="cpu",
         blas_threads=threads,
+        wire=settings.wire,
+        exchange=run.exchange.how,
         model=settings.model,
         parameter_count=run.parameters.size,
         data=data_name,

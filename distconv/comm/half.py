@@ -1,106 +1,158 @@
-"""What a gradient looks like on the wire: as bytes of float16, or plainly as float32 or float64.
+"""What a gradient looks like on the wire: as float16 with shared exponents, as bfloat16, or as it is.
 
 float16 has 5 bits of exponent, so it holds numbers from 6e-8 to 65504; gradients are often smaller. So each block of
-BLOCK numbers is divided by a power of two, chosen from the largest of the block, that brings that one into
-[2^14, 2^15), and the exponent travels beside the halves as a 16-bit integer. Nothing overflows, and what vanishes is
+BLOCK numbers is divided by a power of two, chosen from the largest finite one of the block, that brings that one into
+[2^14, 2^15), and the exponent travels behind the halves as a 16-bit integer. Nothing overflows, and what vanishes is
 2^39 times smaller than the largest of its block. A power of two changes no bit of the mantissa, so the rounding to
-float16 (2^-11 relative, at the worst) is the only loss.
+float16 (2^-11 relative, at the worst) is the only loss. Infinities and NaN stay what they are, where they are.
+
+bfloat16 has the exponents of float32 and needs none of that, but rounds 8 times more coarsely.
+
+The classes below say what the formats are, in NumPy; where the processor casts to half itself, kernels/half.py does the
+same work at its speed.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from distconv.kernels import half
 from distconv.kernels.cpu import Array
+from distconv.kernels.half import BLOCK, LOWEST, TOP
 
 Bytes = NDArray[np.uint8]
-BLOCK = 256  # numbers that share an exponent: 0.4 % more bytes
-TOP = 15  # the largest of a block is brought into [2^(TOP-1), 2^TOP)
-LOWEST, HIGHEST = -126, 127  # exponents whose powers of two, either way, are normal float32 numbers or nearly so
-
-
-class Wire(Protocol):
-    """A format for vectors whose length is a multiple of BLOCK."""
-
-    @property
-    def sum_dtype(self) -> np.dtype[Any]:
-        """The type in which contributions are added up."""
-        ...
-
-    def nbytes(self, n: int) -> int:
-        """Bytes for n numbers."""
-        ...
-
-    def encode(self, vector: Array, out: Bytes) -> None:
-        """Write a vector (n,) into out (nbytes(n),)."""
-        ...
-
-    def decode(self, raw: Bytes) -> Array:
-        """The vector (n,) that raw (nbytes(n),) stands for, as sum_dtype."""
-        ...
+ALIGNMENT = 8  # bytes; messages lie behind one another, and each is read as numbers of up to that size
 
 
 @dataclass(frozen=True)
-class PlainWire:
-    """Numbers as they are, in the byte order of the machine."""
+class Wire:
+    """A format for vectors (n,) of one dtype; subclasses encode and decode. Messages are arrays of bytes."""
 
-    sum_dtype: np.dtype[Any]
-
-    def nbytes(self, n: int) -> int:
-        return n * self.sum_dtype.itemsize
-
-    def encode(self, vector: Array, out: Bytes) -> None:
-        out.view(self.sum_dtype)[...] = vector
-
-    def decode(self, raw: Bytes) -> Array:
-        return raw.view(self.sum_dtype)
-
-
-@dataclass(frozen=True)
-class HalfWire:
-    """n halves, then n / BLOCK exponents. Infinities and NaN stay what they are; so do signed zeros."""
-
-    @property
-    def sum_dtype(self) -> np.dtype[Any]:
-        return np.dtype(np.float32)
+    name: str
+    dtype: np.dtype[Any]  # of the vectors, and of the sums
 
     def nbytes(self, n: int) -> int:
-        return 2 * n + 2 * n // BLOCK
+        """Bytes of a message that holds up to n numbers, n a multiple of BLOCK."""
+        return n * self.dtype.itemsize
 
-    def encode(self, vector: Array, out: Bytes) -> None:
-        n = vector.size
-        blocks = vector.reshape(-1, BLOCK)
-        exponents = block_exponents(blocks)
+    def encode(self, x: Array, message: Bytes) -> None:
+        """Write x, which may be shorter than the message has room for."""
+        message[: x.nbytes].view(self.dtype)[...] = x
+
+    def decode(self, message: Bytes, x: Array) -> None:
+        """Write the numbers of a message into x, which may be shorter."""
+        x[...] = message[: x.nbytes].view(self.dtype)
+
+    def sum_and_encode(
+        self, own: Array, rank: int, P: int, received: Bytes, first: int, stride: int, message: Bytes
+    ) -> None:
+        """Write the sum of the contributions of P ranks, added up in rank order, into message.
+
+        own is that of `rank`, as it is; those of the others are messages in received, `stride` bytes apart from `first`
+        on.
+        """
+        total, other = np.zeros_like(own), np.empty_like(own)
+        for r in range(P):
+            if r == rank:
+                total += own
+            else:
+                self.decode(received[first + r * stride :][: len(message)], other)
+                total += other
+        self.encode(total, message)
+
+
+class BrainWire(Wire):
+    """bfloat16: the upper half of a float32, rounded to nearest, ties to even."""
+
+    def nbytes(self, n: int) -> int:
+        return 2 * n
+
+    def encode(self, x: Array, message: Bytes) -> None:
+        bits = x.view(np.uint32)
+        rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
+        message[: 2 * x.size].view(np.uint16)[...] = np.where(np.isnan(x), np.uint32(0x7FC0), rounded)
+
+    def decode(self, message: Bytes, x: Array) -> None:
+        np.left_shift(message[: 2 * x.size].view(np.uint16), np.uint32(16), out=x.view(np.uint32), dtype=np.uint32)
+
+
+class HalfWire(Wire):
+    """float16: halves, then an int16 exponent for each block of them."""
+
+    def nbytes(self, n: int) -> int:
+        content = 2 * n + 2 * (n // BLOCK)
+        return -(-content // ALIGNMENT) * ALIGNMENT
+
+    def encode(self, x: Array, message: Bytes) -> None:
+        halves, exponents = _fields(message)
+        blocks = _blocks(x)
+        e = block_exponents(blocks)
         with np.errstate(over="ignore", under="ignore", invalid="ignore"):
-            scaled = blocks * np.ldexp(np.ones((), vector.dtype), -exponents)[:, None]
-            out[: 2 * n].view(np.float16).reshape(blocks.shape)[...] = scaled
-        out[2 * n :].view(np.int16)[...] = exponents
+            scaled = blocks * np.ldexp(np.float32(1), -e)[:, None]
+            halves[: x.size].view(np.float16)[...] = scaled.ravel()[: x.size]
+        exponents[: len(e)].view(np.int16)[...] = e
 
-    def decode(self, raw: Bytes) -> Array:
-        n = len(raw) * BLOCK // (2 * BLOCK + 2)
-        blocks = raw[: 2 * n].view(np.float16).reshape(-1, BLOCK).astype(np.float32)
-        exponents = raw[2 * n :].view(np.int16).astype(np.int32)
-        with np.errstate(over="ignore", under="ignore"):
-            blocks *= np.ldexp(np.float32(1), exponents)[:, None]
-        return blocks.reshape(n)
+    def decode(self, message: Bytes, x: Array) -> None:
+        halves, exponents = _fields(message)
+        blocks = _blocks(halves[: x.size].view(np.float16).astype(np.float32))
+        e = exponents[: len(blocks)].view(np.int16).astype(np.int32)
+        with np.errstate(over="ignore", under="ignore", invalid="ignore"):
+            x[...] = (blocks * np.ldexp(np.float32(1), e)[:, None]).ravel()[: x.size]
+
+
+class CompiledHalfWire(HalfWire):
+    """The same format by the loops of kernels/half.py."""
+
+    def encode(self, x: Array, message: Bytes) -> None:
+        half.encode(x, *_fields(message))
+
+    def decode(self, message: Bytes, x: Array) -> None:
+        half.decode(*_fields(message), x)
+
+    def sum_and_encode(
+        self, own: Array, rank: int, P: int, received: Bytes, first: int, stride: int, message: Bytes
+    ) -> None:
+        capacity = _capacity(len(message))
+        half.sum_and_encode(
+            own, rank, P, received.view(np.uint16), first // 2, stride // 2, capacity, *_fields(message)
+        )
 
 
 def block_exponents(blocks: Array) -> NDArray[np.int32]:
-    """For blocks (M, BLOCK), the exponents e (M,) that bring each block's largest |x| 2^-e into [2^14, 2^15).
+    """For blocks (M, BLOCK), the exponents e (M,) that bring each block's largest finite |x| 2^-e into [2^14, 2^15).
 
-    0 for a block of zeros and for one that is not finite; never beyond LOWEST and HIGHEST.
+    0 for a block of zeros; never below LOWEST.
     """
-    peak = np.abs(blocks).max(axis=1)
-    exponents = np.frexp(peak)[1].astype(np.int32) - TOP
-    return np.where(np.isfinite(peak) & (peak > 0), np.clip(exponents, LOWEST, HIGHEST), 0)
+    peak = np.abs(np.where(np.isfinite(blocks), blocks, 0)).max(axis=1, initial=0)
+    return np.where(peak > 0, np.maximum(np.frexp(peak)[1].astype(np.int32) - TOP, LOWEST), 0)
 
 
+def _capacity(nbytes: int) -> int:
+    """Halves that a message of so many bytes has room for, a multiple of BLOCK."""
+    return nbytes // (2 * BLOCK + 2) * BLOCK
+
+
+def _fields(message: Bytes) -> tuple[NDArray[np.uint16], NDArray[np.uint16]]:
+    """The halves and the exponents of a message, as bits."""
+    words, capacity = message.view(np.uint16), _capacity(len(message))
+    return words[:capacity], words[capacity:]
+
+
+def _blocks(x: Array) -> Array:
+    """x (n,) -> (M, BLOCK), filled up with zeros."""
+    padded = np.zeros(-(-x.size // BLOCK) * BLOCK, x.dtype)
+    padded[: x.size] = x
+    return padded.reshape(-1, BLOCK)
+
+
+_FLOAT32, _FLOAT64 = np.dtype(np.float32), np.dtype(np.float64)
 WIRES: dict[str, Wire] = {
-    "float16": HalfWire(),
-    "float32": PlainWire(np.dtype(np.float32)),
-    "float64": PlainWire(np.dtype(np.float64)),
+    "float16": (CompiledHalfWire if half.in_hardware() else HalfWire)("float16", _FLOAT32),
+    "bfloat16": BrainWire("bfloat16", _FLOAT32),
+    "float32": Wire("float32", _FLOAT32),
+    "float64": Wire("float64", _FLOAT64),
 }

@@ -16,11 +16,14 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import threadpoolctl
 
 from distconv.errors import DistconvError, MismatchError
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
 
 LAUNCHER_RANK = ("PMI_RANK", "OMPI_COMM_WORLD_RANK", "PMIX_RANK", "SLURM_PROCID")
 LAUNCHER_SIZE = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE")
@@ -55,7 +58,8 @@ def mute_stdout() -> None:
 class World:
     """The ranks of a job. A context manager: what is raised inside ends the job on all ranks.
 
-    rank, size: in the job; local_rank, local_size: among the ranks that share this host; hosts: how many there are.
+    rank, size: in the job; local_rank, local_size: among the ranks of this host, whose communicator is local; hosts:
+    how many there are.
     error_folder: where a failing rank leaves its report, once there is such a folder.
     """
 
@@ -64,11 +68,10 @@ class World:
         self.library = library
         self.rank: int = comm.rank
         self.size: int = comm.size
-        local = comm.Split_type(_MPI().COMM_TYPE_SHARED)
-        self.local_rank: int = local.rank
-        self.local_size: int = local.size
-        self.hosts = sum(comm.allgather(local.rank == 0))
-        local.Free()
+        self.local = comm.Split_type(_MPI().COMM_TYPE_SHARED)
+        self.local_rank: int = self.local.rank
+        self.local_size: int = self.local.size
+        self.hosts = sum(comm.allgather(self.local_rank == 0))
         self.error_folder: Path | None = None
 
     @contextlib.contextmanager
@@ -180,3 +183,30 @@ def _MPI() -> Any:
             f"no MPI library can be loaded ({reason}): pip install mpich, or load the MPI module of your cluster"
         ) from None
     return MPI
+
+
+def share(comm: MPI.Comm, nbytes: int) -> tuple[memoryview, Callable[[], None]] | None:
+    """Memory that the ranks of one host share, nbytes for each of them, one behind the other; collective over comm.
+
+    Returns it with a barrier, after which all ranks see what each has written before it; or None where the ranks are
+    not on one host with room for it. It lasts as long as the process. nbytes is a multiple of 8.
+    """
+    MPI = _MPI()
+    local = comm.Split_type(MPI.COMM_TYPE_SHARED)
+    # Containers often have a small /dev/shm, and to write beyond its end is a bus error, not an exception.
+    store = os.statvfs("/dev/shm") if Path("/dev/shm").is_dir() else None
+    room = store is None or store.f_bavail * store.f_frsize > 1.5 * nbytes * comm.size
+    fits = comm.allreduce(local.size == comm.size and room, MPI.LAND)
+    local.Free()
+    if not fits:
+        return None
+    window = MPI.Win.Allocate_shared(nbytes, 1, comm=comm)
+    window.Lock_all()
+    start, _ = window.Shared_query(0)  # the standard puts the parts of the ranks one behind the other
+
+    def barrier() -> None:
+        window.Sync()
+        comm.Barrier()
+        window.Sync()
+
+    return memoryview(MPI.buffer.fromaddress(start.address, nbytes * comm.size)), barrier

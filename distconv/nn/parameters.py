@@ -64,6 +64,12 @@ class Parameters:
             stream = np.random.default_rng([seed, zlib.crc32(name.encode())])
             view[...] = self.specs[name].deviation * stream.standard_normal(view.shape)
 
+    def first_bad(self, vector: Array) -> int:
+        """The number of the first tensor of a vector laid out like this that holds an infinity or NaN, or -1."""
+        if np.isfinite(vector).all():
+            return -1
+        return next(i for i, view in enumerate(self.named(vector).values()) if not np.isfinite(view).all())
+
     def digest(self) -> str:
         """SHA-256 over the bits of the values."""
         return hashlib.sha256(self.vector.tobytes()).hexdigest()

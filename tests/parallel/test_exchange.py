@@ -7,7 +7,7 @@ import hashlib
 import numpy as np
 import pytest
 
-from distconv.comm.exchange import HEADER, Exchange
+from distconv.comm.exchange import HEADER, Flat
 from distconv.comm.half import BLOCK, WIRES
 from distconv.comm.world import World
 
@@ -17,7 +17,7 @@ HALF_ROUNDING = 2.0**-11  # the largest relative rounding error of a half
 
 def header(world: World, **fields: int | float) -> np.ndarray:
     record = np.zeros((), HEADER)
-    record["step"], record["samples"], record["finite"] = 1, world.rank + 10, 1
+    record["step"], record["samples"], record["bad_tensor"] = 1, world.rank + 10, -1
     for name, value in fields.items():
         record[name] = value
     return record
@@ -30,9 +30,9 @@ def contribution(rank: int, size: int, std: float) -> np.ndarray:
 @pytest.mark.parametrize("wire", WIRES)
 @pytest.mark.parametrize("size", SIZES)
 def test_small_whole_numbers_are_summed_exactly_by_every_wire(world: World, wire: str, size: int) -> None:
-    exchange = Exchange(world.comm, size, WIRES[wire])
+    exchange = Flat(world.comm, size, WIRES[wire])
     for repeat in range(3):  # the buffers are used again
-        vector = np.arange(size, dtype=np.float32) % 7 + world.rank + repeat
+        vector = (np.arange(size) % 7 + world.rank + repeat).astype(WIRES[wire].dtype)
         exchange.sum(vector, header(world))
         P = world.size
         expected = P * (np.arange(size) % 7 + repeat) + P * (P - 1) / 2
@@ -41,8 +41,10 @@ def test_small_whole_numbers_are_summed_exactly_by_every_wire(world: World, wire
 
 @pytest.mark.parametrize("wire", WIRES)
 def test_headers_arrive_whole_and_in_rank_order(world: World, wire: str) -> None:
-    exchange = Exchange(world.comm, 5, WIRES[wire])
-    headers = exchange.sum(np.zeros(5, np.float32), header(world, loss_sum=0.1 * world.rank, stop=world.rank == 1))
+    exchange = Flat(world.comm, 5, WIRES[wire])
+    headers = exchange.sum(
+        np.zeros(5, WIRES[wire].dtype), header(world, loss_sum=0.1 * world.rank, stop=world.rank == 1)
+    )
     assert headers["samples"].tolist() == [rank + 10 for rank in range(world.size)]
     assert headers["loss_sum"].tolist() == [0.1 * rank for rank in range(world.size)]
     assert headers["stop"].tolist() == [int(rank == 1) for rank in range(world.size)]
@@ -54,7 +56,7 @@ def test_the_half_wire_rounds_once_each_way_whatever_the_size_of_the_gradient(wo
     parts = [contribution(rank, size, std) for rank in range(world.size)]
     exact = np.sum(parts, axis=0, dtype=np.float64)
     vector = parts[world.rank].copy()
-    Exchange(world.comm, size, WIRES["float16"]).sum(vector, header(world))
+    Flat(world.comm, size, WIRES["float16"]).sum(vector, header(world))
     assert np.linalg.norm(vector - exact) <= 3e-4 * np.linalg.norm(exact)
     # Once out, once back; what falls below the smallest half of its block adds far less than one rounding.
     bound = HALF_ROUNDING * (np.abs(parts).sum(axis=0) + np.abs(exact)) * 1.01 + 1e-6 * std
@@ -66,7 +68,7 @@ def test_layers_of_very_different_size_do_not_disturb_each_other(world: World) -
     parts = [contribution(rank, scales.size, 1.0) * scales for rank in range(world.size)]
     exact = np.sum(parts, axis=0, dtype=np.float64)
     vector = parts[world.rank].copy()
-    Exchange(world.comm, scales.size, WIRES["float16"]).sum(vector, header(world))
+    Flat(world.comm, scales.size, WIRES["float16"]).sum(vector, header(world))
     for got, wanted in zip(vector.reshape(4, -1), exact.reshape(4, -1), strict=True):
         assert np.linalg.norm(got - wanted) <= 3e-4 * np.linalg.norm(wanted)
 
@@ -75,16 +77,16 @@ def test_large_gradients_do_not_overflow(world: World) -> None:
     values = [40_000.0, 60_000.0, 65_504.0, 1e30]
     for value in values:
         vector = np.full(1000, value, np.float32)
-        Exchange(world.comm, 1000, WIRES["float16"]).sum(vector, header(world))
+        Flat(world.comm, 1000, WIRES["float16"]).sum(vector, header(world))
         np.testing.assert_allclose(vector, value * world.size, rtol=2.1 * HALF_ROUNDING)
 
 
 @pytest.mark.parametrize("wire", WIRES)
 def test_all_ranks_hold_the_same_bits_and_a_repeat_gives_them_again(world: World, wire: str) -> None:
-    exchange = Exchange(world.comm, 123_552, WIRES[wire])
+    exchange = Flat(world.comm, 123_552, WIRES[wire])
     digests = set()
     for _ in range(2):
-        vector = contribution(world.rank, 123_552, 1e-3)
+        vector = contribution(world.rank, 123_552, 1e-3).astype(WIRES[wire].dtype)
         exchange.sum(vector, header(world))
         digests.update(world.comm.allgather(hashlib.sha256(vector.tobytes()).hexdigest()))
     assert len(digests) == 1
@@ -93,7 +95,7 @@ def test_all_ranks_hold_the_same_bits_and_a_repeat_gives_them_again(world: World
 def test_float64_vectors_cross_a_float64_wire_without_loss(world: World) -> None:
     parts = [np.random.default_rng(rank).standard_normal(777) for rank in range(world.size)]
     vector = parts[world.rank].copy()
-    Exchange(world.comm, 777, WIRES["float64"], np.float64).sum(vector, header(world))
+    Flat(world.comm, 777, WIRES["float64"]).sum(vector, header(world))
     np.testing.assert_allclose(vector, np.sum(parts, axis=0), rtol=0, atol=1e-14 * world.size)
 
 
@@ -102,17 +104,17 @@ def test_float64_vectors_cross_a_float64_wire_without_loss(world: World) -> None
 def test_a_number_that_is_not_finite_reaches_every_rank_and_stays_where_it_is(
     world: World, wire: str, bad: float
 ) -> None:
-    vector = np.ones(3 * BLOCK, np.float32)
+    vector = np.ones(3 * BLOCK, WIRES[wire].dtype)
     if world.rank == world.size - 1:
         vector[BLOCK + 3] = bad
-    Exchange(world.comm, vector.size, WIRES[wire]).sum(vector, header(world))
+    Flat(world.comm, vector.size, WIRES[wire]).sum(vector, header(world))
     assert np.flatnonzero(~np.isfinite(vector)).tolist() == [BLOCK + 3]
     np.testing.assert_array_equal(np.delete(vector, BLOCK + 3), world.size)
 
 
 def test_half_the_bytes_of_float32_are_sent(world: World) -> None:
     size = 1 << 20
-    sent = {wire: Exchange(world.comm, size, WIRES[wire]).bytes_sent for wire in WIRES}
+    sent = {wire: Flat(world.comm, size, WIRES[wire]).bytes_sent for wire in WIRES}
     P = world.size
     assert sent["float32"] == pytest.approx(2 * (P - 1) / P * 4 * size, rel=0.001)  # what a ring allreduce sends
     assert sent["float16"] <= 0.505 * sent["float32"]

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from distconv import config, loop
-from distconv.comm.exchange import HEADER, Exchange
-from distconv.comm.half import WIRES
+from distconv.comm.exchange import HEADER, choose
+from distconv.comm.probe import WireProbe
 from distconv.comm.world import World
 from distconv.data import digits
 from distconv.data.shard import split
@@ -30,8 +30,9 @@ def make_run(world: World, settings: config.Config = SETTINGS, dtype: type = np.
     parameters = Parameters(specs, dtype)
     parameters.initialize(settings.seed)
     optimizer = OPTIMIZERS[settings.optimizer](parameters.size, dtype, settings.lr)
-    exchange = Exchange(world.comm, parameters.size, WIRES[settings.wire], dtype)
-    return loop.Run(settings, dataset, model, parameters, optimizer, world, exchange)
+    exchange = choose(world, parameters.size, settings.wire)
+    probe = WireProbe(settings.wire, lambda: choose(world, parameters.size, np.dtype(dtype).name))
+    return loop.Run(settings, dataset, model, parameters, optimizer, world, exchange, probe)
 
 
 def never() -> bool:
@@ -142,6 +143,6 @@ def test_a_gradient_that_is_not_finite_makes_all_ranks_skip_the_same_step(world:
 def test_ten_bad_steps_in_a_row_end_the_run_on_every_rank(world: World) -> None:
     run = make_run(world, dataclasses.replace(SETTINGS, batch_size=8))
     with_a_bad_rank(run, set(range(100)))
-    with pytest.raises(DistconvError, match=rf"10 steps in a row .* rank {world.size - 1}"):
+    with pytest.raises(DistconvError, match=rf"10 steps in a row .*conv3.W on rank {world.size - 1}"):
         list(loop.train(run, never))
     assert run.step == 10

@@ -1,0 +1,63 @@
+"""MPI's own Allreduce in place of our exchange: a variant to measure against, not one to train with.
+
+Its float16 sum rounds at every hop and overflows where a sum exceeds 65504, and in MPICH 5.0 built by a compiler
+without `_Float16` it is wrong without a word. So it is tried on every finite half before it is used.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from distconv.comm.exchange import HEADER, Headers
+from distconv.errors import UsageError
+from distconv.kernels.cpu import Array
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
+
+class Library:
+    """Allreduce on the wire's type, and an Allgather for the headers."""
+
+    carrier = "mpi"
+    how = "mpi, the library's own Allreduce"
+
+    def __init__(self, comm: MPI.Comm, size: int, wire: str) -> None:
+        """Raises UsageError, on all ranks alike, where the library cannot sum the wire's type."""
+        if wire == "bfloat16":
+            raise UsageError("--exchange mpi: MPI has no bfloat16; use --wire float16, float32 or float64")
+        if wire == "float16" and (problem := half_problem(comm)):
+            raise UsageError(f"--exchange mpi --wire float16: {problem}; use --exchange auto")
+        self.comm = comm
+        self.ours, self.sums = np.zeros((2, size), wire)
+        self.bytes_sent = round(2 * (comm.size - 1) / comm.size * self.ours.nbytes)  # what a ring sends, not counted
+
+    def sum(self, vector: Array, header: Headers) -> Headers:
+        """See Exchange; halves are not scaled, so that what the library does with them can be seen."""
+        with np.errstate(over="ignore"):
+            self.ours[...] = vector
+        self.comm.Allreduce(self.ours, self.sums)
+        vector[...] = self.sums
+        headers = np.zeros((self.comm.size, HEADER.itemsize), np.uint8)
+        self.comm.Allgather(np.frombuffer(header.tobytes(), np.uint8), headers)
+        return headers.reshape(-1).view(HEADER)
+
+
+def half_problem(comm: MPI.Comm) -> str | None:
+    """What is wrong with the library's sum of halves, or None: every finite half plus another one; collective."""
+    halves = np.arange(1 << 16, dtype=np.uint16).view(np.float16)
+    halves = halves[np.isfinite(halves)]
+    contributions = [halves, np.roll(halves[::-1], 12345)]
+    mine = contributions[comm.rank].copy() if comm.rank < 2 else np.zeros_like(halves)
+    sums = np.empty_like(halves)
+    try:
+        comm.Allreduce(mine, sums)
+    except (KeyError, NotImplementedError):  # mpi4py knows the type only if the library does
+        return "this MPI has no type for halves"
+    with np.errstate(over="ignore"):
+        right = np.sum(contributions[: comm.size], axis=0, dtype=np.float64).astype(np.float16)
+    wrong = int(np.count_nonzero(sums != right))
+    worst = max(comm.allgather(wrong))
+    return f"this MPI adds up {worst:,} of {len(halves):,} pairs of halves wrongly" if worst else None

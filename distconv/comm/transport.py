@@ -1,0 +1,80 @@
+"""Two ways of bringing bytes from every rank to every rank: MPI's messages, and memory that the ranks of a host share.
+
+Both have the same form. A rank writes one message for each rank into `outgoing`; after `scatter`, the messages of the
+others to this rank lie in `received`, `stride` bytes apart from `first` on. It writes one message for all into `mine`;
+after `gather`, those of the ranks lie in `gathered`. Each is a barrier, so buffers can be used again step after step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from distconv.comm.half import Bytes
+from distconv.comm.world import share
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
+CACHE_LINE = 64  # bytes
+
+
+class Messages:
+    """MPI carries bytes: an all-to-all and an all-gather, with any MPI, over any network."""
+
+    name = "messages"
+
+    def __init__(self, comm: MPI.Comm, outgoing_bytes: int, mine_bytes: int) -> None:
+        """Room for messages of outgoing_bytes to each rank, and for one of mine_bytes to all."""
+        P = comm.size
+        self.comm = comm
+        self.outgoing: list[Bytes] = list(np.zeros((P, outgoing_bytes), np.uint8))
+        self.received: Bytes = np.zeros(P * outgoing_bytes, np.uint8)
+        self.first, self.stride = 0, outgoing_bytes
+        self.mine: Bytes = np.zeros(mine_bytes, np.uint8)
+        self.gathered: list[Bytes] = list(np.zeros((P, mine_bytes), np.uint8))
+
+    def scatter(self) -> None:
+        self.comm.Alltoall(self.outgoing[0].base, self.received)
+
+    def gather(self) -> None:
+        self.comm.Allgather(self.mine, self.gathered[0].base)
+
+
+class SharedMemory:
+    """The ranks of one host read each other's messages where they were written; nothing is copied."""
+
+    name = "shared memory"
+
+    def __init__(self, space: SharedSpace, outgoing_bytes: int, mine_bytes: int) -> None:
+        P = len(space.segments)
+        messages = space.segments[:, : P * outgoing_bytes].reshape(P, P, outgoing_bytes)
+        self.outgoing: list[Bytes] = list(messages[space.rank])
+        self.received: Bytes = space.segments.reshape(-1)
+        self.first, self.stride = space.rank * outgoing_bytes, space.segments.shape[1]
+        self.gathered: list[Bytes] = list(space.segments[:, P * outgoing_bytes :][:, :mine_bytes])
+        self.mine = self.gathered[space.rank]
+        self.scatter = self.gather = space.barrier
+
+
+class SharedSpace:
+    """Memory that P ranks of one host see: segments (P, nbytes), one of them each rank's own."""
+
+    def __init__(self, comm: MPI.Comm, memory: memoryview, barrier: Callable[[], None]) -> None:
+        self.rank = comm.rank
+        self.segments: Bytes = np.frombuffer(memory, np.uint8).reshape(comm.size, -1)
+        self.barrier = barrier
+
+    @classmethod
+    def allocate(cls, comm: MPI.Comm, nbytes: int) -> SharedSpace | None:
+        """nbytes or a little more for each rank; None where the ranks are not on one host with room for it."""
+        shared = share(comm, -(-nbytes // CACHE_LINE) * CACHE_LINE)
+        return cls(comm, *shared) if shared else None
+
+
+def connect(comm: MPI.Comm, outgoing_bytes: int, mine_bytes: int) -> Messages | SharedMemory:
+    """Shared memory where all ranks are on one host that has room for it, else messages; collective."""
+    space = SharedSpace.allocate(comm, comm.size * outgoing_bytes + mine_bytes) if comm.size > 1 else None
+    return SharedMemory(space, outgoing_bytes, mine_bytes) if space else Messages(comm, outgoing_bytes, mine_bytes)

@@ -1,0 +1,61 @@
+"""Start a job of our own: what `prove` and `bench scaling` do to compare numbers of ranks."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from distconv.comm.world import LAUNCHER_RANK, LAUNCHER_SIZE
+from distconv.errors import DistconvError
+
+# Open MPI refuses root and more ranks than cores unless told otherwise; other MPIs know none of these.
+PERMISSIONS = {
+    "OMPI_ALLOW_RUN_AS_ROOT": "1",
+    "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
+    "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
+}
+
+
+def mpirun() -> str:
+    """The mpirun of this Python environment, or else the first on PATH. Raises DistconvError where there is none."""
+    beside = Path(sys.executable).parent / "mpirun"
+    found = str(beside) if beside.exists() else shutil.which("mpirun")
+    if found is None:
+        raise DistconvError("no mpirun is found: pip install mpich, or load the MPI module of your cluster")
+    return found
+
+
+def refuse_to_nest(command: str) -> None:
+    """Raise DistconvError where this process is itself a rank: MPI jobs do not start one another."""
+    if any(name in os.environ for name in (*LAUNCHER_RANK, *LAUNCHER_SIZE)):
+        raise DistconvError(f"{command} starts mpirun by itself: run it without mpirun, on one process")
+
+
+def run_job(ranks: int, arguments: Sequence[str], seconds: float) -> str:
+    """Run `python arguments...` on so many ranks and return its standard output.
+
+    Raises DistconvError with what the job said where it fails or takes longer than `seconds`.
+    """
+    command = [mpirun(), "-n", str(ranks), sys.executable, *arguments]
+    with subprocess.Popen(
+        command,
+        env={**os.environ, **PERMISSIONS},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        try:
+            out, err = process.communicate(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            process.kill()  # its ranks end with it
+            raise DistconvError(f"{' '.join(command)} took more than {seconds:.0f} s and was ended") from None
+    if process.returncode != 0:
+        raise DistconvError(
+            f"{' '.join(command)} failed with exit code {process.returncode}: {err.strip() or out.strip()}"
+        )
+    return out
