@@ -18,7 +18,6 @@ from distconv.config import Config
 
 if TYPE_CHECKING:
     from distconv.checkpoint import Checkpoint
-    from distconv.data.dataset import Dataset
     from distconv.loop import Run
     from distconv.runlog import RunLog
 
@@ -40,6 +39,7 @@ def train(settings: Config, world: ranks.World, stop: StopRequest) -> int:
     from distconv.loop import EpochRecord, StepRecord, StopRecord
     from distconv.loop import train as records
     from distconv.runlog import RunLog
+    from distconv.wiring import build_run
 
     world.agree("the command line or the version", f"{__version__} {settings.toml()}", "start all ranks alike")
     with world.together():
@@ -48,7 +48,7 @@ def train(settings: Config, world: ranks.World, stop: StopRequest) -> int:
     dataset, data_name = load_dataset(settings.data, world, log.say)
     if settings.limit_train:
         dataset = dataset.limited(settings.limit_train)
-    run = build(settings, dataset, world)
+    run = build_run(settings, dataset, world)
     out = make_folder(settings, world)
     world.error_folder = out / "errors"
     checkpoint = resume(run, out, log)
@@ -98,30 +98,6 @@ def check_settings(settings: Config, world: ranks.World) -> None:
         raise errors.UsageError(
             "--device cuda: this version of distconv computes on the CPU only; use --device cpu or auto"
         )
-
-
-def build(settings: Config, dataset: Dataset, world: ranks.World) -> Run:
-    """Model, parameters, optimizer and exchange; rank 0's first weights go to all ranks."""
-    from distconv.comm.exchange import choose
-    from distconv.comm.half import WIRES
-    from distconv.comm.probe import WireProbe
-    from distconv.loop import Run
-    from distconv.nn.networks import build_network
-    from distconv.nn.optimizers import OPTIMIZERS
-    from distconv.nn.parameters import Parameters
-
-    with world.together():
-        model, specs = build_network(settings.model, dataset.image_shape, dataset.classes)
-        parameters = Parameters(specs, WIRES[settings.wire].dtype)  # no use in sums finer than what is summed
-    world.agree("the model", parameters.layout(), "give all hosts the same code")
-    parameters.initialize(settings.seed)
-    world.comm.Bcast(parameters.vector)
-    optimizer = OPTIMIZERS[settings.optimizer](parameters.size, parameters.vector.dtype, settings.lr)
-    with world.together():
-        exchange = choose(world, parameters.size, settings.wire, settings.exchange)
-    exact = "float64" if settings.wire == "float64" else "float32"
-    probe = WireProbe(settings.wire, lambda: choose(world, parameters.size, exact))
-    return Run(settings, dataset, model, parameters, optimizer, world, exchange, probe)
 
 
 def make_folder(settings: Config, world: ranks.World) -> Path:

@@ -1,0 +1,170 @@
+"""`python -m distconv.prove`: does the number of ranks change what is computed? On this machine, with this MPI.
+
+One rank computes the gradients of a few global batches alone, without any exchange. Then jobs of 1, 2, 4, ... ranks
+compute the same, dropout and uneven shards included, each with each wire, and are held against it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from distconv.comm import world as ranks
+from distconv.config import MODELS, Config, Parser
+from distconv.errors import UsageError
+from distconv.launcher import refuse_to_nest, run_job
+
+if TYPE_CHECKING:
+    from distconv.kernels.cpu import Array
+    from distconv.loop import Run
+
+# The largest |gradient of P ranks - gradient of one rank| / |gradient of one rank| that a tensor may show. float16 and
+# bfloat16: two roundings of 2^-11 and 2^-8, with room for tensors of few numbers. The others: roundings of the sums.
+BOUNDS = {"float64": 1e-12, "float32": 3e-5, "float16": 1e-3, "bfloat16": 8e-3}
+BATCHES = 3
+SECONDS = 600.0  # a job may take
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = Parser(
+        prog="python -m distconv.prove",
+        description="Show that N ranks compute what one rank computes: the largest relative difference of a gradient "
+        "tensor, for each wire and number of ranks, against a stated bound, and whether all replicas hold the same "
+        "bits after training. Starts mpirun by itself. Exit code 1 if a bound is broken.",
+        epilog="examples:\n"
+        "  python -m distconv.prove\n"
+        "  python -m distconv.prove --ranks 1,3,7 --model simpleconvnet --data mnist --json",
+    )
+    parser.add_argument("--ranks", default="1,2,4", help="numbers of ranks, with commas (default: 1,2,4)")
+    parser.add_argument("--wires", default=",".join(BOUNDS), help="wires, with commas (default: all)")
+    parser.add_argument(
+        "--model", default="deepconvnet", help=f"as in distconv.train: {', '.join(MODELS)}, or your own"
+    )
+    parser.add_argument("--data", default="digits", help="as in distconv.train (default: digits)")
+    parser.add_argument("--batch-size", type=int, default=37, help="of the whole job; 37 is shared out unevenly")
+    parser.add_argument("--seed", type=int, default=0, help="of weights, order and dropout (default: 0)")
+    parser.add_argument("--json", action="store_true", help="one JSON object a line")
+    parser.add_argument("--write", type=Path, help=argparse.SUPPRESS)  # this is the job that writes the reference
+    parser.add_argument("--compare", type=Path, help=argparse.SUPPRESS)  # this is a job that is held against it
+    flags = parser.parse_args(argv)
+    wires = _list(flags.wires, "--wires", str, BOUNDS.__contains__, f"some of {','.join(BOUNDS)}")
+    numbers = _list(flags.ranks, "--ranks", int, lambda n: n >= 1, "numbers of ranks such as 1,2,4")
+    if flags.batch_size < max(numbers):
+        raise UsageError(f"--batch-size {flags.batch_size} with {max(numbers)} ranks: give every rank an image or more")
+    common = {"data": flags.data, "model": flags.model, "batch_size": flags.batch_size, "seed": flags.seed}
+    settings = [Config(epochs=1, eval_samples=1, wire=wire, **common) for wire in wires]
+
+    if flags.write or flags.compare:
+        with ranks.start() as world:
+            work(settings, flags.write or flags.compare, bool(flags.write), world)
+        return 0
+
+    refuse_to_nest("prove")
+    table = Table(flags.json)
+    with tempfile.TemporaryDirectory() as folder:
+        run_job(1, ["-m", "distconv.prove", *argv, "--write", folder], SECONDS)
+        for P in numbers:
+            for line in run_job(P, ["-m", "distconv.prove", *argv, "--compare", folder], SECONDS).splitlines():
+                table.show(json.loads(line))
+    return table.verdict()
+
+
+def work(settings: list[Config], folder: Path, writes: bool, world: ranks.World) -> None:
+    """One job: write the gradients of one rank, or print a row for each wire that tells how far these ranks' are."""
+    import numpy as np
+
+    from distconv.inputs import load_dataset
+    from distconv.loop import EpochRecord, train
+    from distconv.wiring import build_run
+
+    dataset, _ = load_dataset(settings[0].data, world, lambda line: None)
+    dataset = dataset.limited(BATCHES * settings[0].batch_size)
+    for config in settings:
+        run = build_run(config, dataset, world)
+        reference = folder / f"{run.parameters.vector.dtype}.npy"  # the wires of a type share it
+        if writes:
+            np.save(reference, [shared_gradient(run, batch, alone=True) for batch in range(BATCHES)])
+            continue
+        differences = [
+            largest_difference(run, shared_gradient(run, batch, alone=False), one_rank)
+            for batch, one_rank in enumerate(np.load(reference))
+        ]
+        epoch = [record for record in train(run, lambda: False) if isinstance(record, EpochRecord)][-1]
+        equal = len(set(world.comm.allgather(epoch.parameters_sha256))) == 1
+        difference, bound = max(differences), BOUNDS[config.wire]
+        if world.rank == 0:
+            row = {"wire": config.wire, "ranks": world.size, "max_relative_difference": difference, "bound": bound}
+            print(json.dumps({**row, "replicas_equal": equal, "ok": difference <= bound and equal}), flush=True)
+
+
+def shared_gradient(run: Run, batch: int, alone: bool) -> Array:
+    """The gradient of a global batch at the run's first weights: summed over the shares of the ranks.
+
+    alone: this rank's own of the whole batch, without any exchange.
+    """
+    import numpy as np
+
+    from distconv.comm.exchange import HEADER
+    from distconv.data.shard import split
+    from distconv.loop import local_gradient
+    from distconv.nn.layers import Context
+
+    B = run.config.batch_size
+    samples = np.arange(batch * B, (batch + 1) * B)
+    mine = samples if alone else samples[split(B, run.world.size, run.world.rank)]
+    context = Context(training=True, seed=run.config.seed, step=batch, samples=mine)
+    images, labels = run.dataset.train_images[mine], run.dataset.train_labels[mine]
+    local_gradient(run.model, run.parameters, images, labels, context, B)
+    if not alone:
+        run.exchange.sum(run.parameters.gradient, np.zeros((), HEADER))
+    return run.parameters.gradient.copy()
+
+
+def largest_difference(run: Run, gradient: Array, reference: Array) -> float:
+    """The largest |gradient - reference| / |reference| of a tensor."""
+    import numpy as np
+
+    pairs = zip(run.parameters.named(gradient).values(), run.parameters.named(reference).values(), strict=True)
+    return max(float(np.linalg.norm(g - r) / (np.linalg.norm(r) or 1.0)) for g, r in pairs)
+
+
+class Table:
+    """Shows rows to people or, as JSON, to programs, and remembers whether all were good."""
+
+    def __init__(self, as_json: bool) -> None:
+        self.as_json, self.good = as_json, True
+        if not as_json:
+            print(f"{'wire':<10}{'ranks':>5}{'largest difference':>21}{'bound':>9}{'replicas':>11}   verdict")
+
+    def show(self, row: Mapping[str, Any]) -> None:
+        self.good &= row["ok"]
+        if self.as_json:
+            print(json.dumps(row), flush=True)
+        else:
+            replicas, verdict = ("equal" if row["replicas_equal"] else "DIFFER"), ("ok" if row["ok"] else "BROKEN")
+            numbers = f"{row['ranks']:>5}{row['max_relative_difference']:>21.1e}{row['bound']:>9.0e}"
+            print(f"{row['wire']:<10}{numbers}{replicas:>11}   {verdict}", flush=True)
+
+    def verdict(self) -> int:
+        if not self.as_json:
+            print("the number of ranks does not change the run" if self.good else "a bound is broken: do not train so")
+        return 0 if self.good else 1
+
+
+def _list(text: str, flag: str, kind: Callable[[str], Any], valid: Callable[[Any], bool], expected: str) -> list[Any]:
+    """The values of a flag that takes several, with commas. Raises UsageError."""
+    try:
+        values = [kind(word) for word in text.split(",")]
+    except ValueError:
+        values = []
+    if not values or not all(map(valid, values)):
+        raise UsageError(f"{flag} {text}: expected {expected}")
+    return values
+
+
+if __name__ == "__main__":
+    ranks.run(main)

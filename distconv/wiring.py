@@ -1,0 +1,33 @@
+"""A run put together from its settings: model, parameters, optimizer, exchange."""
+
+from __future__ import annotations
+
+from distconv.comm.exchange import choose
+from distconv.comm.half import WIRES
+from distconv.comm.probe import WireProbe
+from distconv.comm.world import World
+from distconv.config import Config
+from distconv.data.dataset import Dataset
+from distconv.loop import Run
+from distconv.nn.networks import build_network
+from distconv.nn.optimizers import OPTIMIZERS
+from distconv.nn.parameters import Parameters
+
+
+def build_run(settings: Config, dataset: Dataset, world: World) -> Run:
+    """The run at its start, rank 0's first weights on all ranks; collective.
+
+    Raises UsageError for a model or an exchange that cannot be, MismatchError where the ranks' code differs.
+    """
+    with world.together():
+        model, specs = build_network(settings.model, dataset.image_shape, dataset.classes)
+        parameters = Parameters(specs, WIRES[settings.wire].dtype)  # no use in sums finer than what is summed
+    world.agree("the model", parameters.layout(), "give all hosts the same code")
+    parameters.initialize(settings.seed)
+    world.comm.Bcast(parameters.vector)
+    optimizer = OPTIMIZERS[settings.optimizer](parameters.size, parameters.vector.dtype, settings.lr)
+    with world.together():  # collective inside too, but where it raises it does so on all ranks
+        exchange = choose(world, parameters.size, settings.wire, settings.exchange)
+    exact = "float64" if settings.wire == "float64" else "float32"
+    probe = WireProbe(settings.wire, lambda: choose(world, parameters.size, exact))
+    return Run(settings, dataset, model, parameters, optimizer, world, exchange, probe)

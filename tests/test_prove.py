@@ -1,0 +1,58 @@
+"""`python -m distconv.prove`: it tells a sound set-up from a broken one."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from tests import jobs
+
+RANK_DEPENDENT = """
+import dataclasses
+from distconv.comm.world import launcher_rank
+from distconv.nn.layers import Affine, Chain, Dropout
+
+class RankDropout(Dropout):
+    # Draws from (seed, rank) as many systems do: each rank count is another run.
+    def forward(self, x, params, context):
+        return super().forward(x, params, dataclasses.replace(context, seed=context.seed + launcher_rank()))
+
+def network(classes): return Chain(Affine(30, relu=True), RankDropout(0.5), Affine(classes))
+"""
+
+
+def prove(*arguments: str, **environment: str):  # type: ignore[no-untyped-def]
+    return jobs.run(0, "-m", "distconv.prove", *arguments, **environment)
+
+
+def test_the_number_of_ranks_does_not_change_the_run_with_any_wire() -> None:
+    result = prove("--ranks", "1,3", "--json")
+    assert result.returncode == 0, result.stdout + result.stderr
+    rows = [json.loads(line) for line in result.stdout.splitlines()]
+    wires = ["float64", "float32", "float16", "bfloat16"]
+    assert [(row["wire"], row["ranks"]) for row in rows] == [(wire, ranks) for ranks in (1, 3) for wire in wires]
+    for row in rows:
+        assert row["ok"] and row["replicas_equal"] and 0 <= row["max_relative_difference"] <= row["bound"]
+    assert rows[0]["max_relative_difference"] == 0  # the same arithmetic
+    assert rows[6]["max_relative_difference"] > 1e-5  # halves did travel
+
+
+def test_a_model_that_depends_on_the_rank_is_found_out(tmp_path: Path) -> None:
+    (tmp_path / "wrong.py").write_text(RANK_DEPENDENT)
+    result = prove("--ranks", "1,2", "--wires", "float64", "--model", "wrong:network", PYTHONPATH=str(tmp_path))
+    assert result.returncode == 1
+    one, two = [line.split()[-1] for line in result.stdout.splitlines() if line.startswith("float64")]
+    assert (one, two) == ("ok", "BROKEN")
+    assert result.stdout.splitlines()[-1].startswith("a bound is broken")
+
+
+def test_mistakes_are_one_sentence() -> None:
+    for arguments, part in (
+        (("--ranks", "2,x"), "--ranks 2,x: expected"),
+        (("--wires", "float8"), "--wires float8: expected"),
+        (("--ranks", "50"), "--batch-size 37 with 50 ranks"),
+    ):
+        result = prove(*arguments)
+        assert result.returncode == 2 and result.stderr.count("\n") == 1 and part in result.stderr
+    nested = jobs.run(2, "-m", "distconv.prove")
+    assert nested.returncode == 1 and "without mpirun" in nested.stderr
