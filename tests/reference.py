@@ -178,3 +178,27 @@ def _places(padded, K: int, stride: int) -> Places:
     """Each place of an output, and the window of the padded input that it sees."""
     for n, i, j in np.ndindex(_grid(padded, K, stride)):
         yield (n, i, j), (n, slice(i * stride, i * stride + K), slice(j * stride, j * stride + K))
+
+
+def half_wire(x: np.ndarray, block: int = 256) -> np.ndarray:
+    """What arrives of x (n,) float32 over the float16 wire: a model of the format in float64 and exact powers of two.
+
+    Of each block, the largest finite magnitude is brought into [2^14, 2^15) by a power of two not below 2^-126, every
+    number is rounded to the nearest multiple of its half's last place, ties to even, and the power is undone.
+    """
+    arrived = np.empty(len(x), np.float64)
+    for start in range(0, len(x), block):
+        numbers = x[start : start + block].astype(np.float64)
+        finite = np.isfinite(numbers)
+        peak = np.abs(numbers[finite]).max(initial=0.0)
+        power = max(math.frexp(peak)[1] - 15, -126) if peak > 0 else 0
+        for i, number in enumerate(numbers):
+            if not math.isfinite(number) or number == 0:
+                arrived[start + i] = number
+                continue
+            scaled = math.ldexp(number, -power)
+            place = max(math.frexp(scaled)[1] - 11, -24)  # halves have 11 bits, and none below 2^-24
+            steps = round(math.ldexp(scaled, -place))  # Python rounds ties to even, and scaled is exact in float64
+            arrived[start + i] = math.copysign(math.ldexp(steps, place + power), number)
+    with np.errstate(over="ignore"):  # what rounds up to 2^128 is infinite
+        return arrived.astype(np.float32)

@@ -2,9 +2,10 @@
 
 float16 has 5 bits of exponent, so it holds numbers from 6e-8 to 65504; gradients are often smaller. So each block of
 BLOCK numbers is divided by a power of two, chosen from the largest finite one of the block, that brings that one into
-[2^14, 2^15), and the exponent travels behind the halves as a 16-bit integer. Nothing overflows, and what vanishes is
-2^39 times smaller than the largest of its block. A power of two changes no bit of the mantissa, so the rounding to
-float16 (2^-11 relative, at the worst) is the only loss. Infinities and NaN stay what they are, where they are.
+[2^14, 2^15), and the exponent travels behind the halves as a 16-bit integer. Nothing overflows but what rounds up to
+2^128, and what vanishes is 2^39 times smaller than the largest of its block. A power of two changes no bit of the
+mantissa, so the rounding to float16 (2^-11 relative, at the worst) is the only loss. Infinities and NaN stay what they
+are, where they are.
 
 bfloat16 has the exponents of float32 and needs none of that, but rounds 8 times more coarsely.
 

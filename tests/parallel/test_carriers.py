@@ -1,0 +1,146 @@
+"""The ways the bytes can go: each gives what the format and the order of the sum say, to the bit."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from distconv.comm import exchange as exchanges
+from distconv.comm import transport
+from distconv.comm.exchange import HEADER, Flat, TwoLevel, choose
+from distconv.comm.half import WIRES
+from distconv.comm.library import half_problem
+from distconv.comm.world import World
+from distconv.errors import UsageError
+
+SIZES = (1, 300, 10_000)
+
+
+def contribution(rank: int, size: int) -> np.ndarray:
+    return (np.random.default_rng([size, rank]).standard_normal(size) * 1e-4).astype(np.float32)
+
+
+def header(world: World) -> np.ndarray:
+    record = np.zeros((), HEADER)
+    record["samples"], record["busy_seconds"] = 10 * world.rank, world.rank / 7
+    return record
+
+
+def through(wire: str, x: np.ndarray) -> np.ndarray:
+    message, arrived = np.zeros(WIRES[wire].nbytes(-(-x.size // 256) * 256), np.uint8), np.empty_like(x)
+    WIRES[wire].encode(x, message)
+    WIRES[wire].decode(message, arrived)
+    return arrived
+
+
+def flat_model(P: int, size: int, wire: str, contributions: list[np.ndarray]) -> np.ndarray:
+    """The flat exchange in one process."""
+    part = -(-size // (P * 256)) * 256
+    result = np.zeros(size, np.float32)
+    for owner in range(P):
+        where = slice(min(size, owner * part), min(size, (owner + 1) * part))
+        total = np.zeros(where.stop - where.start, np.float32)
+        for rank in range(P):
+            total += contributions[rank][where] if rank == owner else through(wire, contributions[rank][where])
+        result[where] = through(wire, total)
+    return result
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("wire", ["float16", "bfloat16", "float32"])
+def test_shared_memory_and_messages_give_the_bits_of_the_model(
+    world: World, wire: str, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = flat_model(world.size, size, wire, [contribution(rank, size) for rank in range(world.size)])
+    here = Flat(world.comm, size, WIRES[wire])
+    monkeypatch.setattr(exchanges, "connect", transport.Messages)
+    there = Flat(world.comm, size, WIRES[wire])
+    assert there.how == "flat, messages" and here.how == ("flat, shared memory" if world.size > 1 else "flat, messages")
+    for exchange in (here, there, here, there):
+        vector = contribution(world.rank, size)
+        exchange.sum(vector, header(world))
+        assert vector.tobytes() == wanted.tobytes()
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("hosts", ["in blocks", "round robin"])
+@pytest.mark.parametrize("wire", ["float16", "float32"])
+def test_two_levels_add_up_on_each_host_and_then_between_hosts(world: World, wire: str, hosts: str, size: int) -> None:
+    if world.size % 2:
+        pytest.skip("needs an even number of ranks")
+    H, L = 2, world.size // 2
+    host_of = [rank // L if hosts == "in blocks" else rank % H for rank in range(world.size)]
+    exchange = TwoLevel(world.comm, world.comm.Split(host_of[world.rank]), size, WIRES[wire])
+    assert exchange.how.startswith(f"two-level, 2 hosts x {L} ranks")
+
+    parts = [contribution(rank, size) for rank in range(world.size)]
+    on_host = [np.zeros(size, np.float32) for _ in range(H)]
+    for rank, host in enumerate(host_of):
+        on_host[host] += parts[rank]
+    part = -(-size // (L * 256)) * 256  # of the vector, for each rank of a host
+    wanted = np.concatenate(
+        [
+            flat_model(H, len(on_host[0][i : i + part]), wire, [h[i : i + part] for h in on_host])
+            for i in range(0, size, part)
+        ]
+    )
+    for _ in range(3):
+        vector = parts[world.rank].copy()
+        headers = exchange.sum(vector, header(world))
+        assert vector.tobytes() == wanted.tobytes()
+        assert headers["samples"].tolist() == [10 * rank for rank in range(world.size)]
+        assert headers["busy_seconds"].tolist() == [rank / 7 for rank in range(world.size)]
+
+
+def test_two_levels_send_fewer_bytes_between_hosts(world: World) -> None:
+    if world.size != 4:
+        pytest.skip("needs 4 ranks")
+    two = TwoLevel(world.comm, world.comm.Split(world.rank // 2), 1 << 18, WIRES["float16"])
+    flat = Flat(world.comm, 1 << 18, WIRES["float16"])
+    assert two.bytes_sent == pytest.approx(flat.bytes_sent / 3, rel=0.01)  # 1/2 of half the vector; 3/4 of all of it
+
+
+@pytest.mark.parametrize("wire", ["float16", "float32", "float64"])
+def test_the_librarys_own_sum_is_near_ours(world: World, wire: str) -> None:
+    if wire == "float16" and half_problem(world.comm):
+        with pytest.raises(UsageError, match="halves"):
+            choose(world, 1000, wire, "mpi")
+        return
+    exchange = choose(world, 1000, wire, "mpi")
+    vector = contribution(world.rank, 1000).astype(WIRES[wire].dtype)
+    exact = sum(contribution(rank, 1000).astype(np.float64) for rank in range(world.size))
+    headers = exchange.sum(vector, header(world))
+    assert np.linalg.norm(vector - exact) <= (2e-2 if wire == "float16" else 1e-6) * np.linalg.norm(exact)
+    assert headers["samples"].tolist() == [10 * rank for rank in range(world.size)]
+
+
+def test_a_library_that_adds_halves_wrongly_is_refused(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Wrong:
+        """As MPICH 5.0 built without _Float16: 0 + 0 is 6.1e-5."""
+
+        rank, size = world.rank, world.size
+
+        def Allreduce(self, mine: np.ndarray, sums: np.ndarray) -> None:
+            world.comm.Allreduce(mine.astype(np.float32), total := np.empty(len(mine), np.float32))
+            sums[...] = np.where(total == 0, 6.1e-5, np.clip(total, -65504, 65504))
+
+        def allgather(self, value: int) -> list[int]:
+            return world.comm.allgather(value)
+
+    assert "wrongly" in str(half_problem(Wrong()))  # type: ignore[arg-type]
+
+
+def test_a_kind_that_cannot_be_had_is_a_usage_error_on_all_ranks(world: World) -> None:
+    with pytest.raises(UsageError, match="no bfloat16"):
+        choose(world, 10, "bfloat16", "mpi")
+
+
+def test_memory_that_the_host_does_not_have_is_not_taken(world: World) -> None:
+    assert transport.SharedSpace.allocate(world.comm, 1 << 50) is None
+
+
+def test_two_levels_need_the_same_number_of_ranks_on_each_host(world: World) -> None:
+    if world.size != 3:
+        pytest.skip("needs 3 ranks")
+    with pytest.raises(ValueError, match="same number of ranks"):
+        TwoLevel(world.comm, world.comm.Split(min(world.rank, 1)), 1000, WIRES["float16"])

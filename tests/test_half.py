@@ -1,0 +1,135 @@
+"""The wire formats, bit for bit against a model in float64, on any floats."""
+
+from __future__ import annotations
+
+import hypothesis.extra.numpy as hnp
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+
+from distconv.comm.half import WIRES, HalfWire, Wire
+from distconv.kernels.half import BLOCK
+from tests import reference
+
+PORTABLE = HalfWire("float16", np.dtype(np.float32))
+HALF_WIRES = pytest.mark.parametrize("wire", [WIRES["float16"], PORTABLE], ids=["hardware", "portable"])
+steady = settings(deadline=None, derandomize=True, max_examples=60)
+
+any_float = st.floats(width=32) | st.sampled_from([0.0, -0.0, 1e-45, -1e-38, 1e38, 65504.0, 65520.0, np.inf, np.nan])
+vectors = hnp.arrays(np.float32, st.integers(1, 700), elements=any_float, fill=st.nothing() | any_float)
+
+
+def through(wire: Wire, x: np.ndarray) -> np.ndarray:
+    """What arrives of x, in a message with room for more."""
+    message = np.full(wire.nbytes(-(-x.size // BLOCK) * BLOCK + BLOCK), 0xAA, np.uint8)
+    arrived = np.full(x.size, 7, x.dtype)
+    before = x.copy()
+    wire.encode(x, message)
+    np.testing.assert_array_equal(x.view(np.uint8), before.view(np.uint8))
+    wire.decode(message, arrived)
+    return arrived
+
+
+def assert_same_bits(x: np.ndarray, y: np.ndarray) -> None:
+    """Equal to the last bit and sign of zero; one NaN is as good as another."""
+    np.testing.assert_array_equal(np.where(np.isnan(x), 0, x), np.where(np.isnan(y), 0, y))
+    np.testing.assert_array_equal(np.isnan(x), np.isnan(y))
+    np.testing.assert_array_equal(np.signbit(x) | np.isnan(x), np.signbit(y) | np.isnan(y))
+
+
+@HALF_WIRES
+@steady
+@given(vectors)
+@example(np.float32([1e-45] * 300))
+@example(np.float32([3.4e38, 1e-38, np.inf, -np.inf, np.nan, -0.0] * 100))
+def test_halves_are_those_of_the_model_on_any_floats(wire: Wire, x: np.ndarray) -> None:
+    assert_same_bits(through(wire, x), reference.half_wire(x))
+
+
+@HALF_WIRES
+@pytest.mark.parametrize("scale", [1e-38, 1e-20, 1e-7, 1e-3, 1.0, 1e5, 1e38])
+def test_halves_are_those_of_the_model_at_every_magnitude(wire: Wire, scale: float) -> None:
+    x = np.random.default_rng(1).standard_normal(5000) * np.random.default_rng(2).lognormal(0, 6, 5000)
+    x = np.float32(np.clip(x * scale, -3e38, 3e38))
+    assert_same_bits(through(wire, x), reference.half_wire(x))
+
+
+@HALF_WIRES
+def test_every_pattern_of_the_exponent_and_the_rounding_bits_is_rounded_as_the_model_does(wire: Wire) -> None:
+    exponents = np.arange(1, 255, dtype=np.uint32) << 23
+    mantissas = np.uint32([0, 1, 0xFFF, 0x1000, 0x1001, 0x2FFF, 0x3000, 0x3001, 0x7FF000, 0x7FFFFF])
+    for exponent in exponents:
+        x = (exponent | mantissas).view(np.float32)
+        assert_same_bits(through(wire, x), reference.half_wire(x))
+
+
+@HALF_WIRES
+@steady
+@given(vectors)
+def test_a_second_passage_changes_nothing(wire: Wire, x: np.ndarray) -> None:
+    once = through(wire, x)
+    assert_same_bits(through(wire, once), once)
+
+
+@HALF_WIRES
+def test_a_number_that_is_not_finite_does_not_disturb_its_neighbours(wire: Wire) -> None:
+    x = np.float32([1e-6, np.nan, -np.inf, 2e-6, 1e-6 / 3])
+    arrived = through(wire, x)
+    np.testing.assert_allclose(arrived[[0, 3, 4]], x[[0, 3, 4]], rtol=2**-11)
+    assert np.isnan(arrived[1]) and arrived[2] == -np.inf
+
+
+@steady
+@given(hnp.arrays(np.float32, st.integers(1, 300), elements=any_float))
+def test_bfloat16_is_the_nearest_number_with_8_bits(x: np.ndarray) -> None:
+    arrived = through(WIRES["bfloat16"], x)
+    assert not np.any(arrived.view(np.uint32) & 0xFFFF)
+    finite = np.isfinite(x)
+    assert_same_bits(arrived[~finite], x[~finite])
+    exact, near = x[finite].astype(np.float64), arrived[finite].astype(np.float64)
+    place = np.ldexp(1.0, np.maximum(np.frexp(exact)[1] - 8, -133))
+    steps = exact / place
+    with np.errstate(over="ignore"):
+        nearest = (np.rint(steps) * place).astype(np.float32)  # rint rounds ties to even
+    np.testing.assert_array_equal(near.astype(np.float32), nearest)
+
+
+@pytest.mark.parametrize("wire", ["float32", "float64"])
+def test_plain_wires_change_no_bit(wire: str) -> None:
+    x = np.random.default_rng(0).standard_normal(999).astype(WIRES[wire].dtype)
+    assert through(WIRES[wire], x).tobytes() == x.tobytes()
+
+
+@pytest.mark.parametrize("wire", [*WIRES.values(), PORTABLE], ids=[*WIRES, "portable"])
+@pytest.mark.parametrize("n", [1, 255, 256, 1000])
+@pytest.mark.parametrize(("P", "rank"), [(1, 0), (2, 1), (64, 5)])
+def test_the_owner_adds_up_in_rank_order_and_rounds_once(wire: Wire, n: int, P: int, rank: int) -> None:
+    random = np.random.default_rng(P)
+    contributions = (random.standard_normal((P, n)) * random.lognormal(0, 4, (P, 1))).astype(wire.dtype)
+    room = wire.nbytes(-(-n // BLOCK) * BLOCK)
+    first, stride = 40, room + 48  # as behind a header, with something else between
+    received = np.random.default_rng(0).integers(0, 256, first + P * stride, np.uint8)
+    for r in range(P):
+        if r != rank:  # what is there for the owner itself is never looked at
+            wire.encode(contributions[r], received[first + r * stride :][:room])
+    message = np.zeros(room, np.uint8)
+    wire.sum_and_encode(contributions[rank], rank, P, received, first, stride, message)
+
+    total = np.zeros(n, wire.dtype)
+    for r in range(P):
+        total += contributions[r] if r == rank else through(wire, contributions[r])
+    arrived = np.empty(n, wire.dtype)
+    wire.decode(message, arrived)
+    assert_same_bits(arrived, through(wire, total))
+
+
+def test_64_simulated_ranks_keep_small_gradients_that_dividing_first_loses() -> None:
+    wire, P, n = WIRES["float16"], 64, 20_000
+    for std in (1e-3, 1e-5, 1e-7):
+        parts = (np.random.default_rng(3).standard_normal((P, n)) * std).astype(np.float32)
+        exact = parts.astype(np.float64).mean(axis=0)
+        ours = through(wire, np.float32(sum(through(wire, part) for part in parts[1:]) + parts[0])) / P
+        assert np.linalg.norm(ours - exact) <= 3e-4 * np.linalg.norm(exact)
+    divided_first = (parts / np.float32(P)).astype(np.float16).astype(np.float64).sum(axis=0)
+    assert np.linalg.norm(divided_first - exact) > 0.5 * np.linalg.norm(exact)  # at 1e-7 next to nothing is left
