@@ -28,7 +28,7 @@ else:
 MODELS = ("deepconvnet", "simpleconvnet")
 OPTIMIZERS = ("adam", "sgd", "momentum", "nesterov", "adagrad", "rmsprop")
 WIRES = ("float16", "bfloat16", "float32", "float64")
-EXCHANGES = ("auto", "flat", "two-level", "mpi")
+EXCHANGES = ("auto", "flat", "two-level", "buckets", "mpi")
 DEVICES = ("auto", "cpu", "cuda")
 RESUME = ("auto", "never")
 
@@ -76,8 +76,8 @@ class Config:
     exchange: str = _one_of(
         EXCHANGES,
         "auto",
-        "how they travel: among all ranks, or first within and then between hosts; mpi is the library's own Allreduce, "
-        "to compare with",
+        "how they travel: among all ranks; first within and then between hosts; among all ranks while the backward "
+        "pass is still computing; or, to compare with, by the MPI library's own Allreduce",
     )
     device: str = _one_of(DEVICES, "auto", "where to compute (this version has kernels for the CPU only)")
     seed: int = _setting(

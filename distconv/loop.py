@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
+from distconv.comm.buckets import Buckets
 from distconv.comm.exchange import HEADER, Exchange
 from distconv.comm.probe import WireProbe
 from distconv.comm.world import World
@@ -194,13 +195,14 @@ def _step(run: Run, order: NDArray[np.int64], epoch: int, batch: int, stop: bool
     last_of_epoch = batch + 1 == run.steps_per_epoch
 
     began = time.perf_counter()
-    context = Context(training=True, seed=run.config.seed, step=run.step, samples=mine)
+    probing = last_of_epoch or run.probe.fresh
+    on_final = None if probing or not isinstance(run.exchange, Buckets) else _sender(run.exchange, parameters)
+    context = Context(training=True, seed=run.config.seed, step=run.step, samples=mine, on_final=on_final)
     loss_sum = local_gradient(run.model, parameters, images, labels, context, global_batch)
     computed = time.perf_counter()
-    contribution = parameters.gradient.copy() if last_of_epoch or run.probe.fresh else None
-    bad_tensor = parameters.first_bad(parameters.gradient)
+    contribution = parameters.gradient.copy() if probing else None
     ready = time.perf_counter()
-    header = np.array((run.step, len(mine), loss_sum, bad_tensor, stop, ready - run.exchanged), HEADER)
+    header = np.array((run.step, len(mine), loss_sum, -1, stop, ready - run.exchanged), HEADER)
     headers = run.exchange.sum(parameters.gradient, header)
     run.exchanged = time.perf_counter()
     wait = float(headers["busy_seconds"].max() - header["busy_seconds"])
@@ -222,7 +224,7 @@ def _step(run: Run, order: NDArray[np.int64], epoch: int, batch: int, stop: bool
     if run.skipped == MOST_SKIPPED:
         failure = DistconvError(
             f"step {run.step}: {MOST_SKIPPED} steps in a row had a gradient that is not finite (last "
-            f"{_who_is_bad(headers['bad_tensor'], parameters)}): use a smaller --lr than {run.config.lr:g}"
+            f"{_who_is_bad(headers['bad_at'], parameters)}): use a smaller --lr than {run.config.lr:g}"
         )
         failure.everywhere = True
         raise failure
@@ -243,10 +245,20 @@ def _step(run: Run, order: NDArray[np.int64], epoch: int, batch: int, stop: bool
     return record, bool(headers["stop"].any())
 
 
-def _who_is_bad(bad_tensors: NDArray[np.int64], parameters: Parameters) -> str:
+def _sender(exchange: Buckets, parameters: Parameters) -> Callable[[str], None]:
+    """What sends off the gradients of a layer of the model, and of those behind it, when they are final."""
+
+    def send(layer: str) -> None:
+        start = parameters.start(layer)
+        if start is not None:
+            exchange.ready(parameters.gradient, start)
+
+    return send
+
+
+def _who_is_bad(bad_at: NDArray[np.int64], parameters: Parameters) -> str:
     """Names the ranks whose gradient is not finite, and the first such tensor of each."""
-    names = list(parameters.specs)
-    bad = [f"{names[tensor]} on rank {rank}" for rank, tensor in enumerate(bad_tensors) if tensor >= 0]
+    bad = [f"{parameters.name_at(int(index))} on rank {rank}" for rank, index in enumerate(bad_at) if index >= 0]
     return ", ".join(bad) or "in the sum of finite ones"
 
 

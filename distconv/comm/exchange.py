@@ -36,7 +36,7 @@ HEADER = np.dtype(
         ("step", np.int64),
         ("samples", np.int64),
         ("loss_sum", np.float64),
-        ("bad_tensor", np.int64),  # number of this rank's first tensor that holds an infinity or NaN, or -1
+        ("bad_at", np.int64),  # where this rank's gradient first holds an infinity or NaN, or -1; filled in by sum
         ("stop", np.int64),  # 1: this rank was asked to stop
         ("busy_seconds", np.float64),  # since the end of its last exchange: who is slow, and who waits
     ]
@@ -56,22 +56,33 @@ class Exchange(Protocol):
         ...
 
 
+def first_bad(vector: Array) -> int:
+    """Index of the first infinity or NaN of a vector, or -1."""
+    finite = np.isfinite(vector)
+    return -1 if finite.all() else int(np.argmin(finite))
+
+
 class Flat:
-    """Every rank exchanges with every rank."""
+    """Every rank exchanges with every rank. patient: waits without holding a core, beside another thread's work."""
 
     carrier = "flat"
 
-    def __init__(self, comm: MPI.Comm, size: int, wire: Wire) -> None:
+    def __init__(self, comm: MPI.Comm, size: int, wire: Wire, patient: bool = False) -> None:
         self.rank, self.size, self.wire = comm.rank, comm.size, wire
         part = -(-size // (comm.size * BLOCK)) * BLOCK  # numbers that one rank owns; the last may own fewer
         self.parts = [slice(min(size, r * part), min(size, (r + 1) * part)) for r in range(comm.size)]
         nbytes = wire.nbytes(part)
-        self.transport = connect(comm, HEADER.itemsize + nbytes, nbytes)
+        self.transport = connect(comm, HEADER.itemsize + nbytes, nbytes, patient)
         self.how = f"flat, {self.transport.name}"
         self.bytes_sent = (comm.size - 1) * (HEADER.itemsize + 2 * nbytes)
 
     def sum(self, vector: Array, header: Headers) -> Headers:
         """See Exchange; vector (size,) has the dtype of the wire."""
+        header["bad_at"] = first_bad(vector)
+        return self.exchange(vector, header)
+
+    def exchange(self, vector: Array, header: Headers) -> Headers:
+        """The same for a vector that was looked at already."""
         H, transport, wire = HEADER.itemsize, self.transport, self.wire
         for owner, message in enumerate(transport.outgoing):
             message[:H].view(HEADER)[...] = header
@@ -123,25 +134,28 @@ class TwoLevel:
 
     def sum(self, vector: Array, header: Headers) -> Headers:
         """See Exchange; vector (size,) has the dtype of the wire."""
+        header["bad_at"] = first_bad(vector)
         self.vectors[self.local_rank] = vector
         self.barrier()
         total = np.zeros(self.part.stop - self.part.start, self.wire.dtype)
         for other in self.vectors:
             total += other[self.part]
-        self.headers[self.local_rank] = self.inner.sum(total, header).view(np.uint8)
+        headers = self.inner.exchange(total, header)
+        self.headers[self.local_rank] = headers.view(np.uint8)
         self.barrier()  # nobody reads contributions any more
         self.vectors[0][self.part] = total
         self.barrier()
         vector[...] = self.vectors[0]
-        headers: Headers = np.concatenate(list(self.headers)).view(HEADER)[self.order]
+        everyone: Headers = np.concatenate(list(self.headers)).view(HEADER)[self.order]
         self.barrier()  # nobody reads the result any more
-        return headers
+        return everyone
 
 
 def choose(world: World, size: int, wire: str, kind: str = "auto") -> Exchange:
-    """The exchange of that kind for vectors (size,); auto: two-level where it saves bytes between hosts, else flat.
+    """The exchange of that kind for vectors (size,); collective.
 
-    Collective. Raises UsageError, on all ranks alike, for a kind that this job cannot have.
+    auto: two-level where it saves bytes between hosts, else in buckets behind the backward pass where these are several
+    and cross a network, else flat. Raises UsageError, on all ranks alike, for a kind that this job cannot have.
     """
     if kind == "mpi":
         from distconv.comm.library import Library
@@ -153,4 +167,11 @@ def choose(world: World, size: int, wire: str, kind: str = "auto") -> Exchange:
         except ValueError as error:
             if kind == "two-level":
                 raise UsageError(f"--exchange two-level: {error}; use --exchange auto") from None
+    if kind == "buckets" and not world.threads:
+        raise UsageError("--exchange buckets: this MPI does not let a thread send (MPI_THREAD_SERIALIZED); use auto")
+    if kind == "buckets" or (kind == "auto" and world.hosts > 1 and world.threads):
+        from distconv.comm.buckets import BUCKET, Buckets
+
+        if kind == "buckets" or size >= 2 * BUCKET:
+            return Buckets(size, lambda n: Flat(world.comm, n, WIRES[wire], patient=True))
     return Flat(world.comm, size, WIRES[wire])

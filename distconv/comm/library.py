@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from distconv.comm.exchange import HEADER, Headers
+from distconv.comm.exchange import HEADER, Headers, first_bad
 from distconv.errors import UsageError
 from distconv.kernels.cpu import Array
 
@@ -36,6 +36,7 @@ class Library:
 
     def sum(self, vector: Array, header: Headers) -> Headers:
         """See Exchange; halves are not scaled, so that what the library does with them can be seen."""
+        header["bad_at"] = first_bad(vector)
         with np.errstate(over="ignore"):
             self.ours[...] = vector
         self.comm.Allreduce(self.ours, self.sums)

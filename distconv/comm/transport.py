@@ -7,6 +7,7 @@ after `gather`, those of the ranks lie in `gathered`. Each is a barrier, so buff
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from mpi4py import MPI
 
 CACHE_LINE = 64  # bytes
+SECONDS_BETWEEN_LOOKS = 2e-4  # 25 kB at 1 Gbit/s
 
 
 class Messages:
@@ -26,10 +28,15 @@ class Messages:
 
     name = "messages"
 
-    def __init__(self, comm: MPI.Comm, outgoing_bytes: int, mine_bytes: int) -> None:
-        """Room for messages of outgoing_bytes to each rank, and for one of mine_bytes to all."""
+    def __init__(self, comm: MPI.Comm, outgoing_bytes: int, mine_bytes: int, patient: bool = False) -> None:
+        """Room for messages of outgoing_bytes to each rank, and for one of mine_bytes to all.
+
+        patient: sleeps between looks at what has come. MPI's own waiting holds a core, which then lacks to a thread
+        that computes.
+        """
         P = comm.size
         self.comm = comm
+        self.patient = patient
         self.outgoing: list[Bytes] = list(np.zeros((P, outgoing_bytes), np.uint8))
         self.received: Bytes = np.zeros(P * outgoing_bytes, np.uint8)
         self.first, self.stride = 0, outgoing_bytes
@@ -37,10 +44,18 @@ class Messages:
         self.gathered: list[Bytes] = list(np.zeros((P, mine_bytes), np.uint8))
 
     def scatter(self) -> None:
-        self.comm.Alltoall(self.outgoing[0].base, self.received)
+        if self.patient:
+            return self._wait(self.comm.Ialltoall(self.outgoing[0].base, self.received))
+        return self.comm.Alltoall(self.outgoing[0].base, self.received)
 
     def gather(self) -> None:
-        self.comm.Allgather(self.mine, self.gathered[0].base)
+        if self.patient:
+            return self._wait(self.comm.Iallgather(self.mine, self.gathered[0].base))
+        return self.comm.Allgather(self.mine, self.gathered[0].base)
+
+    def _wait(self, request: MPI.Request) -> None:
+        while not request.Test():
+            time.sleep(SECONDS_BETWEEN_LOOKS)
 
 
 class SharedMemory:
@@ -74,7 +89,9 @@ class SharedSpace:
         return cls(comm, *shared) if shared else None
 
 
-def connect(comm: MPI.Comm, outgoing_bytes: int, mine_bytes: int) -> Messages | SharedMemory:
+def connect(comm: MPI.Comm, outgoing_bytes: int, mine_bytes: int, patient: bool = False) -> Messages | SharedMemory:
     """Shared memory where all ranks are on one host that has room for it, else messages; collective."""
     space = SharedSpace.allocate(comm, comm.size * outgoing_bytes + mine_bytes) if comm.size > 1 else None
-    return SharedMemory(space, outgoing_bytes, mine_bytes) if space else Messages(comm, outgoing_bytes, mine_bytes)
+    if space:
+        return SharedMemory(space, outgoing_bytes, mine_bytes)
+    return Messages(comm, outgoing_bytes, mine_bytes, patient)

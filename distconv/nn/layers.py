@@ -30,7 +30,8 @@ class Context:
     """What a forward pass knows besides its input.
 
     samples (N,) are the indices of the batch in the whole training set. Random draws are keyed by seed, step, layer and
-    sample, so that they do not depend on which rank holds a sample.
+    sample, so that they do not depend on which rank holds a sample. on_final is told, in the backward pass, the name of
+    each layer of the model whose gradients are final, and with them those of all layers behind it.
     """
 
     training: bool
@@ -38,6 +39,7 @@ class Context:
     step: int = 0
     samples: NDArray[np.int64] | None = None
     path: str = ""
+    on_final: Callable[[str], None] | None = None
 
     def within(self, name: str) -> Context:
         """The same pass, seen by the layer called `name` inside this one."""
@@ -216,6 +218,8 @@ class Chain:
                 raise RuntimeError("evaluation keeps nothing for a backward pass: use Context(training=True)")
             for i, (name, layer_backward) in reversed(list(enumerate(backwards))):
                 dy = layer_backward(dy, grads.get(name, {}), wants_dx or i > 0)
+                if context.on_final and not context.path:  # a chain within a layer does not know what lies beside it
+                    context.on_final(name)
             return dy  # type: ignore[no-any-return]
 
         return x, backward

@@ -7,6 +7,7 @@ views into the vectors; the mappings that hold the views are read-only, so no na
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 import zlib
 from collections.abc import Mapping
@@ -43,7 +44,9 @@ class Parameters:
 
     def __init__(self, specs: Specs, dtype: DTypeLike = np.float32) -> None:
         self.specs = dict(_flatten(specs))
-        self.size = sum(math.prod(spec.shape) for spec in self.specs.values())
+        sizes = [math.prod(spec.shape) for spec in self.specs.values()]
+        self.size = sum(sizes)
+        self.starts = dict(zip(self.specs, itertools.accumulate([0, *sizes]), strict=False))  # where each array begins
         self.vector: Array = np.zeros(self.size, dtype)
         self.gradient: Array = np.zeros(self.size, dtype)
         self.values = _nest(self.named(self.vector))
@@ -51,12 +54,10 @@ class Parameters:
 
     def named(self, vector: Array) -> dict[str, Array]:
         """Views "conv1.W", ... of any vector laid out as this model's is (an optimizer's moments, say)."""
-        views, start = {}, 0
-        for name, spec in self.specs.items():
-            stop = start + math.prod(spec.shape)
-            views[name] = vector[start:stop].reshape(spec.shape)
-            start = stop
-        return views
+        return {
+            name: vector[start : start + math.prod(self.specs[name].shape)].reshape(self.specs[name].shape)
+            for name, start in self.starts.items()
+        }
 
     def initialize(self, seed: int) -> None:
         """Draw the first values; each array has a stream of its own, so adding a layer changes no other."""
@@ -64,11 +65,13 @@ class Parameters:
             stream = np.random.default_rng([seed, zlib.crc32(name.encode())])
             view[...] = self.specs[name].deviation * stream.standard_normal(view.shape)
 
-    def first_bad(self, vector: Array) -> int:
-        """The number of the first tensor of a vector laid out like this that holds an infinity or NaN, or -1."""
-        if np.isfinite(vector).all():
-            return -1
-        return next(i for i, view in enumerate(self.named(vector).values()) if not np.isfinite(view).all())
+    def start(self, layer: str) -> int | None:
+        """Index of the first number of a layer of the model, or None where it has no parameters."""
+        return next((start for name, start in self.starts.items() if name.startswith(f"{layer}.")), None)
+
+    def name_at(self, index: int) -> str:
+        """The name of the array that holds the number at this index of the vectors."""
+        return max((start, name) for name, start in self.starts.items() if start <= index)[1]
 
     def digest(self) -> str:
         """SHA-256 over the bits of the values."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from distconv.comm import buckets, transport
 from distconv.comm import exchange as exchanges
-from distconv.comm import transport
 from distconv.comm.exchange import HEADER, Flat, TwoLevel, choose
 from distconv.comm.half import WIRES
 from distconv.comm.library import half_problem
@@ -144,3 +144,46 @@ def test_two_levels_need_the_same_number_of_ranks_on_each_host(world: World) -> 
         pytest.skip("needs 3 ranks")
     with pytest.raises(ValueError, match="same number of ranks"):
         TwoLevel(world.comm, world.comm.Split(min(world.rank, 1)), 1000, WIRES["float16"])
+
+
+@pytest.mark.parametrize("network", [True, False])
+def test_buckets_arrive_whatever_was_ready_when(world: World, network: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(buckets, "BUCKET", 512)
+    if network:
+        monkeypatch.setattr(exchanges, "connect", transport.Messages)
+    size = 5 * 512 + 77
+    exchange = choose(world, size, "float16", "buckets")
+    assert isinstance(exchange, buckets.Buckets) and exchange.how.startswith("6 buckets")
+    parts = [contribution(rank, size) for rank in range(world.size)]
+    wanted = np.concatenate(
+        [
+            flat_model(world.size, len(parts[0][i : i + 512]), "float16", [p[i : i + 512] for p in parts])
+            for i in range(0, size, 512)
+        ]
+    )
+    for starts in ([], [0], [size], [2000, 1999, 600, 600, 3], [1024]):  # the order in which layers become final
+        vector = np.full(size, np.nan, np.float32)
+        final = size
+        for start in starts:
+            vector[start:final] = parts[world.rank][start:final]
+            exchange.ready(vector, start)
+            final = start
+        vector[:final] = parts[world.rank][:final]
+        headers = exchange.sum(vector, header(world))
+        assert vector.tobytes() == wanted.tobytes()
+        assert headers["samples"].tolist() == [10 * rank for rank in range(world.size)]
+        assert headers["bad_at"].tolist() == [-1] * world.size
+
+
+@pytest.mark.parametrize("kind", ["flat", "two-level", "buckets", "mpi"])
+def test_every_carrier_tells_which_rank_is_not_finite_and_where(
+    world: World, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(buckets, "BUCKET", 512)
+    exchange = choose(world, 2000, "float32", kind)
+    vector = contribution(world.rank, 2000)
+    if world.rank == world.size - 1:
+        vector[[1500, 1700]] = np.inf, np.nan
+    headers = exchange.sum(vector, header(world))
+    assert headers["bad_at"].tolist() == [-1] * (world.size - 1) + [1500]
+    assert np.flatnonzero(~np.isfinite(vector)).tolist() == [1500, 1700]

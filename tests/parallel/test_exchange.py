@@ -17,7 +17,7 @@ HALF_ROUNDING = 2.0**-11  # the largest relative rounding error of a half
 
 def header(world: World, **fields: int | float) -> np.ndarray:
     record = np.zeros((), HEADER)
-    record["step"], record["samples"], record["bad_tensor"] = 1, world.rank + 10, -1
+    record["step"], record["samples"], record["bad_at"] = 1, world.rank + 10, -1
     for name, value in fields.items():
         record[name] = value
     return record

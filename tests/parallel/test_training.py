@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from distconv import config, loop
+from distconv.comm import buckets
 from distconv.comm.exchange import HEADER, choose
 from distconv.comm.probe import WireProbe
 from distconv.comm.world import World
@@ -30,7 +31,7 @@ def make_run(world: World, settings: config.Config = SETTINGS, dtype: type = np.
     parameters = Parameters(specs, dtype)
     parameters.initialize(settings.seed)
     optimizer = OPTIMIZERS[settings.optimizer](parameters.size, dtype, settings.lr)
-    exchange = choose(world, parameters.size, settings.wire)
+    exchange = choose(world, parameters.size, settings.wire, settings.exchange)
     probe = WireProbe(settings.wire, lambda: choose(world, parameters.size, np.dtype(dtype).name))
     return loop.Run(settings, dataset, model, parameters, optimizer, world, exchange, probe)
 
@@ -146,3 +147,13 @@ def test_ten_bad_steps_in_a_row_end_the_run_on_every_rank(world: World) -> None:
     with pytest.raises(DistconvError, match=rf"10 steps in a row .*conv3.W on rank {world.size - 1}"):
         list(loop.train(run, never))
     assert run.step == 10
+
+
+def test_a_run_in_buckets_behind_the_backward_pass_trains_as_any(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(buckets, "BUCKET", 4096)
+    losses = []
+    for kind in ("flat", "buckets"):
+        run = make_run(world, dataclasses.replace(SETTINGS, exchange=kind, wire="float64"), np.float64)
+        losses.append([step.train_loss for step in loop.train(run, never) if isinstance(step, loop.StepRecord)])
+        assert len(set(world.comm.allgather(run.parameters.digest()))) == 1
+    np.testing.assert_allclose(*losses, rtol=1e-9)
