@@ -17,7 +17,15 @@ from distconv.runlog import read_metrics
 from tests import jobs
 
 QUICK = ("--data", "digits", "--limit-train", "150", "--batch-size", "32", "--eval-samples", "40")  # 5 steps an epoch
-TIMINGS = {"images_per_second", "compute_seconds", "exchange_seconds", "out"}
+TIMINGS = {
+    "out",
+    "images_per_second",
+    "compute_seconds",
+    "exchange_seconds",
+    "wait_seconds",
+    "wire_seconds_float32",
+    "slowest_rank",
+}
 
 
 def train(ranks: int, *arguments: str | Path, **environment: Any) -> subprocess.CompletedProcess[str]:
