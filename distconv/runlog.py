@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import math
 import os
+import statistics
 import sys
 import time
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -106,6 +108,24 @@ def read_metrics(path: Path) -> list[Mapping[str, Any]]:
             if isinstance(record, dict):
                 records.append(record)
     return records
+
+
+def describe_steps(records: Sequence[Mapping[str, Any]], ranks: int) -> str:
+    """Where the time of a step went and what it sent: medians over the steps of a run, in a line for people."""
+    steps = [record for record in records if record.get("event") == "step"]
+
+    def milliseconds(key: str) -> float:
+        return 1e3 * statistics.median(record[key] or 0.0 for record in steps)
+
+    parts = {name: milliseconds(f"{name}_seconds") for name in ("compute", "exchange", "wait")}
+    line = "a step on rank 0: " + ", ".join(f"{ms:.2f} ms {name}" for name, ms in parts.items())
+    if ranks == 1:
+        return line
+    slowest, times = Counter(record["slowest_rank"] for record in steps).most_common(1)[0]
+    return (
+        f"{line}; {steps[-1]['wire_bytes']:,} bytes sent, a float32 wire would exchange in "
+        f"{milliseconds('wire_seconds_float32'):.2f} ms; rank {slowest} was the slowest in {times / len(steps):.0%} of steps"
+    )
 
 
 def on_a_terminal() -> bool:

@@ -8,7 +8,7 @@ import platform
 import shutil
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -192,6 +192,7 @@ def introduce(run: Run, out: Path, data_name: str, checkpoint: Checkpoint | None
 def finish(run: Run, out: Path, log: RunLog) -> int:
     """Final accuracy on the whole test set, curves and DONE; exit code 1 where the target is missed."""
     from distconv.loop import count_correct
+    from distconv.runlog import describe_steps, read_metrics
 
     total = len(run.dataset.test_labels)
     correct = count_correct(run.model, run.parameters, run.dataset.test_images, run.dataset.test_labels, run.world)
@@ -207,7 +208,9 @@ def finish(run: Run, out: Path, log: RunLog) -> int:
     missed = correct / total < run.config.target_accuracy
     with run.world.together():
         if run.world.rank == 0:
-            draw(run, out)
+            metrics = read_metrics(out / "metrics.jsonl")
+            draw(metrics, run, out)
+            log.say(describe_steps(metrics, run.world.size))
             write_text(out / "DONE", f"{run.step}\n")
     log.say(f"test accuracy {correct / total:.2%} ({correct:,} of {total:,}); model, metrics and curves are in {out}")
     if missed:
@@ -222,13 +225,12 @@ def write_text(path: Path, text: str) -> None:
         raise errors.StorageError(f"{path} cannot be written: {error}") from None
 
 
-def draw(run: Run, out: Path) -> None:
+def draw(metrics: Sequence[Mapping[str, Any]], run: Run, out: Path) -> None:
     from distconv.plots import draw_curves
-    from distconv.runlog import read_metrics
 
     title = f"{run.config.model} on {run.world.size} rank{'s' * (run.world.size > 1)}"
     try:
-        draw_curves(read_metrics(out / "metrics.jsonl"), title, out / "curves.png")
+        draw_curves(metrics, title, out / "curves.png")
     except OSError as error:
         raise errors.StorageError(f"{out / 'curves.png'} cannot be written: {error}") from None
 
