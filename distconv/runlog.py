@@ -110,21 +110,21 @@ def read_metrics(path: Path) -> list[Mapping[str, Any]]:
     return records
 
 
-def describe_steps(records: Sequence[Mapping[str, Any]], ranks: int) -> str:
-    """Where the time of a step went and what it sent: medians over the steps of a run, in a line for people."""
-    steps = [record for record in records if record.get("event") == "step"]
+def describe_steps(steps: Sequence[Mapping[str, Any]], ranks: int) -> str:
+    """Where the time of a step went and what it sent: medians over the step records of a run, in a line for people."""
 
-    def milliseconds(key: str) -> float:
-        return 1e3 * statistics.median(record[key] or 0.0 for record in steps)
+    def milliseconds(key: str) -> str:
+        return f"{1e3 * statistics.median(record[key] or 0.0 for record in steps):.2f} ms"
 
-    parts = {name: milliseconds(f"{name}_seconds") for name in ("compute", "exchange", "wait")}
-    line = "a step on rank 0: " + ", ".join(f"{ms:.2f} ms {name}" for name, ms in parts.items())
+    line = "a step on rank 0: " + ", ".join(
+        f"{milliseconds(f'{part}_seconds')} {part}" for part in ("compute", "exchange", "wait")
+    )
     if ranks == 1:
         return line
     slowest, times = Counter(record["slowest_rank"] for record in steps).most_common(1)[0]
     return (
         f"{line}; {steps[-1]['wire_bytes']:,} bytes sent, a float32 wire would exchange in "
-        f"{milliseconds('wire_seconds_float32'):.2f} ms; rank {slowest} was the slowest in {times / len(steps):.0%} of steps"
+        f"{milliseconds('wire_seconds_float32')}; rank {slowest} was the slowest in {times / len(steps):.0%} of the steps"
     )
 
 

@@ -210,7 +210,8 @@ def finish(run: Run, out: Path, log: RunLog) -> int:
         if run.world.rank == 0:
             metrics = read_metrics(out / "metrics.jsonl")
             draw(metrics, run, out)
-            log.say(describe_steps(metrics, run.world.size))
+            if steps := [record for record in metrics if record["event"] == "step"]:
+                log.say(describe_steps(steps, run.world.size))
             write_text(out / "DONE", f"{run.step}\n")
     log.say(f"test accuracy {correct / total:.2%} ({correct:,} of {total:,}); model, metrics and curves are in {out}")
     if missed:
