@@ -124,7 +124,7 @@ def describe_steps(steps: Sequence[Mapping[str, Any]], ranks: int) -> str:
     slowest, times = Counter(record["slowest_rank"] for record in steps).most_common(1)[0]
     return (
         f"{line}; {steps[-1]['wire_bytes']:,} bytes sent, a float32 wire would exchange in "
-        f"{milliseconds('wire_seconds_float32')}; rank {slowest} was the slowest in {times / len(steps):.0%} of the steps"
+        f"{milliseconds('wire_seconds_float32')}; rank {slowest} was slowest in {times / len(steps):.0%} of steps"
     )
 
 
