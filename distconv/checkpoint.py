@@ -12,13 +12,14 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.numpy import save
 
 from distconv.config import Config
@@ -28,6 +29,7 @@ from distconv.nn.optimizers import Optimizer
 from distconv.nn.parameters import Parameters
 
 FORMAT = "distconv-1"
+OURS = re.compile(r"step-\d{10,}\.safetensors")  # not a copy that a user made and named
 KEEP = 3  # newest checkpoints that stay
 MUST_MATCH = ("model", "batch_size", "optimizer", "seed", "limit_train")  # else it would be another run
 
@@ -80,14 +82,14 @@ def save_checkpoint(
         "position": dict(position),
         "config": dataclasses.asdict(config),
         "data": dict(data),
-        "tensors_sha256": _digest(tensors),
     }
+    text = json.dumps(about)
     path = folder / f"step-{position['step']:010d}.safetensors"
     temporary = folder / f".{path.name}.{os.getpid()}.tmp"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as file:
-            file.write(save(tensors, {"distconv": json.dumps(about)}))
+            file.write(save(tensors, {"distconv": text, "sha256": _digest(text, tensors)}))
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
@@ -107,22 +109,25 @@ def load_checkpoint(path: Path) -> Checkpoint:
         raise MissingInputError(f"{path} is not a file: a checkpoint of distconv.train was expected")
     try:
         with safe_open(path, framework="numpy") as file:
-            about = json.loads((file.metadata() or {}).get("distconv", "{}"))
+            metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
-    except (SafetensorError, ValueError) as error:
-        raise BadDataError(f"{path} is not a whole checkpoint ({error}): use an earlier one") from None
     except OSError as error:
         raise StorageError(f"{path} cannot be read: {error}") from None
-    if about.get("format") != FORMAT:
-        raise MismatchError(f"{path} has the format {about.get('format', 'unknown')}; this version reads {FORMAT}")
-    if about.get("tensors_sha256") != _digest(tensors):
-        raise BadDataError(f"{path} is damaged: its numbers do not have the SHA-256 it was written with; use another")
+    except Exception as error:  # what a header says can make the reader stumble in many ways
+        raise BadDataError(f"{path} is not a whole checkpoint ({error}): use an earlier one") from None
+    text = metadata.get("distconv", "")
+    if metadata.get("sha256") != _digest(text, tensors):
+        raise BadDataError(f"{path} is damaged, or no checkpoint: its content does not have the SHA-256 it should have")
+    about = json.loads(text)
+    if about["format"] != FORMAT:
+        raise MismatchError(f"{path} has the format {about['format']}; this version reads {FORMAT}")
     return Checkpoint(path, tensors, about["position"], about["config"], about["data"])
 
 
 def find_checkpoints(folder: Path) -> list[Path]:
     """The checkpoint files of a folder, newest step first."""
-    return sorted((path for path in folder.glob("step-*.safetensors") if path.is_file()), reverse=True)
+    found = {path: OURS.fullmatch(path.name) for path in folder.glob("step-*.safetensors") if path.is_file()}
+    return sorted((path for path, ours in found.items() if ours), key=lambda path: int(path.stem[5:]), reverse=True)
 
 
 def newest_good(folder: Path) -> tuple[Checkpoint | None, list[str]]:
@@ -156,8 +161,9 @@ def check_same_run(checkpoint: Checkpoint, config: Config, data_digest: str) -> 
     return [f"{name} is now {want[name]}, was {have.get(name)}" for name in may_differ if have.get(name) != want[name]]
 
 
-def _digest(tensors: Mapping[str, Array]) -> str:
-    sha = hashlib.sha256()
+def _digest(text: str, tensors: Mapping[str, Array]) -> str:
+    """SHA-256 over all that a file holds."""
+    sha = hashlib.sha256(text.encode())
     for name in sorted(tensors):
         sha.update(f"{name} {tensors[name].shape} {tensors[name].dtype}".encode())
         sha.update(np.ascontiguousarray(tensors[name]).data)

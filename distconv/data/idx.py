@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gzip
 import math
+import os
 import struct
 import zlib
 from pathlib import Path
@@ -50,7 +51,7 @@ def _parse(file: IO[bytes] | gzip.GzipFile, path: Path, dimensions: int) -> NDAr
     wanted = bytes([0, 0, UNSIGNED_BYTE, dimensions])
     if magic != wanted:
         found = f"the magic number {magic.hex() or 'nothing'}"
-        if magic[:3] == wanted[:3] and magic[3] in KINDS:
+        if magic[:3] == wanted[:3] and magic[3:] in [bytes([kind]) for kind in KINDS]:
             found = f"{KINDS[magic[3]]}, so the files may be swapped"
         raise BadDataError(f"{path} has {found}, but {KINDS[dimensions]} with magic {wanted.hex()} were expected")
     header = file.read(4 * dimensions)
@@ -60,8 +61,11 @@ def _parse(file: IO[bytes] | gzip.GzipFile, path: Path, dimensions: int) -> NDAr
     size = math.prod(shape)
     if not 0 < size <= LARGEST:
         raise BadDataError(f"{path} declares the shape {shape}, {size} bytes; 1 to {LARGEST} bytes can be read")
-    body = file.read(size + 1)  # one more: a longer file is as wrong as a shorter one
+    # A plain file is held against its own size first: to read is to allocate. gzip allocates as it unpacks.
+    plain_size = None if isinstance(file, gzip.GzipFile) else os.fstat(file.fileno()).st_size - file.tell()
+    body = b"" if plain_size not in (None, size) else file.read(size + 1)  # a longer file is as wrong as a shorter one
     if len(body) != size:
-        have = "more" if len(body) > size else f"{len(body)}"
+        there = len(body) if plain_size is None else plain_size
+        have = "more" if there > size else f"{there}"
         raise BadDataError(f"{path} declares the shape {shape}, {size} bytes, but holds {have}: fetch it again")
     return np.frombuffer(body, np.uint8).reshape(shape)

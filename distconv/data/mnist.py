@@ -42,7 +42,11 @@ def load_folder(folder: Path, name: str | None = None) -> Dataset:
 
     Raises MissingInputError, BadDataError, StorageError.
     """
-    if not folder.is_dir():
+    try:
+        is_folder = folder.is_dir()
+    except OSError:  # no name that a file can have
+        is_folder = False
+    if not is_folder:
         raise MissingInputError(f"{folder} is not a folder: give one that holds {', '.join(FILES)}, plain or .gz")
     arrays = {}
     for file, (dimensions, _) in FILES.items():
@@ -165,6 +169,7 @@ def _fetch(file: str, cache: Path) -> None:
             problem = failure or _problem(Path(temporary), file)
             if problem is None:
                 (Path(temporary) / f"{file}.gz").replace(cache / f"{file}.gz")
+                (cache / file).unlink(missing_ok=True)  # a damaged one would be found first
                 return
             failures.append(f"{mirror}: {problem}")
     raise DownloadError(

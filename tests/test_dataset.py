@@ -1,0 +1,272 @@
+"""Data sets in memory and by name: what fits together, what tells them apart, where a name leads."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from distconv import data
+from distconv.data import digits, idx, mnist
+from distconv.data.dataset import Dataset, pixels
+from distconv.errors import BadDataError, CannotCreateError, MissingInputError, UsageError
+from tests.files import NAMES, assert_holds, small_set, write_set
+
+TRAIN_IMAGES, TRAIN_LABELS, TEST_IMAGES, TEST_LABELS = small_set().values()
+
+
+def dataset(**changed: Any) -> Dataset:
+    """A small data set, with some of its parts replaced."""
+    whole = {"train_images": TRAIN_IMAGES, "train_labels": TRAIN_LABELS}
+    whole |= {"test_images": TEST_IMAGES, "test_labels": TEST_LABELS}
+    return Dataset("mine", **{**whole, **changed})
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"train_images": TRAIN_IMAGES / 255}, "mine, train: images are float64"),
+        ({"test_images": TEST_IMAGES.astype(np.int16)}, "mine, test: images are int16"),
+        ({"train_labels": TRAIN_LABELS.astype(np.int64)}, "mine, train: labels are int64"),
+        ({"train_images": TRAIN_IMAGES.reshape(6, -1)}, r"mine, train: images .*\(6, 20\)"),
+        ({"test_images": TEST_IMAGES[..., None, None]}, "mine, test: images .* dimensions"),
+        ({"test_labels": np.eye(4, 10, dtype=np.uint8)}, r"mine, test: labels .*\(4, 10\)"),
+        ({"train_labels": TRAIN_LABELS[:5]}, "mine, train: .* 6 images and 5 labels"),
+        ({"test_images": TEST_IMAGES[:0], "test_labels": TEST_LABELS[:0]}, "mine, test: .* 0 images"),
+        ({"test_labels": np.array([0, 1, 12, 11], np.uint8)}, "mine, test: label number 2 is 12; .* 0 to 9"),
+        ({"classes": 3, "train_labels": np.array([0, 1, 2, 3, 2, 1], np.uint8)}, "number 3 is 3; .* 0 to 2"),
+        ({"test_images": TEST_IMAGES[:, :, 1:]}, "alike"),
+        ({"test_images": np.stack([TEST_IMAGES] * 3, axis=-1)}, "alike"),
+    ],
+)
+def test_parts_that_do_not_fit_together_are_refused(changed: dict[str, Any], words: str) -> None:
+    with pytest.raises(BadDataError, match=words):
+        dataset(**changed)
+
+
+def test_images_without_channels_get_one_and_colours_stay() -> None:
+    assert dataset().image_shape == (5, 4, 1)
+    np.testing.assert_array_equal(dataset().test_images[..., 0], TEST_IMAGES)
+    colours = {name: np.stack([images] * 3, -1) for name, images in (("train_images", TRAIN_IMAGES),)}
+    colours["test_images"] = np.stack([TEST_IMAGES, 255 - TEST_IMAGES, TEST_IMAGES], -1)
+    assert dataset(**colours).image_shape == (5, 4, 3)
+    np.testing.assert_array_equal(dataset(**colours).test_images, colours["test_images"])
+
+
+def flipped(array: np.ndarray, place: int) -> np.ndarray:
+    """A copy with the lowest bit of one element flipped."""
+    array = array.copy()
+    array.reshape(-1)[place] ^= 1
+    return array
+
+
+def test_the_digest_tells_every_change_of_content_and_shape() -> None:
+    several = [
+        dataset(),
+        *(dataset(train_images=flipped(TRAIN_IMAGES, place)) for place in (0, 60, -1)),
+        *(dataset(test_images=flipped(TEST_IMAGES, place)) for place in (0, -1)),
+        dataset(train_labels=flipped(TRAIN_LABELS, 3)),
+        dataset(test_labels=flipped(TEST_LABELS, -1)),
+        dataset(train_images=TRAIN_IMAGES[::-1]),
+        # The same bytes in another shape.
+        dataset(train_images=TRAIN_IMAGES.reshape(6, 4, 5), test_images=TEST_IMAGES.reshape(4, 4, 5)),
+        dataset(train_images=TRAIN_IMAGES.reshape(6, 1, 5, 4), test_images=TEST_IMAGES.reshape(4, 1, 5, 4)),
+    ]
+    assert len({one.digest for one in several}) == len(several)
+
+
+def test_the_digest_is_of_the_content_alone() -> None:
+    turned = np.asfortranarray(TRAIN_IMAGES)
+    assert not turned.flags.c_contiguous
+    again = dataclasses.replace(dataset(train_images=turned[..., None]), name="the same elsewhere")
+    assert again.digest == dataset().digest
+
+
+def test_limited_keeps_the_first_training_samples_and_all_of_the_test() -> None:
+    whole = dataset()
+    part = whole.limited(2)
+    assert_holds(part, dict(zip(NAMES, (TRAIN_IMAGES[:2], TRAIN_LABELS[:2], TEST_IMAGES, TEST_LABELS), strict=True)))
+    assert len(whole.train_labels) == 6 and part.digest != whole.digest
+    assert whole.limited(100).digest == whole.digest
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.float32, np.float16])
+def test_pixels_are_bytes_over_255(dtype: type) -> None:
+    images = np.arange(256, dtype=np.uint8).reshape(2, 8, 16, 1)
+    x = pixels(images, dtype)
+    assert x.dtype == dtype and x.shape == images.shape
+    assert x.ravel()[0] == 0 and x.ravel()[255] == 1 and np.all(np.diff(x.ravel()) > 0)
+    exact = np.array([value / 255 for value in range(256)])
+    np.testing.assert_allclose(x.ravel().astype(np.float64), exact, rtol=np.finfo(dtype).eps, atol=0)
+
+
+def test_the_digits_are_1437_and_360_images_of_28_x_28() -> None:
+    loaded = digits.load()
+    assert (len(loaded.train_labels), len(loaded.test_labels)) == (1437, 360)
+    assert loaded.image_shape == (28, 28, 1) and loaded.classes == 10
+    everything = np.bincount(loaded.train_labels) + np.bincount(loaded.test_labels)
+    assert everything.tolist() == [178, 182, 177, 183, 181, 182, 181, 179, 174, 180]  # as its authors count
+    assert np.bincount(loaded.test_labels).min() >= 20  # of 36: each digit is in the test
+
+
+def test_the_digits_are_the_same_every_time() -> None:
+    assert digits.load().digest == digits.load().digest
+
+
+def exact_digits() -> tuple[np.ndarray, int]:
+    """The enlarged digits in whole numbers, unrounded, and what to divide them by for brightness 0 to 255."""
+    small = idx.read(Path(digits.__file__).parent / "optdigits-images-idx3-ubyte.gz", 3).astype(np.int64)
+    places = np.clip(4 * np.arange(28) - 5, 0, 98)  # centres of the new pixels, in fourteenths of an old one
+    weights = np.maximum(0, 14 - abs(places[:, None] - 14 * np.arange(8)))
+    return np.einsum("ai,nij,bj->nab", weights, small * 255, weights), 16 * 14 * 14
+
+
+def test_the_digits_are_their_originals_enlarged_and_span_the_same_brightness() -> None:
+    exact, scale = exact_digits()
+    loaded = digits.load()
+    images = np.concatenate([loaded.train_images, loaded.test_images])[..., 0]
+    assert images.min() == 0 and images.max() == 255
+    by_brightness = np.sort(exact.sum((1, 2))) / scale
+    assert abs(np.sort(images.sum((1, 2), dtype=np.int64)) - by_brightness).max() < 28 * 28 / 4
+
+
+def test_the_digits_depend_on_no_order_of_floating_point_sums() -> None:
+    # Many pixels lie exactly between two bytes. One rule for all of these gives the same bits on every machine.
+    exact, scale = exact_digits()
+    whole, rest = np.divmod(exact, scale)
+    up, even = rest * 2 >= scale, rest * 2 + whole % 2 > scale
+    rules = [{image.tobytes() for image in (whole + rule).astype(np.uint8)} for rule in (up, even)]
+    loaded = digits.load()
+    assert {image.tobytes() for image in (*loaded.train_images, *loaded.test_images)} in rules
+
+
+@pytest.fixture
+def no_mnist(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A user without MNIST, whom no mirror answers."""
+    for name in ("DISTCONV_DATA_DIR", "DISTCONV_OFFLINE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(mnist, "MIRRORS", ())
+
+
+@pytest.mark.usefixtures("no_mnist")
+@pytest.mark.parametrize(("offline", "why"), [("1", "offline is set"), ("", "no mirror answers")])
+def test_auto_without_mnist_becomes_the_digits_and_says_so_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, offline: str, why: str
+) -> None:
+    monkeypatch.setenv("DISTCONV_OFFLINE", offline)
+    name, note = data.prepare("auto")
+    assert name == "digits" and data.load(name).digest == digits.load().digest
+    assert "\n" not in note and all(part in note for part in ("MNIST", why, "digits", "--data"))
+
+
+@pytest.mark.usefixtures("no_mnist")
+def test_mnist_asked_for_by_name_is_not_replaced_by_another(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("DISTCONV_OFFLINE", "1")
+    with pytest.raises(MissingInputError):
+        data.prepare("mnist")
+    monkeypatch.setenv("DISTCONV_OFFLINE", "")
+    (tmp_path / "cache").write_text("a file in the folder's place")
+    with pytest.raises(CannotCreateError):
+        data.prepare("mnist")
+    name, note = data.prepare("auto")
+    assert name == "digits" and str(tmp_path / "cache") in note
+
+
+@pytest.mark.usefixtures("no_mnist")
+def test_auto_refuses_a_chosen_folder_that_is_damaged(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("DISTCONV_DATA_DIR", str(write_set(tmp_path / "mine", small_set())))
+    with pytest.raises(BadDataError, match=NAMES[0]):  # it is not MNIST
+        data.prepare("auto")
+
+
+def test_auto_takes_mnist_where_it_is_at_hand(mnist_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DISTCONV_DATA_DIR", str(mnist_folder))
+    assert data.prepare("auto") == ("mnist", "")
+    assert len(data.load("mnist").train_labels) == 60_000
+
+
+def test_a_folder_is_named_by_its_path_even_where_it_looks_like_a_function(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arrays = small_set()
+    monkeypatch.chdir(tmp_path)
+    for name in ("plain", "odd:name", str(tmp_path / "with space")):
+        write_set(tmp_path / name, arrays)
+        assert data.prepare(name) == (name, "")
+        assert_holds(data.load(name), arrays)
+
+
+@pytest.mark.parametrize("name", ["no-such-data", "", "none/at/all", "a\0b", "x" * 300])
+def test_a_name_that_leads_nowhere_is_a_missing_input(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(MissingInputError):
+        data.load(name)
+
+
+USERS_MODULE = """
+import numpy as np
+from distconv.data import Dataset
+images, labels = np.zeros((4, 5, 3), np.uint8), np.arange(4, dtype=np.uint8)
+def mine(): return Dataset("mine", images, labels, images[:2], labels[:2], classes=4)
+def arrays(): return images, labels
+def nothing(): pass
+number = 3
+"""
+
+
+@pytest.fixture
+def users_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], str]:
+    """Writes a module into the current folder, returns its name; the next test finds no trace of it."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", sys.path.copy())
+    monkeypatch.setattr(sys, "modules", sys.modules.copy())
+
+    def write(text: str) -> str:
+        (tmp_path / "users_module.py").write_text(text)
+        return "users_module"
+
+    return write
+
+
+def test_a_users_function_gives_the_data_set(users_module: Callable[[str], str]) -> None:
+    name = f"{users_module(USERS_MODULE)}:mine"
+    assert data.prepare(name) == (name, "")
+    loaded = data.load(name)
+    assert loaded.image_shape == (5, 3, 1) and loaded.classes == 4
+
+
+@pytest.mark.parametrize(
+    ("function", "words"),
+    [
+        ("arrays", "returned tuple, but a .*Dataset is expected"),
+        ("nothing", "returned NoneType"),
+        ("number", "has no function number"),
+        ("absent", "has no function absent"),
+    ],
+)
+def test_a_users_function_that_gives_no_data_set_is_a_usage_error(
+    users_module: Callable[[str], str], function: str, words: str
+) -> None:
+    with pytest.raises(UsageError, match=f"users_module:{function}.*{words}"):
+        data.load(f"{users_module(USERS_MODULE)}:{function}")
+
+
+def test_a_module_that_is_not_there_is_told_from_one_that_lacks_something(users_module: Callable[[str], str]) -> None:
+    with pytest.raises(UsageError, match="there is no module no_such_module"):
+        data.load("no_such_module:mine")
+    name = users_module("import no_such_module")
+    with pytest.raises(ModuleNotFoundError, match="no_such_module"):  # the user's own mistake, with a traceback
+        data.load(f"{name}:mine")
+
+
+def test_what_a_users_function_raises_comes_through(users_module: Callable[[str], str]) -> None:
+    with pytest.raises(ZeroDivisionError):
+        data.load(f"{users_module('def mine(): return 1 / 0')}:mine")
