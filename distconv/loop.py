@@ -211,7 +211,7 @@ def _step(run: Run, order: NDArray[np.int64], epoch: int, batch: int, stop: bool
 
     if np.any(headers["step"] != run.step) or headers["samples"].sum() != global_batch:
         raise DistconvError(f"the ranks are not at the same step: {headers['step'].tolist()}; this is a bug")
-    good = bool(np.isfinite(parameters.gradient).all())  # the same bits on all ranks, so the same decision
+    good = run.exchange.wire.first_bad(parameters.gradient) < 0  # the same bits on all ranks, so the same decision
     loss = float(headers["loss_sum"].sum())
     run.step += 1
     if good:

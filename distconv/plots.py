@@ -47,6 +47,44 @@ def draw_mistakes(images: Bytes, pairs: Sequence[tuple[int, int]], title: str, p
     _save(figure, path)
 
 
+def draw_scaling(rungs: Sequence[Mapping[str, Any]], title: str, path: Path) -> None:
+    """Images a second on each number of ranks beside the ideal line, and the parts of a step, as a PNG.
+
+    A rung has the keys that `bench scaling --json` prints.
+    """
+    numbers = [rung["ranks"] for rung in rungs]
+    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    speed, split = figure.subplots(1, 2)
+    figure.suptitle(title)
+    per_rank = rungs[0]["images_per_second"] / numbers[0]
+    speed.plot(numbers, [per_rank * P for P in numbers], "--", color="tab:gray", label="ideal")
+    speed.plot(numbers, [rung["images_per_second"] for rung in rungs], "o-", color="tab:blue", label="measured")
+    for crowded in (rung for rung in rungs if rung["oversubscribed"]):
+        place = (crowded["ranks"], crowded["images_per_second"])
+        speed.annotate("more ranks\nthan cores", place, (0, -12), textcoords="offset points", ha="center", va="top")
+    speed.set(title="images/s", xlabel="ranks", xticks=numbers)
+    speed.set_ylim(bottom=0)
+    speed.margins(x=0.12)
+    speed.grid(alpha=0.3)
+    speed.legend(loc="upper left")
+
+    labels, bottom = [str(P) for P in numbers], [0.0] * len(numbers)
+    parts = ("compute", "tab:blue"), ("exchange", "tab:orange"), ("wait", "tab:red"), ("step", "tab:gray")
+    for part, color in parts:
+        top = [1e3 * rung[f"{part}_seconds"] for rung in rungs]
+        if part != "step":
+            top = [low + height for low, height in zip(bottom, top, strict=True)]
+        height = [max(0.0, high - low) for high, low in zip(top, bottom, strict=True)]
+        label = {"exchange": "wire", "step": "rest"}.get(part, part)
+        split.bar(labels, height, bottom=bottom, color=color, width=0.6, label=label)
+        bottom = top
+    split.set(title="one step of rank 0, ms", xlabel="ranks")
+    split.grid(alpha=0.3, axis="y")
+    split.set_axisbelow(True)
+    split.legend(loc="upper left", bbox_to_anchor=(1, 1))
+    _save(figure, path)
+
+
 def _save(figure: Figure, path: Path) -> None:
     FigureCanvasAgg(figure)
     figure.savefig(path, format="png", dpi=100)

@@ -149,3 +149,12 @@ def test_dividing_before_the_cast_loses_nine_tenths_where_the_wire_loses_nothing
     parts, exact, _ = mean_over_ranks(64, 1e-7)
     divided_first = np.sum((parts / np.float32(64)).astype(np.float16), axis=0, dtype=np.float64)
     assert np.linalg.norm(divided_first - exact) > 0.9 * np.linalg.norm(exact)
+
+
+@pytest.mark.parametrize("wire", [*WIRES.values(), PORTABLE], ids=[*WIRES, "portable"])
+@steady
+@given(vectors)
+def test_the_first_number_that_is_not_finite_is_found(wire: Wire, x: np.ndarray) -> None:
+    x = x.astype(wire.dtype)
+    bad = [i for i, number in enumerate(x.tolist()) if not np.isfinite(number)]
+    assert wire.first_bad(x) == (bad[0] if bad else -1)

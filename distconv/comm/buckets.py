@@ -25,6 +25,7 @@ class Buckets:
     def __init__(self, size: int, connect: Callable[[int], Exchange]) -> None:
         self.places = [slice(start, min(start + BUCKET, size)) for start in range(0, size, BUCKET)]
         self.exchanges = [connect(place.stop - place.start) for place in self.places]
+        self.wire = self.exchanges[0].wire
         self.how = f"{len(self.places)} buckets behind the backward pass, {self.exchanges[0].how}"
         self.bytes_sent = sum(exchange.bytes_sent for exchange in self.exchanges)
         self.thread = ThreadPoolExecutor(1)

@@ -48,18 +48,13 @@ class Exchange(Protocol):
     """Sums vectors of one size and dtype over ranks."""
 
     carrier: str  # its name
+    wire: Wire
     how: str  # the same for people, with what it runs over
     bytes_sent: int  # by this rank in one sum, to other ranks
 
     def sum(self, vector: Array, header: Headers) -> Headers:
         """Replace vector by its sum over all ranks, the same bits on each. Returns the headers (P,) in rank order."""
         ...
-
-
-def first_bad(vector: Array) -> int:
-    """Index of the first infinity or NaN of a vector, or -1."""
-    finite = np.isfinite(vector)
-    return -1 if finite.all() else int(np.argmin(finite))
 
 
 class Flat:
@@ -78,7 +73,7 @@ class Flat:
 
     def sum(self, vector: Array, header: Headers) -> Headers:
         """See Exchange; vector (size,) has the dtype of the wire."""
-        header["bad_at"] = first_bad(vector)
+        header["bad_at"] = self.wire.first_bad(vector)
         return self.exchange(vector, header)
 
     def exchange(self, vector: Array, header: Headers) -> Headers:
@@ -134,7 +129,7 @@ class TwoLevel:
 
     def sum(self, vector: Array, header: Headers) -> Headers:
         """See Exchange; vector (size,) has the dtype of the wire."""
-        header["bad_at"] = first_bad(vector)
+        header["bad_at"] = self.wire.first_bad(vector)
         self.vectors[self.local_rank] = vector
         self.barrier()
         total = np.zeros(self.part.stop - self.part.start, self.wire.dtype)

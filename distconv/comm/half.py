@@ -48,6 +48,11 @@ class Wire:
         """Write the numbers of a message into x, which may be shorter."""
         x[...] = message[: x.nbytes].view(self.dtype)
 
+    def first_bad(self, x: Array) -> int:
+        """Index of the first infinity or NaN of x, or -1."""
+        finite = np.isfinite(x)
+        return -1 if finite.all() else int(np.argmin(finite))
+
     def sum_and_encode(
         self, own: Array, rank: int, P: int, received: Bytes, first: int, stride: int, message: Bytes
     ) -> None:
@@ -107,6 +112,9 @@ class HalfWire(Wire):
 
 class CompiledHalfWire(HalfWire):
     """The same format by the loops of kernels/half.py."""
+
+    def first_bad(self, x: Array) -> int:
+        return int(half.first_bad(x))
 
     def encode(self, x: Array, message: Bytes) -> None:
         half.encode(x, *_fields(message))

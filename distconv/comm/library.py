@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from distconv.comm.exchange import HEADER, Headers, first_bad
+from distconv.comm.exchange import HEADER, Headers
+from distconv.comm.half import WIRES
 from distconv.errors import UsageError
 from distconv.kernels.cpu import Array
 
@@ -30,13 +31,13 @@ class Library:
             raise UsageError("--exchange mpi: MPI has no bfloat16; use --wire float16, float32 or float64")
         if wire == "float16" and (problem := half_problem(comm)):
             raise UsageError(f"--exchange mpi --wire float16: {problem}; use --exchange auto")
-        self.comm = comm
+        self.comm, self.wire = comm, WIRES[wire]
         self.ours, self.sums = np.zeros((2, size), wire)
         self.bytes_sent = round(2 * (comm.size - 1) / comm.size * self.ours.nbytes)  # what a ring sends, not counted
 
     def sum(self, vector: Array, header: Headers) -> Headers:
         """See Exchange; halves are not scaled, so that what the library does with them can be seen."""
-        header["bad_at"] = first_bad(vector)
+        header["bad_at"] = self.wire.first_bad(vector)
         with np.errstate(over="ignore"):
             self.ours[...] = vector
         self.comm.Allreduce(self.ours, self.sums)
