@@ -59,9 +59,10 @@ def draw_scaling(rungs: Sequence[Mapping[str, Any]], title: str, path: Path) -> 
     per_rank = rungs[0]["images_per_second"] / numbers[0]
     speed.plot(numbers, [per_rank * P for P in numbers], "--", color="tab:gray", label="ideal")
     speed.plot(numbers, [rung["images_per_second"] for rung in rungs], "o-", color="tab:blue", label="measured")
-    for crowded in (rung for rung in rungs if rung["oversubscribed"]):
-        place = (crowded["ranks"], crowded["images_per_second"])
-        speed.annotate("more ranks\nthan cores", place, (0, -12), textcoords="offset points", ha="center", va="top")
+    crowded = [rung for rung in rungs if rung["oversubscribed"]]
+    if crowded:
+        places = [rung["ranks"] for rung in crowded], [rung["images_per_second"] for rung in crowded]
+        speed.plot(*places, "o", color="tab:blue", markerfacecolor="white", label="more ranks than cores")
     speed.set(title="images/s", xlabel="ranks", xticks=numbers)
     speed.set_ylim(bottom=0)
     speed.margins(x=0.12)

@@ -25,7 +25,7 @@ def through(wire: Wire, x: np.ndarray) -> np.ndarray:
     message = np.full(wire.nbytes(-(-x.size // BLOCK) * BLOCK + BLOCK), 0xAA, np.uint8)
     arrived = np.full(x.size, 7, x.dtype)
     before = x.copy()
-    wire.encode(x, message)
+    assert wire.encode(x, message) == np.isfinite(x).all()
     np.testing.assert_array_equal(x.view(np.uint8), before.view(np.uint8))
     wire.decode(message, arrived)
     return arrived

@@ -73,21 +73,24 @@ class Flat:
 
     def sum(self, vector: Array, header: Headers) -> Headers:
         """See Exchange; vector (size,) has the dtype of the wire."""
-        header["bad_at"] = self.wire.first_bad(vector)
-        return self.exchange(vector, header)
+        return self.exchange(vector, header, is_own=True)
 
-    def exchange(self, vector: Array, header: Headers) -> Headers:
-        """The same for a vector that was looked at already."""
+    def exchange(self, vector: Array, header: Headers, is_own: bool) -> Headers:
+        """The same. is_own: the vector is this rank's contribution alone, so bad_at tells of it."""
         H, transport, wire = HEADER.itemsize, self.transport, self.wire
+        own = vector[self.parts[self.rank]]
+        finite = wire.first_bad(own) < 0
         for owner, message in enumerate(transport.outgoing):
-            message[:H].view(HEADER)[...] = header
             if owner != self.rank:
-                wire.encode(vector[self.parts[owner]], message[H:])
+                finite &= wire.encode(vector[self.parts[owner]], message[H:])
+        if is_own:
+            header["bad_at"] = -1 if finite else wire.first_bad(vector)
+        for message in transport.outgoing:
+            message[:H].view(HEADER)[...] = header
         transport.scatter()
 
         received, first, stride = transport.received, transport.first, transport.stride
         headers = np.concatenate([received[first + r * stride :][:H] for r in range(self.size)]).view(HEADER)
-        own = vector[self.parts[self.rank]]
         wire.sum_and_encode(own, self.rank, self.size, received, first + H, stride, transport.mine)
         transport.gather()
 
@@ -135,7 +138,7 @@ class TwoLevel:
         total = np.zeros(self.part.stop - self.part.start, self.wire.dtype)
         for other in self.vectors:
             total += other[self.part]
-        headers = self.inner.exchange(total, header)
+        headers = self.inner.exchange(total, header, is_own=False)
         self.headers[self.local_rank] = headers.view(np.uint8)
         self.barrier()  # nobody reads contributions any more
         self.vectors[0][self.part] = total

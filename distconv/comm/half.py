@@ -40,9 +40,10 @@ class Wire:
         """Bytes of a message that holds up to n numbers, n a multiple of BLOCK."""
         return n * self.dtype.itemsize
 
-    def encode(self, x: Array, message: Bytes) -> None:
-        """Write x, which may be shorter than the message has room for."""
+    def encode(self, x: Array, message: Bytes) -> bool:
+        """Write x, which may be shorter than the message has room for. Returns whether all of it is finite."""
         message[: x.nbytes].view(self.dtype)[...] = x
+        return bool(np.isfinite(x).all())
 
     def decode(self, message: Bytes, x: Array) -> None:
         """Write the numbers of a message into x, which may be shorter."""
@@ -77,10 +78,11 @@ class BrainWire(Wire):
     def nbytes(self, n: int) -> int:
         return 2 * n
 
-    def encode(self, x: Array, message: Bytes) -> None:
+    def encode(self, x: Array, message: Bytes) -> bool:
         bits = x.view(np.uint32)
         rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
         message[: 2 * x.size].view(np.uint16)[...] = np.where(np.isnan(x), np.uint32(0x7FC0), rounded)
+        return bool(np.isfinite(x).all())
 
     def decode(self, message: Bytes, x: Array) -> None:
         np.left_shift(message[: 2 * x.size].view(np.uint16), np.uint32(16), out=x.view(np.uint32), dtype=np.uint32)
@@ -93,7 +95,7 @@ class HalfWire(Wire):
         content = 2 * n + 2 * (n // BLOCK)
         return -(-content // ALIGNMENT) * ALIGNMENT
 
-    def encode(self, x: Array, message: Bytes) -> None:
+    def encode(self, x: Array, message: Bytes) -> bool:
         halves, exponents = _fields(message)
         blocks = _blocks(x)
         e = block_exponents(blocks)
@@ -101,6 +103,7 @@ class HalfWire(Wire):
             scaled = blocks * np.ldexp(np.float32(1), -e)[:, None]
             halves[: x.size].view(np.float16)[...] = scaled.ravel()[: x.size]
         exponents[: len(e)].view(np.int16)[...] = e
+        return bool(np.isfinite(x).all())
 
     def decode(self, message: Bytes, x: Array) -> None:
         halves, exponents = _fields(message)
@@ -116,8 +119,8 @@ class CompiledHalfWire(HalfWire):
     def first_bad(self, x: Array) -> int:
         return int(half.first_bad(x))
 
-    def encode(self, x: Array, message: Bytes) -> None:
-        half.encode(x, *_fields(message))
+    def encode(self, x: Array, message: Bytes) -> bool:
+        return bool(half.encode(x, *_fields(message)))
 
     def decode(self, message: Bytes, x: Array) -> None:
         half.decode(*_fields(message), x)
