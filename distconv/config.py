@@ -112,16 +112,23 @@ class Config:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value, kind = getattr(self, field.name), type(field.default)
-            if kind is float and type(value) is int:
+            if kind is float and type(value) is int and abs(value) < 2**53:
                 value = float(value)
                 object.__setattr__(self, field.name, value)
             if type(value) is not kind or not field.metadata["valid"](value):
                 expected = field.metadata["expected"] or "text"
+                if isinstance(value, int) and abs(value) >= 2**64:
+                    value = "with a number of more than 64 bits"  # Python shows no number of thousands of digits
                 raise UsageError(f"{flag(field.name)} {value}: expected {expected}{_nearest(value, expected)}")
 
     def toml(self) -> str:
         """The settings as a TOML file that --config reads."""
-        return "".join(f"{name} = {json.dumps(value)}\n" for name, value in dataclasses.asdict(self).items())
+        return "".join(f"{name} = {_toml_value(value)}\n" for name, value in dataclasses.asdict(self).items())
+
+
+def _toml_value(value: Any) -> str:
+    """JSON, but for what TOML writes in another way: infinity, and characters that need no escape or need one."""
+    return str(value) if value == math.inf else json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def flag(name: str) -> str:
@@ -132,8 +139,8 @@ def flag(name: str) -> str:
 def read_toml(path: Path) -> dict[str, Any]:
     """Settings from a file. Raises MissingInputError or UsageError."""
     try:
-        settings = tomllib.loads(path.read_text())
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        settings = tomllib.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # not UTF-8, not TOML, or a number of thousands of digits
         raise UsageError(f"--config {path} is not a TOML file: {error}") from None
     except OSError as error:
         raise MissingInputError(f"--config {path} cannot be read: {error.strerror}") from None

@@ -100,7 +100,7 @@ def read_metrics(path: Path) -> list[Mapping[str, Any]]:
     """The records of a metrics.jsonl, none if there is no such file; a torn line, left by a kill, is passed over."""
     records: list[Mapping[str, Any]] = []
     if path.exists():
-        for line in path.read_text().splitlines():
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
                 record = json.loads(line)
             except ValueError:

@@ -221,7 +221,7 @@ def finish(run: Run, out: Path, log: RunLog) -> int:
 
 def write_text(path: Path, text: str) -> None:
     try:
-        path.write_text(text)
+        path.write_text(text, encoding="utf-8")
     except OSError as error:
         raise errors.StorageError(f"{path} cannot be written: {error}") from None
 

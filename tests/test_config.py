@@ -1,0 +1,217 @@
+"""Settings: where they come from, which values are refused and how, and a file that repeats a run."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from distconv import train
+from distconv.config import Config, flag, from_command_line, read_toml
+from distconv.errors import MissingInputError, UsageError
+
+
+def parse(*arguments: str | Path) -> Config:
+    return from_command_line([str(argument) for argument in arguments])[0]
+
+
+def refused(*arguments: str | Path) -> str:
+    with pytest.raises(UsageError) as caught:
+        parse(*arguments)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def toml(folder: Path, text: str | bytes) -> Path:
+    path = folder / "run.toml"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return path
+
+
+def test_without_flags_the_source_is_trained_as_the_source_trains_it() -> None:
+    config = parse()
+    assert (config.model, config.epochs, config.batch_size, config.eval_samples) == ("deepconvnet", 20, 100, 1000)
+    assert (config.optimizer, config.lr, config.seed, config.limit_train) == ("adam", 0.001, 0, 0)
+    assert (config.data, config.wire, config.device, config.resume) == ("auto", "float16", "auto", "auto")
+    assert config == Config()
+
+
+def test_a_flag_goes_before_the_file_and_the_file_before_the_default(tmp_path: Path) -> None:
+    file = toml(tmp_path, 'seed = 5\nlr = 0.25\noptimizer = "sgd"\n')
+    config = parse("--seed", "6", "--config", file, "--optimizer", "momentum")
+    assert (config.seed, config.lr, config.optimizer, config.epochs) == (6, 0.25, "momentum", 20)
+    assert parse("--config", file, "--seed", "0").seed == 0  # given, though it is the default
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("batch_size", 0, "whole number from 1"),
+        ("batch_size", -4, "whole number from 1"),
+        ("batch_size", 2**31, "whole number from 1 to 2147483647"),
+        ("epochs", 0, "whole number from 1"),
+        ("seed", -1, "0 to 2^32 - 1"),
+        ("seed", 2**32, "0 to 2^32 - 1"),
+        ("limit_train", -1, "whole number from 0"),
+        ("eval_samples", -1, "whole number from 0"),
+        ("lr", 0.0, "finite number above 0"),
+        ("lr", -0.5, "finite number above 0"),
+        ("lr", math.nan, "finite number above 0"),
+        ("lr", math.inf, "finite number above 0"),
+        ("target_accuracy", 1.5, "fraction from 0 to 1"),
+        ("target_accuracy", -0.1, "fraction from 0 to 1"),
+        ("target_accuracy", math.nan, "fraction from 0 to 1"),
+        ("checkpoint_seconds", -1.0, "0 or more"),
+        ("checkpoint_seconds", math.nan, "0 or more"),
+        ("optimizer", "adamm", "did you mean adam?"),
+        ("optimizer", "lion", "one of adam, sgd, momentum, nesterov, adagrad, rmsprop"),
+        ("wire", "float8", "one of float16"),
+        ("device", "tpu", "one of auto, cpu, cuda"),
+        ("model", "resnet", "one of deepconvnet, simpleconvnet, or package.module:function"),
+        ("model", "deepconvnett", "did you mean deepconvnet?"),
+        ("data", "", "name of a data set"),
+        ("resume", "", "auto, never or a checkpoint file"),
+    ],
+)
+def test_a_value_that_cannot_be_is_refused_by_flag_value_and_what_was_expected(
+    tmp_path: Path, name: str, value: Any, expected: str
+) -> None:
+    message = refused(f"{flag(name)}={value}")
+    assert all(part in message for part in (flag(name), str(value), expected))
+    from_file = refused("--config", toml(tmp_path, f"{name} = {value if type(value) is not str else repr(value)}"))
+    assert all(part in from_file for part in (name.split("_")[0], str(value), expected))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["--lr", "fast"], ("--lr", "fast", "float")),
+        (["--epochs", "2.5"], ("--epochs", "2.5", "int")),
+        (["--epochs", "1e3"], ("--epochs", "1e3", "int")),
+        (["--seed"], ("--seed", "expected one argument")),
+        (["--seed", "x", "--sed", "3"], ("--seed", "x", "int")),
+        (["--batchsize", "5"], ("--batchsize", "did you mean --batch-size?")),
+        (["--learning-rate", "1"], ("--learning-rate", "--help")),
+        (["--optimiser=sgd"], ("--optimiser", "did you mean --optimizer?")),
+        (["digits"], ("digits", "--help")),
+        (["-n", "4"], ("-n", "--help")),
+    ],
+)
+def test_a_flag_that_is_wrong_is_named_with_the_nearest_one(arguments: list[str], parts: tuple[str, ...]) -> None:
+    message = refused(*arguments)
+    assert all(part in message for part in parts)
+
+
+@pytest.mark.parametrize("short", ["--epoch", "--batch", "--opt", "--print", "--conf"])
+def test_no_flag_can_be_cut_short(short: str) -> None:
+    # Else a script breaks on the day that another flag begins alike.
+    assert short in refused(short, "3")
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("epoch = 3", ("epoch", "did you mean epochs?")),
+        ("wire_format = 'float16'", ("wire_format",)),
+        ("[train]\nepochs = 3", ("train",)),
+        ("epochs = '3'", ("--epochs", "3", "whole number")),
+        ("epochs = 3.0", ("--epochs", "3.0", "whole number")),
+        ("epochs = true", ("--epochs", "True", "whole number")),
+        ("seed = false", ("--seed", "False", "whole number")),
+        ("lr = true", ("--lr", "True", "finite number")),
+        ("lr = '0.1'", ("--lr", "0.1", "finite number")),
+        (f"lr = 1{'0' * 400}", ("--lr", "finite number")),  # larger than any float
+        ("epochs = [1]", ("--epochs", "[1]", "whole number")),
+        ("data = 3", ("--data", "3", "name of a data set")),
+        ("out = 1979-05-27", ("--out", "1979-05-27", "text")),
+        ("epochs 3", ("run.toml", "TOML", "line 1")),
+        ("seed = 1\nepochs = ", ("run.toml", "TOML")),
+        ("seed = 1\nseed = 2", ("run.toml", "TOML")),
+        (b"out = '\xff\xfe'", ("run.toml", "TOML")),
+        (b"\x89PNG\r\n\x1a\n\0", ("run.toml", "TOML")),
+        (f"seed = 1{'0' * 5000}", ()),
+    ],
+    ids=lambda value: repr(value)[:30],
+)
+def test_a_file_with_a_mistake_is_one_sentence(tmp_path: Path, text: str | bytes, parts: tuple[str, ...]) -> None:
+    message = refused("--config", toml(tmp_path, text))
+    assert all(part in message for part in parts)
+
+
+def test_a_file_that_is_not_there_is_a_missing_input(tmp_path: Path) -> None:
+    for path in (tmp_path / "none.toml", tmp_path):
+        with pytest.raises(MissingInputError, match=str(path)):
+            parse("--config", path)
+
+
+def test_a_whole_number_is_a_number_but_no_boolean_is() -> None:
+    assert Config(lr=1).lr == 1.0 and type(Config(lr=1).lr) is float  # type: ignore[arg-type]
+    for wrong in (
+        {"seed": True},
+        {"lr": True},
+        {"epochs": 1.0},
+        {"data": 3},
+        {"out": None},
+        {"model": ["deepconvnet"]},
+    ):
+        with pytest.raises(UsageError, match=flag(next(iter(wrong)))):
+            Config(**wrong)
+
+
+@pytest.fixture(scope="module")
+def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("toml") / "config.toml"
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    out=st.text(st.characters(exclude_categories=["Cs"])),  # half a surrogate pair is no text
+    lr=st.floats(0, exclude_min=True, allow_infinity=False),
+    seed=st.integers(0, 2**32 - 1),
+    checkpoint_seconds=st.floats(0),
+)
+@example(out='a "quoted" \\back\\slash', lr=1e-5, seed=0, checkpoint_seconds=0)
+@example(out="\0\x01\t\n\r\x1f\x7f\x85\u2028", lr=5e-324, seed=1, checkpoint_seconds=1e22)
+@example(out="한글 é", lr=1.7976931348623157e308, seed=2, checkpoint_seconds=5)
+@example(out="runs/🌊", lr=1, seed=3, checkpoint_seconds=5)  # beyond 16 bits
+@example(out="", lr=1, seed=4, checkpoint_seconds=math.inf)  # no checkpoints within epochs
+def test_what_is_written_as_toml_is_read_back_the_same(scratch: Path, **changed: Any) -> None:
+    config = Config(**changed)
+    scratch.write_text(config.toml())
+    assert Config(**read_toml(scratch)) == config
+
+
+def test_print_config_prints_a_file_that_gives_the_same_settings(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train.main(["--lr", "0.5", "--out", "somewhere", "--print-config"]) == 0
+    printed = capsys.readouterr().out
+    assert parse("--config", toml(tmp_path, printed)) == Config(lr=0.5, out="somewhere")
+    assert [line.split(" = ")[0] for line in printed.splitlines()] == [f.name for f in dataclasses.fields(Config)]
+    assert not Path("somewhere").exists()
+
+
+def test_help_names_every_flag_and_every_exit_code(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        parse("--help")
+    assert left.value.code == 0
+    words = capsys.readouterr().out.replace(",", " ").split()
+    for name in ("data", "model", "epochs", "batch_size", "lr", "wire", "out", "resume", "target_accuracy", "config"):
+        assert flag(name) in words
+    assert {"0", "1", "2", "65", "66", "69", "70", "73", "74", "75", "78"} <= set(words)
+
+
+@pytest.mark.parametrize("variable", ["PMI_RANK", "OMPI_COMM_WORLD_RANK"])
+def test_help_is_printed_on_one_rank_only(
+    variable: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv(variable, "1")
+    with pytest.raises(SystemExit):
+        parse("--help")
+    assert train.main(["--print-config"]) == 0
+    assert capsys.readouterr().out == ""

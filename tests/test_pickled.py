@@ -1,0 +1,299 @@
+"""The source's pickles: its own numbers come out, and nothing of a hostile file runs."""
+
+from __future__ import annotations
+
+import codecs
+import functools
+import operator
+import os
+import pickle
+import random
+import struct
+import subprocess
+from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from distconv.errors import BadDataError, MismatchError, MissingInputError
+from distconv.nn.layers import EVALUATION
+from distconv.nn.networks import build_network
+from distconv.nn.parameters import Parameters
+from distconv.pickled import from_source, read_pickle
+from tests.files import peak_memory, python
+
+Arrays = dict[str, Any]
+MIB = 1 << 20
+DEEP = [(16, 1), (16, 1), (32, 1), (32, 2), (64, 1), (64, 1)]  # filters and padding; every second one is pooled
+
+
+def random_parameters(shapes: list[tuple[int, ...]]) -> Arrays:
+    """Wk and bk as the source keeps them, of a size that lets every layer tell."""
+    draw = np.random.default_rng(0).standard_normal
+    arrays = {}
+    for k, shape in enumerate(shapes, start=1):
+        outputs, fan_in = (shape[0], np.prod(shape[1:])) if len(shape) == 4 else (shape[1], shape[0])
+        arrays[f"W{k}"], arrays[f"b{k}"] = draw(shape) * np.sqrt(2 / fan_in), draw(outputs) * 0.1
+    return arrays
+
+
+def deep_parameters(C: int = 1, last: int = 64 * 4 * 4) -> Arrays:
+    filters = [C, *(count for count, _ in DEEP)]
+    convolutions = [(filters[i + 1], filters[i], 3, 3) for i in range(6)]
+    return random_parameters([*convolutions, (last, 50), (50, 10)])
+
+
+SIMPLE = random_parameters([(30, 1, 5, 5), (30 * 12 * 12, 100), (100, 10)])
+
+
+def conv(x: np.ndarray, W: np.ndarray, b: np.ndarray, pad: int) -> np.ndarray:
+    """x (N, C, H, W), W (F, C, K, K) -> (N, F, OH, OW), with ReLU."""
+    x, K = np.pad(x, ((0, 0), (0, 0), (pad, pad), (pad, pad))), W.shape[2]
+    rows, columns = x.shape[2] - K + 1, x.shape[3] - K + 1
+    windows = ((x[:, :, i : i + rows, j : j + columns], W[:, :, i, j]) for i in range(K) for j in range(K))
+    return np.maximum(sum(np.einsum("nchw,fc->nfhw", window, w) for window, w in windows) + b[:, None, None], 0)
+
+
+def pool(x: np.ndarray) -> np.ndarray:
+    N, C, H, W = x.shape
+    return x.reshape(N, C, H // 2, 2, W // 2, 2).max((3, 5))
+
+
+def deep_scores(x: np.ndarray, p: Arrays) -> np.ndarray:
+    """The source's DeepConvNet on (N, C, H, W): it flattens (C, H, W), and dropout halves in inference."""
+    for k, (_, pad) in enumerate(DEEP, start=1):
+        x = conv(x, p[f"W{k}"], p[f"b{k}"], pad)
+        x = pool(x) if k % 2 == 0 else x
+    hidden = np.maximum(x.reshape(len(x), -1) @ p["W7"] + p["b7"], 0) * 0.5
+    return (hidden @ p["W8"] + p["b8"]) * 0.5
+
+
+def simple_scores(x: np.ndarray, p: Arrays) -> np.ndarray:
+    x = pool(conv(x, p["W1"], p["b1"], 0))
+    return np.maximum(x.reshape(len(x), -1) @ p["W2"] + p["b2"], 0) @ p["W3"] + p["b3"]
+
+
+@pytest.mark.parametrize(
+    ("name", "arrays", "image_shape", "scores"),
+    [
+        ("deepconvnet", deep_parameters(), (28, 28, 1), deep_scores),
+        ("deepconvnet", deep_parameters(3, 64 * 4 * 3), (28, 20, 3), deep_scores),  # H, W, C all different
+        ("simpleconvnet", SIMPLE, (28, 28, 1), simple_scores),
+    ],
+)
+def test_a_pickle_of_the_source_gives_the_sources_scores(
+    tmp_path: Path, name: str, arrays: Arrays, image_shape: tuple[int, ...], scores: Callable[..., np.ndarray]
+) -> None:
+    path = tmp_path / "params.pkl"
+    path.write_bytes(pickle.dumps(arrays))
+    model, specs = build_network(name, image_shape, 10)
+    parameters = Parameters(specs, np.float64)
+    from_source(read_pickle(path), model, image_shape, parameters, path)
+    x = np.random.default_rng(1).random((2, *image_shape))
+    expected = scores(x.transpose(0, 3, 1, 2), arrays)
+    np.testing.assert_allclose(model.forward(x, parameters.values, EVALUATION)[0], expected, rtol=0, atol=1e-10)
+
+
+def read(tmp_path: Path, content: bytes) -> Arrays:
+    path = tmp_path / "params.pkl"
+    path.write_bytes(content)
+    return read_pickle(path)
+
+
+def old(content: bytes) -> bytes:
+    """As NumPy 1 wrote it; where names stand on lines of their own, in protocols 0 to 3."""
+    assert b"numpy._core." in content
+    return content.replace(b"numpy._core.", b"numpy.core.")
+
+
+@pytest.mark.parametrize("kind", [dict, OrderedDict])
+@pytest.mark.parametrize(("protocol", "turn"), [*((p, bytes) for p in range(6)), *((p, old) for p in range(4))])
+def test_every_protocol_is_read_to_the_bit(tmp_path: Path, protocol: int, turn: Any, kind: type) -> None:
+    W = np.random.default_rng(2).standard_normal((3, 2, 5, 5))
+    arrays = {"W1": W, "b1": np.array([0.0, -0.0, 5e-324]), "W2": W.T, "W3": W[::2, :, 1:], "W4": W.astype("f4")}
+    found = read(tmp_path, turn(pickle.dumps(kind(arrays), protocol)))
+    assert list(found) == list(arrays)
+    for name, array in arrays.items():
+        np.testing.assert_array_equal(found[name], array, strict=True)
+        assert found[name].tobytes() == array.tobytes()
+
+
+class Call:
+    """Pickles as a call of a function while it is loaded."""
+
+    def __init__(self, function: Callable[..., Any], *arguments: Any) -> None:
+        self.call = function, arguments
+
+    def __reduce__(self) -> Any:
+        return self.call
+
+
+HOSTILE: dict[str, Callable[[str], object]] = {
+    "os.system": lambda canary: Call(os.system, f"touch {canary}"),
+    "eval": lambda canary: Call(eval, f"open({canary!r}, 'w').close()"),
+    "open": lambda canary: Call(open, canary, "w"),
+    "subprocess": lambda canary: Call(subprocess.Popen, ["touch", canary]),
+    "numpy.save": lambda canary: Call(np.save, canary, 3),
+    "numpy.load": lambda canary: Call(np.load, canary),
+    "numpy.memmap": lambda canary: Call(np.memmap, canary, "u1", "w+", 0, (9,)),
+    "method": lambda canary: Call(Path.touch, Path(canary)),
+    "methodcaller": lambda canary: Call(operator.methodcaller("touch"), Path(canary)),
+    "partial": lambda canary: Call(functools.partial(os.mkdir, canary)),
+    "inside": lambda canary: [{"a": (1, Call(os.mkdir, canary))}],
+    "a shape": lambda canary: Call(np.ndarray, (Call(os.mkdir, canary),)),
+    "a codec": lambda canary: Call(codecs.encode, "", "rot13"),
+    "a codec's errors": lambda canary: Call(codecs.encode, "\u4e00", "latin1", "backslashreplace"),
+    "a type of objects": lambda canary: np.array([1, Call(os.mkdir, canary)], dtype=object),
+    "a structured type": lambda canary: np.zeros(2, [("a", "f8"), ("b", "O")]),
+}
+
+
+@pytest.mark.parametrize("protocol", [0, 2, 5])
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_hostile_pickle_runs_nothing(tmp_path: Path, name: str, protocol: int) -> None:
+    canary = tmp_path / "canary"
+    content = pickle.dumps({"W1": np.ones(2), "b1": HOSTILE[name](str(canary))}, protocol)
+    with pytest.raises(BadDataError, match=r"params\.pkl"):
+        read(tmp_path, content)
+    assert not canary.exists()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"cnumpy\nndarray.tofile\n.",
+        b"\x80\x04\x8c\x05numpy\x8c\x0endarray.tofile\x93.",
+        b"\x80\x02\x82\x01.",  # a name by its number in a registry
+        b"Pa-persistent-name\n.",
+        pickle.dumps({"W1": np.ones(2)}, 0).replace(b"Vlatin1\n", b"Vutf-8\n"),  # other bytes than were meant
+        b"",
+        *(pickle.dumps(deep_parameters())[:length] for length in (1, 100, 1000, 50_000, -1)),
+    ],
+    ids=lambda content: f"{content[:20]!r}-{len(content)}",
+)
+def test_a_file_that_is_no_whole_pickle_of_arrays_is_refused(tmp_path: Path, content: bytes) -> None:
+    with pytest.raises(BadDataError, match=r"params\.pkl"):
+        read(tmp_path, content)
+
+
+@pytest.mark.parametrize("name", ["none.pkl", "."])
+def test_a_file_that_is_not_there_is_a_missing_input(tmp_path: Path, name: str) -> None:
+    with pytest.raises(MissingInputError, match=str(tmp_path / name)):
+        read_pickle(tmp_path / name)
+
+
+def array_by_call(*arguments: Any) -> bytes:
+    return pickle.dumps({"W1": Call(np.ndarray, *arguments)})
+
+
+BOMBS = {
+    "a shape alone": array_by_call((32 * MIB,), np.dtype("u1")),
+    "one number again and again": array_by_call((32 * MIB,), np.dtype("f8"), bytes(8), 0, (0,)),
+    "more than any memory": array_by_call((1 << 50,), np.dtype("u1"), b"1", 0, (0,)),
+    "a place in the memo": b"\x80\x02Nr" + struct.pack("<I", 4 * MIB) + b".",
+    "long bytes": b"\x80\x04\x8e" + struct.pack("<Q", 1 << 60) + b".",
+    "a name that is a long number": pickle.dumps({10**5000: 1}),
+}
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_a_small_file_gets_no_memory_for_what_it_only_declares(tmp_path: Path, name: str) -> None:
+    def refused() -> None:
+        with pytest.raises(BadDataError, match=r"params\.pkl"):
+            read(tmp_path, BOMBS[name])
+
+    assert peak_memory(refused) < 4 * MIB
+
+
+READ_ALL = """
+import pathlib, resource, sys
+from distconv.errors import DistconvError
+from distconv.pickled import read_pickle
+resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))
+for path in sorted(pathlib.Path(sys.argv[1]).iterdir()):
+    try:
+        read_pickle(path)
+        print(path.name, "read")
+    except DistconvError as error:
+        print(path.name, type(error).__name__)
+"""
+
+
+def outcomes(folder: Path, contents: list[bytes]) -> list[str]:
+    """What reading each of them in a fresh process comes to; a crash of that process fails here."""
+    folder.mkdir()
+    for i, content in enumerate(contents):
+        (folder / f"{i:04d}.pkl").write_bytes(content)
+    result = python("-c", READ_ALL, folder)
+    assert result.returncode == 0, f"{result.stdout[-200:]} {result.stderr[-2000:]}"
+    return [line.split()[1] for line in result.stdout.splitlines()]
+
+
+def test_pickles_with_bytes_changed_are_read_or_refused(tmp_path: Path) -> None:
+    draw = random.Random(0)
+    contents = []
+    for i in range(300):
+        content = bytearray(pickle.dumps({"W1": np.ones((2, 3)), "b1": np.zeros(2, np.float32)}, i % 6))
+        for _ in range(draw.randint(1, 3)):
+            content[draw.randrange(len(content))] = draw.randrange(256)
+        contents.append(bytes(content))
+    found = outcomes(tmp_path / "changed", contents)
+    assert len(found) == 300 and set(found) == {"read", "BadDataError"}
+
+
+# Eight raw bytes, later said to be a pointer to an object: an error message that shows such an array follows it.
+POINTER = Call(np.dtype, "V8", False, True)
+POINTER.call += ((3, "|", None, ("a",), {"a": (np.dtype("O"), 0)}, 8, 1, 0),)
+POINTERS = pickle.dumps(Call(np.dtype, [Call(np.frombuffer, b"AAAAAAAA", POINTER, (1,), "C")]), 2)
+CRASHES = {
+    "a pointer": POINTERS.replace(b"cnumpy\nfrombuffer\n", b"cnumpy._core.numeric\n_frombuffer\n"),
+    "a name of many tuples, each in the next": b"\x80\x02})" + b"\x85" * 300_000 + b"K\x01s.",
+}
+
+
+@pytest.mark.parametrize("name", CRASHES)
+def test_no_pickle_crashes_the_interpreter(tmp_path: Path, name: str) -> None:
+    assert outcomes(tmp_path / "crash", [CRASHES[name]]) == ["BadDataError"]
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ([np.ones(2)], "a list"),
+        (np.ones(2), "a ndarray"),
+        ({"W1": [1.0, 2.0]}, "'W1'"),
+        ({"W1": np.array([1, np.nan])}, "'W1'"),
+        ({"W1": np.array([1, -np.inf], "f4")}, "'W1'"),
+        ({"W1": np.ones(2, complex)}, "'W1'"),
+        ({"nested": {"W1": np.ones(2)}}, "'nested'"),
+    ],
+)
+def test_a_pickle_of_other_things_is_refused_by_name(tmp_path: Path, content: object, words: str) -> None:
+    with pytest.raises(BadDataError, match=f"params.pkl.*{words}"):
+        read(tmp_path, pickle.dumps(content))
+
+
+def changed(**parts: np.ndarray | None) -> Arrays:
+    return {key: value for key, value in {**deep_parameters(), **parts}.items() if value is not None}
+
+
+@pytest.mark.parametrize(
+    ("arrays", "words"),
+    [
+        (changed(W3=None), r"W3 is missing, .*\(32, 16, 3, 3\)"),
+        (changed(b8=None), r"b8 is missing, .*\(10,\)"),
+        (changed(W4=np.ones((32, 32, 5, 5))), r"W4 is \(32, 32, 5, 5\)"),
+        (changed(W7=np.ones((50, 1024))), r"W7 is \(50, 1024\), .*\(1024, 50\)"),
+        (changed(W9=np.ones((10, 10)), b9=np.ones(10)), "W9, b9 belong to no layer"),
+        (SIMPLE, r"W1 is \(30, 1, 5, 5\)"),
+    ],
+)
+def test_arrays_of_another_model_are_refused_by_key(arrays: Arrays, words: str) -> None:
+    model, specs = build_network("deepconvnet", (28, 28, 1), 10)
+    parameters = Parameters(specs, np.float64)
+    with pytest.raises(MismatchError, match=f"params.pkl: {words}.*--model"):
+        from_source(arrays, model, (28, 28, 1), parameters, Path("params.pkl"))
+    assert not parameters.vector.any()  # nothing half-filled
