@@ -53,6 +53,8 @@ def _patches(x: Array, K: int, stride: int, pad: int) -> Iterator[tuple[slice, A
 
 def conv_forward(x: Array, w: Array, b: Array, stride: int, pad: int, relu: bool) -> Array:
     """Convolution, bias and, if asked, ReLU: x (N, H, W, C), w (K, K, C, F), b (F,) -> y (N, OH, OW, F)."""
+    if fast := _fast_road(x, w, stride):
+        return fast.conv_forward(x, w, b, pad, relu)
     (N, H, W, _), (K, _, _, F) = x.shape, w.shape
     y = np.empty((N, output_size(H, K, stride, pad), output_size(W, K, stride, pad), F), x.dtype)
     filters = w.reshape(-1, F).astype(_compute_dtype(w.dtype), copy=False)
@@ -63,6 +65,38 @@ def conv_forward(x: Array, w: Array, b: Array, stride: int, pad: int, relu: bool
             np.maximum(product, 0, out=product)
         y[images] = product.reshape(y[images].shape)
     return y
+
+
+def conv_backward(
+    x: Array, y: Array, dy: Array, w: Array, stride: int, pad: int, relu: bool, dw: Array, db: Array, wants_dx: bool
+) -> Array | None:
+    """The adjoint of conv_forward: write dw (K, K, C, F) and db (F,), return dx (N, H, W, C) if it is wanted.
+
+    y (N, OH, OW, F) is what conv_forward returned for x and w, dy its gradient.
+    """
+    fast = _fast_road(x, w, stride)
+    if fast and not (wants_dx and fast.ONLY_FILTERS):
+        return fast.conv_backward(x, y, dy, w, pad, relu, dw, db, wants_dx)
+    if relu:
+        dy = relu_backward(dy, y)
+    conv_backward_filters(x, dy, stride, pad, dw, db)
+    return conv_backward_input(dy, w, stride, pad, x.shape) if wants_dx else None
+
+
+def _fast_road(x: Array, w: Array, stride: int) -> Any:
+    """The module of compiled kernels for such a convolution, or None. Numba is imported when it is first needed."""
+    K, _, C, F = w.shape
+    if not (K == 3 and stride == 1 and x.dtype == w.dtype == np.float32 and F % 16 == 0):
+        return None
+    if C % 16 == 0:
+        from distconv.kernels import winograd
+
+        return winograd
+    if C == 1:
+        from distconv.kernels import thin
+
+        return thin
+    return None
 
 
 def conv_backward_filters(x: Array, dy: Array, stride: int, pad: int, dw: Array, db: Array) -> None:

@@ -97,10 +97,8 @@ class Conv:
         y = cpu.conv_forward(x, params["W"], params["b"], self.stride, self.pad, self.relu)
 
         def backward(dy: Array, grads: Views, wants_dx: bool) -> Array | None:
-            if self.relu:
-                dy = cpu.relu_backward(dy, y)
-            cpu.conv_backward_filters(x, dy, self.stride, self.pad, grads["W"], grads["b"])
-            return cpu.conv_backward_input(dy, params["W"], self.stride, self.pad, x.shape) if wants_dx else None
+            w, dw, db = params["W"], grads["W"], grads["b"]
+            return cpu.conv_backward(x, y, dy, w, self.stride, self.pad, self.relu, dw, db, wants_dx)
 
         return y, backward
 

@@ -1,0 +1,170 @@
+"""A small language for loops over 16 floats at a time, inside functions that Numba compiles.
+
+Numba turns loops into vector instructions when LLVM sees fit; it does not keep a tile of sums in registers, on which a
+matrix product depends. Here the vectors are explicit: `emitted` makes, of a Python function on Pointers, Indices and
+Vectors, an operation that jitted code can call. The Python function runs once, at compile time, and every operation in
+it becomes an instruction; its loops and lists are gone by then. LLVM splits the vectors where a CPU has shorter ones.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from llvmlite import ir
+from numba.core import cgutils, types
+from numba.extending import intrinsic
+
+LANES = 16  # floats in a register of AVX-512
+FLOAT = ir.FloatType()
+INDEX = ir.IntType(64)
+VECTOR = ir.VectorType(FLOAT, LANES)
+FMA = f"llvm.fma.v{LANES}f32"
+
+
+class Value:
+    """An LLVM value of a function under construction."""
+
+    def __init__(self, builder: ir.IRBuilder, value: ir.Value) -> None:
+        self.builder, self.value = builder, value
+
+
+class Vector(Value):
+    """16 floats. The operators take a Vector or a Python float."""
+
+    def _other(self, other: Vector | float) -> ir.Value:
+        return other.value if isinstance(other, Vector) else VECTOR([other] * LANES)
+
+    def __add__(self, other: Vector | float) -> Vector:
+        return Vector(self.builder, self.builder.fadd(self.value, self._other(other)))
+
+    def __sub__(self, other: Vector | float) -> Vector:
+        return Vector(self.builder, self.builder.fsub(self.value, self._other(other)))
+
+    def __mul__(self, other: Vector | float) -> Vector:
+        return Vector(self.builder, self.builder.fmul(self.value, self._other(other)))
+
+    def times(self, factor: Vector | float, addend: Vector) -> Vector:
+        """self * factor + addend, rounded once."""
+        fma = cgutils.get_or_insert_function(self.builder.module, ir.FunctionType(VECTOR, [VECTOR] * 3), FMA)
+        return Vector(self.builder, self.builder.call(fma, [self.value, self._other(factor), addend.value]))
+
+    def at_least(self, floor: Vector) -> Vector:
+        """The larger of each pair; not-a-number stays."""
+        return self.where(self.builder.fcmp_unordered(">=", self.value, floor.value), floor)
+
+    def where(self, mask: ir.Value, otherwise: Vector) -> Vector:
+        return Vector(self.builder, self.builder.select(mask, self.value, otherwise.value))
+
+    def above(self, floor: Vector) -> ir.Value:
+        """Mask of the elements that are larger than the floor's, or one of the two is not a number."""
+        return self.builder.fcmp_unordered(">", self.value, floor.value)
+
+
+class Index(Value):
+    """A 64-bit integer. The operators take an Index or a Python int."""
+
+    def _other(self, other: Index | int) -> ir.Value:
+        return other.value if isinstance(other, Index) else INDEX(other)
+
+    def __add__(self, other: Index | int) -> Index:
+        return Index(self.builder, self.builder.add(self.value, self._other(other)))
+
+    def __mul__(self, other: Index | int) -> Index:
+        return Index(self.builder, self.builder.mul(self.value, self._other(other)))
+
+    def within(self, size: Index) -> ir.Value:
+        """Whether 0 <= self < size."""
+        return self.builder.icmp_unsigned("<", self.value, size.value)
+
+
+class Pointer(Value):
+    """Floats of a contiguous array; `p + index` counts in floats."""
+
+    def __add__(self, offset: Index | int) -> Pointer:
+        distance = offset.value if isinstance(offset, Index) else INDEX(offset)
+        return Pointer(self.builder, self.builder.gep(self.value, [distance]))
+
+    def load(self) -> Vector:
+        place = self.builder.bitcast(self.value, VECTOR.as_pointer())
+        return Vector(self.builder, self.builder.load(place, align=4))
+
+    def store(self, vector: Vector) -> None:
+        place = self.builder.bitcast(self.value, VECTOR.as_pointer())
+        self.builder.store(vector.value, place, align=4)
+
+    def spread(self) -> Vector:
+        """The one float here, in all lanes."""
+        return spread(self.builder, self.builder.load(self.value))
+
+    def where(self, condition: ir.Value, otherwise: Pointer) -> Pointer:
+        return Pointer(self.builder, self.builder.select(condition, self.value, otherwise.value))
+
+
+def spread(builder: ir.IRBuilder, value: ir.Value) -> Vector:
+    """The scalar in all lanes."""
+    one = builder.insert_element(VECTOR(ir.Undefined), value, ir.IntType(32)(0))
+    lanes = ir.VectorType(ir.IntType(32), LANES)
+    return Vector(builder, builder.shuffle_vector(one, VECTOR(ir.Undefined), lanes([0] * LANES)))
+
+
+def scratch(builder: ir.IRBuilder) -> Pointer:
+    """Room for one vector on the stack, zero at first; for what lies outside an image."""
+    room = cgutils.alloca_once(builder, VECTOR)
+    builder.store(VECTOR([0.0] * LANES), room)
+    return Pointer(builder, builder.bitcast(room, FLOAT.as_pointer()))
+
+
+@contextlib.contextmanager
+def repeat(count: Index) -> Iterator[Index]:
+    """A loop of the compiled code, for `with`; yields its index."""
+    with cgutils.for_range(count.builder, count.value) as loop:
+        yield Index(count.builder, loop.index)
+
+
+class Sum:
+    """A Vector that a loop changes; it lives in a register."""
+
+    def __init__(self, start: Vector) -> None:
+        self.builder = start.builder
+        self.place = cgutils.alloca_once_value(start.builder, start.value)
+
+    def get(self) -> Vector:
+        return Vector(self.builder, self.builder.load(self.place))
+
+    def set(self, vector: Vector) -> None:
+        self.builder.store(vector.value, self.place)
+
+
+def zeros(builder: ir.IRBuilder) -> Vector:
+    return Vector(builder, VECTOR([0.0] * LANES))
+
+
+def emitted(emit: Callable[..., None]) -> Callable[..., None]:
+    """Make emit(builder, *arguments) callable from jitted code.
+
+    There, an argument is a contiguous float32 array (a Pointer to emit), an integer (an Index) or a float32 (a Vector
+    with that number in all lanes).
+    """
+
+    def typed(typing_context: Any, *kinds: Any) -> Any:
+        def generate(context: Any, builder: ir.IRBuilder, signature: Any, values: Any) -> ir.Value:
+            emit(builder, *(_argument(context, builder, *pair) for pair in zip(signature.args, values, strict=True)))
+            return context.get_dummy_value()
+
+        return types.void(*kinds), generate
+
+    parameters = list(inspect.signature(emit).parameters.values())
+    typed.__signature__ = inspect.Signature([p.replace(annotation=p.empty) for p in parameters])  # type: ignore[attr-defined]
+    typed.__name__ = emit.__name__
+    return intrinsic(typed)  # type: ignore[no-any-return]
+
+
+def _argument(context: Any, builder: ir.IRBuilder, kind: Any, value: ir.Value) -> Value:
+    if isinstance(kind, types.Array):
+        return Pointer(builder, context.make_array(kind)(context, builder, value).data)
+    if isinstance(kind, types.Float):
+        return spread(builder, context.cast(builder, value, kind, types.float32))
+    return Index(builder, context.cast(builder, value, kind, types.int64))
