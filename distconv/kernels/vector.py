@@ -21,6 +21,7 @@ LANES = 16  # floats in a register of AVX-512
 FLOAT = ir.FloatType()
 INDEX = ir.IntType(64)
 VECTOR = ir.VectorType(FLOAT, LANES)
+BYTES = ir.VectorType(ir.IntType(8), LANES)
 FMA = f"llvm.fma.v{LANES}f32"
 
 
@@ -58,6 +59,10 @@ class Vector(Value):
     def where(self, mask: ir.Value, otherwise: Vector) -> Vector:
         return Vector(self.builder, self.builder.select(mask, self.value, otherwise.value))
 
+    def exceeds(self, other: Vector) -> ir.Value:
+        """Mask of the elements that are larger than the other's; none where one of the two is not a number."""
+        return self.builder.fcmp_ordered(">", self.value, other.value)
+
     def above(self, floor: Vector) -> ir.Value:
         """Mask of the elements that are larger than the floor's, or one of the two is not a number."""
         return self.builder.fcmp_unordered(">", self.value, floor.value)
@@ -81,7 +86,7 @@ class Index(Value):
 
 
 class Pointer(Value):
-    """Floats of a contiguous array; `p + index` counts in floats."""
+    """Elements of a contiguous array, floats unless it is one of bytes; `p + index` counts in elements."""
 
     def __add__(self, offset: Index | int) -> Pointer:
         distance = offset.value if isinstance(offset, Index) else INDEX(offset)
@@ -117,6 +122,29 @@ def scratch(builder: ir.IRBuilder) -> Pointer:
     return Pointer(builder, builder.bitcast(room, FLOAT.as_pointer()))
 
 
+class Bytes(Value):
+    """16 bytes, one beside each lane of a Vector."""
+
+    @classmethod
+    def all(cls, builder: ir.IRBuilder, number: int) -> Bytes:
+        return cls(builder, BYTES([number] * LANES))
+
+    def where(self, mask: ir.Value, otherwise: Bytes) -> Bytes:
+        return Bytes(self.builder, self.builder.select(mask, self.value, otherwise.value))
+
+    def equal(self, number: int) -> ir.Value:
+        """Mask of the bytes that are this number."""
+        return self.builder.icmp_unsigned("==", self.value, BYTES([number] * LANES))
+
+    @classmethod
+    def load(cls, place: Pointer) -> Bytes:
+        at = place.builder.bitcast(place.value, BYTES.as_pointer())
+        return cls(place.builder, place.builder.load(at, align=1))
+
+    def store(self, place: Pointer) -> None:
+        self.builder.store(self.value, self.builder.bitcast(place.value, BYTES.as_pointer()), align=1)
+
+
 @contextlib.contextmanager
 def repeat(count: Index) -> Iterator[Index]:
     """A loop of the compiled code, for `with`; yields its index."""
@@ -145,7 +173,7 @@ def zeros(builder: ir.IRBuilder) -> Vector:
 def emitted(emit: Callable[..., None]) -> Callable[..., None]:
     """Make emit(builder, *arguments) callable from jitted code.
 
-    There, an argument is a contiguous float32 array (a Pointer to emit), an integer (an Index) or a float32 (a Vector
+    There, an argument is a contiguous array of float32 or uint8 (a Pointer to emit), an integer (an Index) or a float32 (a Vector
     with that number in all lanes).
     """
 
