@@ -85,7 +85,7 @@ def test_swapped_training_and_test_files_of_the_real_mnist_are_called_swapped(
 ) -> None:
     pairs = [(train, test) for train, test in (NAMES[0::2], NAMES[1::2]) if any(kind in train for kind in kinds)]
     renamed = dict([*pairs, *(pair[::-1] for pair in pairs)])
-    with pytest.raises(BadDataError, match="swapped"):
+    with pytest.raises(BadDataError, match="files are swapped"):
         mnist.load_folder(links(mnist_folder, tmp_path / "swapped", renamed))
 
 
@@ -120,7 +120,7 @@ def test_what_is_no_folder_is_named_with_the_files_that_are_wanted(tmp_path: Pat
         (NAMES[3], np.array([0, 9, 10, 3], np.uint8), "label number 2 is 10"),
         (NAMES[1], np.array([0, 9, 1, 3, 5, 255], np.uint8), "label number 5 is 255"),
         (NAMES[2], SMALL[NAMES[2]][:, :-1], "alike"),
-        (NAMES[0], SMALL[NAMES[1]], "swapped"),
+        (NAMES[0], SMALL[NAMES[1]], "may be swapped"),
     ],
 )
 def test_files_that_do_not_fit_together_are_refused(tmp_path: Path, name: str, array: np.ndarray, words: str) -> None:

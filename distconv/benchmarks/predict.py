@@ -1,0 +1,153 @@
+"""Images per second on many ranks, one a host, from the speed of one rank and of the network; FORMULA says how.
+
+Pure functions of numbers; nothing is measured here. Times in seconds, bandwidths in bits per second each way.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from distconv.comm.exchange import HEADER
+from distconv.comm.half import WIRES
+from distconv.errors import BadDataError, MissingInputError
+from distconv.kernels.half import BLOCK
+
+FORMULA = """\
+step       = compute + exchange, one after the other: nothing of the exchange is hidden behind the backward pass
+compute    = seconds an image on one rank x images of the largest shard, ceil(batch / P)
+exchange   = all-to-all + all-gather over P hosts, where a rank sends each of the others a part of ceil(n / P) numbers:
+all-to-all = (P-1) x (latency + message / goodput), rank by rank, or where that is less
+             R x (latency + P/2 x message / goodput), in R = ceil(log2 P) rounds through others
+all-gather = R x latency + (P-1) x part / goodput
+goodput    = 0.92 x bandwidth: 2896 bytes of content in two Ethernet frames of 1538 and an acknowledgement of 84, for
+             all hosts send and receive at once
+A part is filled up to a multiple of 64 numbers, a message is a part and 48 bytes of header, and float16 has 16 bits of
+exponent for each 64 numbers: among very many ranks these are what travels.
+Not in it: time to encode and to add up, waiting for slow ranks, switches that hold less than all links together, and
+that small shards take longer an image than large ones."""
+GOODPUT = 2 * 1448 / (2 * 1538 + 84)  # TCP with time stamps, MTU 1500, preamble and gap of the frames included
+
+
+@dataclass(frozen=True)
+class Network:
+    """latency: from one rank to another, for a message of no size, the software at both ends included."""
+
+    latency: float
+    bandwidth: float
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One step of so many ranks. efficiency: of P times the images a second of one rank. bytes_sent: by a rank."""
+
+    ranks: int
+    wire: str
+    batch_size: int
+    compute_seconds: float
+    exchange_seconds: float
+    images_per_second: float
+    efficiency: float
+    bytes_sent: int
+
+
+def part_bytes(parameters: int, ranks: int, wire: str) -> int:
+    """Of what one rank owns, encoded, as comm/exchange.py divides the vector."""
+    return WIRES[wire].nbytes(-(-parameters // (ranks * BLOCK)) * BLOCK)
+
+
+def bytes_sent(parameters: int, ranks: int, wire: str) -> int:
+    """By one rank in one exchange, headers included, to each of the others directly."""
+    return (ranks - 1) * (HEADER.itemsize + 2 * part_bytes(parameters, ranks, wire))
+
+
+def exchange_seconds(parameters: int, ranks: int, wire: str, network: Network) -> float:
+    """Of one exchange; 0 for one rank."""
+    P, rounds = ranks, math.ceil(math.log2(ranks))
+    byte = 8 / (GOODPUT * network.bandwidth)  # seconds
+    part = part_bytes(parameters, P, wire)
+    message = HEADER.itemsize + part
+    all_to_all = min(
+        (P - 1) * (network.latency + message * byte),
+        rounds * (network.latency + P / 2 * message * byte),
+    )
+    return all_to_all + rounds * network.latency + (P - 1) * part * byte
+
+
+def predict(
+    seconds_per_image: float, parameters: int, batch_size: int, ranks: int, wire: str, network: Network
+) -> Prediction:
+    """One step over a global batch of batch_size images, at least one a rank."""
+    compute = seconds_per_image * -(-batch_size // ranks)
+    exchange = exchange_seconds(parameters, ranks, wire, network)
+    images_per_second = batch_size / (compute + exchange)
+    return Prediction(
+        ranks,
+        wire,
+        batch_size,
+        compute,
+        exchange,
+        images_per_second,
+        efficiency=images_per_second * seconds_per_image / ranks,
+        bytes_sent=bytes_sent(parameters, ranks, wire),
+    )
+
+
+def ladder(
+    seconds_per_image: float,
+    parameters: int,
+    batch_size: int,
+    numbers: Sequence[int],
+    wires: Sequence[str],
+    network: Network,
+    weak: bool,
+) -> Iterator[Prediction]:
+    """Predictions for numbers of ranks and wires. weak: the batch is that of each rank, else that of the whole job,
+    and numbers of ranks that leave a rank without an image are left out.
+    """
+    for P in numbers:
+        batch = batch_size * P if weak else batch_size
+        if batch >= P:
+            for wire in wires:
+                yield predict(seconds_per_image, parameters, batch, P, wire, network)
+
+
+def table(predictions: Sequence[Prediction]) -> str:
+    """For people: a line for each number of ranks, two columns for each wire."""
+    wires = list(dict.fromkeys(row.wire for row in predictions))
+    heads = [f"{f'{wire}: exchange':>20} {'images/s':>12} {'efficiency':>10}" for wire in wires]
+    lines = [f"{'ranks':>6}" + "".join(heads)]
+    for P in dict.fromkeys(row.ranks for row in predictions):
+        cells = [
+            f"{1e3 * row.exchange_seconds:>17,.2f} ms {row.images_per_second:>12,.0f} {row.efficiency:>10.0%}"
+            for row in predictions
+            if row.ranks == P
+        ]
+        lines.append(f"{P:>6}" + "".join(cells))
+    return "\n".join(lines)
+
+
+def measured_seconds_per_image(path: Path) -> float:
+    """Of one rank, from what `bench scaling --json` or `bench step --json` printed.
+
+    Raises MissingInputError; BadDataError where no line is about one rank of distconv.
+    """
+    try:
+        lines = path.read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise MissingInputError(f"--measured {path} cannot be read: {error}") from None
+    for line in lines:
+        try:
+            row = json.loads(line)
+            speed = float(row["images_per_second"])
+            if row["ranks"] == 1 and row.get("engine", "distconv") == "distconv" and 0 < speed < math.inf:
+                return 1 / speed
+        except (ValueError, KeyError, TypeError, AttributeError):
+            continue  # a line that is about something else
+    raise BadDataError(
+        f"--measured {path} has no line with the images_per_second of one rank: give it the output of "
+        "python -m distconv.bench scaling --ranks 1 --json"
+    )

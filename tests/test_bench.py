@@ -1,0 +1,290 @@
+"""bench: rows that programs can rely on, a predictor with the right limits, mistakes in one sentence. No timings."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import subprocess
+from pathlib import Path
+
+import matplotlib.image
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from distconv.bench import main
+from distconv.benchmarks import ELEMENTS, SECONDS, quantity, rank_list
+from distconv.benchmarks.exchange import Row, advice
+from distconv.benchmarks.predict import (
+    GOODPUT,
+    Network,
+    bytes_sent,
+    exchange_seconds,
+    ladder,
+    measured_seconds_per_image,
+    predict,
+)
+from distconv.errors import BadDataError, MissingInputError, UsageError
+from tests import jobs
+
+MODEL, MODEL_TEXT = 123_552, "123552"
+IDEAL = Network(latency=0.0, bandwidth=math.inf)
+
+
+def bench(ranks: int, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    return jobs.run(ranks, "-m", "distconv.bench", *arguments)
+
+
+def rows_of(result: subprocess.CompletedProcess[str]) -> list[dict[str, object]]:
+    """Every line of the output must be an object."""
+    assert result.returncode == 0, result.stderr
+    return [json.loads(line) for line in result.stdout.splitlines()]
+
+
+def row(carrier: str, wire: str, seconds: float, elements: int = MODEL) -> Row:
+    return Row(carrier, wire, 2, 1, elements, seconds, 1, 3, carrier)
+
+
+# exchange
+
+
+def test_exchange_prints_one_row_for_each_size_carrier_and_wire() -> None:
+    result = bench(2, "exchange", "--elements", "1Ki,5000", MODEL_TEXT, "--seconds", "9", "--repeats", "4", "--json")
+    rows = rows_of(result)
+    keys = {"carrier", "wire", "ranks", "hosts", "elements", "median_seconds", "bytes_sent"}
+    assert all(keys <= set(one) for one in rows)
+    found = [(one["elements"], one["carrier"], one["wire"]) for one in rows]
+    assert len(found) == len(set(found))  # from rank 0 only
+    for size in (1024, 5000, MODEL):
+        ours = {one["wire"]: one for one in rows if one["elements"] == size and one["carrier"] == "flat"}
+        assert set(ours) == {"float16", "bfloat16", "float32"}
+        for wire, one in ours.items():
+            assert one["ranks"] == 2 and one["hosts"] == 1 and 0 < one["median_seconds"] < 10
+            assert one["bytes_sent"] == bytes_sent(size, 2, wire)
+    sent = {one["wire"]: one["bytes_sent"] for one in rows if one["elements"] == MODEL and one["carrier"] == "flat"}
+    assert sent["float16"] <= 0.52 * sent["float32"] and 4 * MODEL <= sent["float32"] <= 1.01 * 4 * MODEL
+    (library,) = [one for one in rows if (one["elements"], one["carrier"], one["wire"]) == (MODEL, "mpi", "float32")]
+    assert library["bytes_sent"] == 4 * MODEL  # 2 (P-1)/P of the vector
+
+
+def test_exchange_prints_a_table_and_advice_for_people() -> None:
+    result = bench(3, "exchange", "--elements", "1000", MODEL_TEXT, "--seconds", "0.5", "--wires", "float16", "float32")
+    assert result.returncode == 0, result.stderr
+    head, columns, small, model, *_, last = result.stdout.splitlines()
+    assert head.startswith("3 ranks on 1 host")
+    assert columns.split()[:5] == ["elements", "flat", "float16", "flat", "float32"]
+    assert small.split()[0] == "1,000" and model.split()[0] == "123,552"
+    assert "(1.00)" in model  # MPI's float32 beside itself
+    assert "float16" in last and "123,552 parameters" in last
+
+
+def test_sizes_that_the_time_does_not_suffice_for_are_named_and_left_out() -> None:
+    result = bench(2, "exchange", "--elements", "1Ki", MODEL_TEXT, "1Mi", "--seconds", "1ms", "--json")
+    assert {one["elements"] for one in rows_of(result)} == {1024, MODEL}  # the model's own size is always measured
+    assert "1,048,576 elements are left out" in result.stderr
+
+
+def test_the_advice_follows_the_models_own_size() -> None:
+    others = [row("flat", "float16", 9.0, 1024), row("flat", "float32", 1.0, 1024), row("mpi", "float32", 1e-9)]
+    good = advice([*others, row("flat", "float16", 0.002), row("flat", "float32", 0.005)])
+    assert good.startswith("float16 saves 3 of 5 ms a step for 123,552 parameters") and good.endswith("use it")
+    assert "float32 is as fast" in advice([*others, row("flat", "float16", 0.0050), row("flat", "float32", 0.0051)])
+    assert "float32 is faster" in advice([*others, row("flat", "float16", 0.0050), row("flat", "float32", 0.0030)])
+    assert "1,024 parameters" in advice(others[:2])
+    assert advice(others[:1]).startswith("no advice")
+
+
+# predict
+
+counts = st.integers(1, 10_000_000)
+ranks = st.integers(1, 5000)
+networks = st.builds(Network, st.floats(0, 0.1), st.floats(1e6, 1e12))
+
+
+@given(counts, st.integers(1, 1000), networks)
+def test_one_rank_exchanges_nothing(parameters: int, batch: int, network: Network) -> None:
+    alone = predict(0.001, parameters, batch, 1, "float16", network)
+    assert alone.exchange_seconds == 0 and alone.bytes_sent == 0
+    assert alone.efficiency == pytest.approx(1) and alone.images_per_second == pytest.approx(1000)
+
+
+@given(counts, ranks, st.integers(1, 100))
+def test_a_perfect_network_is_ideal_where_the_batch_divides(parameters: int, P: int, share: int) -> None:
+    assert predict(0.001, parameters, P * share, P, "float32", IDEAL).efficiency == pytest.approx(1)
+
+
+def test_uneven_shards_wait_for_the_largest() -> None:
+    assert predict(0.001, MODEL, 100, 3, "float32", IDEAL).efficiency == pytest.approx(100 / (3 * 34))
+
+
+@given(counts, st.integers(2, 5000), st.sampled_from(["float16", "float32"]), st.floats(1e6, 1e12))
+def test_where_bandwidth_is_all_the_bytes_tell_the_time(parameters: int, P: int, wire: str, bandwidth: float) -> None:
+    seconds = exchange_seconds(parameters, P, wire, Network(0.0, bandwidth))
+    assert seconds == pytest.approx(8 * bytes_sent(parameters, P, wire) / (GOODPUT * bandwidth))
+    assert exchange_seconds(parameters, P, wire, Network(0.0, 2 * bandwidth)) == pytest.approx(seconds / 2)
+
+
+@given(counts, st.integers(2, 5000), networks)
+def test_a_free_wire_leaves_the_latencies_of_the_rounds(parameters: int, P: int, network: Network) -> None:
+    seconds = exchange_seconds(parameters, P, "float32", Network(network.latency, math.inf))
+    assert seconds == pytest.approx(2 * math.ceil(math.log2(P)) * network.latency)
+
+
+@given(counts, ranks, networks)
+def test_float16_is_never_slower_in_the_model(parameters: int, P: int, network: Network) -> None:
+    half, full = (exchange_seconds(parameters, P, wire, network) for wire in ("float16", "float32"))
+    assert half <= full
+
+
+@given(counts, st.integers(2, 5000), networks)
+def test_a_better_network_is_never_slower(parameters: int, P: int, network: Network) -> None:
+    seconds = exchange_seconds(parameters, P, "float16", network)
+    assert exchange_seconds(parameters, P, "float16", Network(network.latency / 2, network.bandwidth)) <= seconds
+    faster = exchange_seconds(parameters, P, "float16", Network(network.latency, 2 * network.bandwidth))
+    assert seconds / 2 * 0.999999 <= faster <= seconds
+
+
+def test_an_exchange_bound_job_halves_its_time_with_half_the_bytes_and_gains_nothing_from_more_ranks() -> None:
+    slow = Network(0.0, 1e6)
+    full, half = (predict(1e-9, 1 << 24, 4096, 64, wire, slow) for wire in ("float32", "float16"))
+    assert half.images_per_second / full.images_per_second == pytest.approx(2, rel=0.02)
+    vector_seconds = 2 * 4 * (1 << 24) * 8 / (GOODPUT * 1e6)
+    assert full.exchange_seconds == pytest.approx(vector_seconds * 63 / 64, rel=0.001)
+    more = predict(1e-9, 1 << 24, 4096, 128, "float32", slow)
+    assert more.images_per_second <= full.images_per_second
+
+
+def test_the_ladder_leaves_out_ranks_without_an_image() -> None:
+    strong = list(ladder(0.001, MODEL, 10, [1, 8, 16], ["float16"], IDEAL, weak=False))
+    weak = list(ladder(0.001, MODEL, 10, [1, 8, 16], ["float16"], IDEAL, weak=True))
+    assert [(p.ranks, p.batch_size) for p in strong] == [(1, 10), (8, 10)]
+    assert [(p.ranks, p.batch_size) for p in weak] == [(1, 10), (8, 80), (16, 160)]
+
+
+def test_predict_prints_rows_or_a_table_with_its_formula(tmp_path: Path) -> None:
+    arguments = ("predict", "--step-seconds-per-image", "0.8ms", "--weak", "--latency", "0", "--bandwidth", "100mbit")
+    rows = rows_of(bench(0, *arguments, "--json"))
+    assert [(one["ranks"], one["wire"]) for one in rows[:3]] == [(1, "float32"), (1, "float16"), (2, "float32")]
+    assert rows[-1]["ranks"] == 4096
+    assert rows[0]["images_per_second"] == pytest.approx(1250)
+    assert rows[2]["exchange_seconds"] == pytest.approx(exchange_seconds(MODEL, 2, "float32", Network(0.0, 1e8)))
+    text = bench(0, *arguments[:-4], "--ranks", "1,2", "--parameters", "25Mi").stdout
+    assert "goodput" in text and "26,214,400 parameters" in text and "efficiency" in text.splitlines()[-3]
+    assert [line.split()[0] for line in text.splitlines()[-2:]] == ["1", "2"]
+
+
+def test_predict_reads_what_was_measured(tmp_path: Path) -> None:
+    path = tmp_path / "measured.json"
+    lines = [
+        {"ranks": 2, "images_per_second": 900.0},
+        {"ranks": 1, "engine": "torch", "images_per_second": 100.0},
+        {"ranks": 1, "images_per_second": 500.0},
+    ]
+    path.write_text("a line for people\n" + "\n".join(map(json.dumps, lines)))
+    assert measured_seconds_per_image(path) == 1 / 500
+    path.write_text(json.dumps(lines[0]))
+    with pytest.raises(BadDataError, match="one rank"):
+        measured_seconds_per_image(path)
+    with pytest.raises(MissingInputError):
+        measured_seconds_per_image(tmp_path / "none")
+
+
+# scaling
+
+
+def test_scaling_runs_its_own_jobs_and_draws(tmp_path: Path) -> None:
+    png = tmp_path / "scaling.png"
+    arguments = ("scaling", "--ranks", "2,1", "--steps", "2", "--batch-size", "10", "--weak")
+    rows = rows_of(bench(0, *arguments, "--model", "simpleconvnet", "--png", png, "--json"))
+    assert [(one["ranks"], one["batch_size"]) for one in rows] == [(1, 10), (2, 20)]
+    one, two = rows
+    assert one["speedup"] == one["efficiency"] == pytest.approx(1)
+    assert two["speedup"] == pytest.approx(two["images_per_second"] / one["images_per_second"])
+    assert two["efficiency"] == pytest.approx(two["speedup"] / 2)
+    for rung in rows:
+        assert rung["images_per_second"] == pytest.approx(rung["batch_size"] / rung["step_seconds"])
+        assert 0 < rung["compute_seconds"] <= rung["step_seconds"] and 0 <= rung["slowest_rank"] < rung["ranks"]
+        assert rung["exchange_seconds"] >= 0 and rung["wait_seconds"] >= 0
+    assert matplotlib.image.imread(png).std() > 0.05
+
+
+def test_scaling_prints_a_table_that_names_oversubscription() -> None:
+    result = bench(0, "scaling", "--ranks", "64", "--help")
+    assert result.returncode == 0 and result.stdout.startswith("usage")
+    from distconv.benchmarks.scaling import Rung, table
+
+    few = Rung(1, 1, 100, "float16", 900.0, 1.0, 1.0, 0.1, 0.09, 0.005, 0.002, 0, oversubscribed=False)
+    many = Rung(64, 1, 100, "float16", 450.0, 0.5, 1 / 128, 0.2, 0.15, 0.02, 0.01, 17, oversubscribed=True)
+    head, first, second = table([few, many]).splitlines()
+    assert "images/s" in head and "slowest rank" in head
+    assert first.split() == ["1", "100", "900", "1.00", "100%", "100.00", "90.00", "5.00", "2.00", "0"]
+    assert "oversubscribed" in second and second.split()[9] == "17"
+
+
+# mistakes
+
+
+@pytest.mark.parametrize(
+    ("ranks", "arguments", "named"),
+    [
+        (0, ("exchang",), "exchang"),
+        (0, ("exchange", "--elements", "1Mi"), "mpirun"),
+        (2, ("exchange", "--elements", "1000000000000"), "GiB"),
+        (2, ("exchange", "--elements", "12x"), "--elements 12x"),
+    ],
+)
+def test_a_mistake_is_one_sentence_and_exit_code_2(ranks: int, arguments: tuple[str, ...], named: str) -> None:
+    result = bench(ranks, *arguments)
+    assert result.returncode == 2, result.stderr
+    assert result.stderr.count("\n") == 1 and named in result.stderr and result.stdout == ""
+
+
+@pytest.mark.parametrize(
+    ("line", "named"),
+    [
+        ("", "BENCHMARK"),
+        ("exchange --wires float16,float17", "float16,float17"),
+        ("exchange --element 4", "did you mean --elements"),
+        ("exchange --repeats 0", "--repeats 0"),
+        ("exchange --elements 0.5", "--elements 0"),
+        ("exchange --seconds 0", "--seconds 0"),
+        ("scaling --ranks 1,x", "--ranks 1,x"),
+        ("scaling --ranks 1,8 --batch-size 4", "--batch-size 4 with 8 ranks"),
+        ("scaling --wire float17", "--wire float17"),
+        ("predict", "--measured"),
+        ("predict --step-seconds-per-image 1ms --latency 50", "--latency 50"),
+        ("predict --step-seconds-per-image 1ms --bandwidth 1gigabit", "--bandwidth 1gigabit"),
+        ("predict --step-seconds-per-image 0", "--step-seconds-per-image 0"),
+        ("predict --step-seconds-per-image 1 --batch-size 0", "--batch-size 0"),
+    ],
+)
+def test_a_mistake_is_seen_before_anything_starts(line: str, named: str) -> None:
+    with pytest.raises(UsageError, match=re.escape(named)):
+        main(line.split())
+
+
+def test_scaling_refuses_to_be_nested() -> None:
+    result = bench(2, "scaling", "--ranks", "1")
+    assert result.returncode == 1 and result.stderr.count("\n") == 1 and "without mpirun" in result.stderr
+
+
+def test_scaling_says_first_that_the_picture_has_no_folder(tmp_path: Path) -> None:
+    result = bench(0, "scaling", "--png", tmp_path / "none" / "a.png")
+    assert result.returncode == 73 and result.stderr.count("\n") == 1 and "none" in result.stderr
+
+
+@pytest.mark.parametrize("text", ["", "x", "1 ki", "-1", "0", "1e999", "nan", "1Gi", "Mi"])
+def test_a_quantity_that_is_none(text: str) -> None:
+    with pytest.raises(UsageError, match="--n "):
+        quantity("--n", text, ELEMENTS, "64Ki")
+
+
+def test_quantities_and_lists_of_ranks() -> None:
+    assert quantity("--n", "64Mi", ELEMENTS, "") == 64 << 20
+    assert quantity("--t", "50us", SECONDS, "") == pytest.approx(50e-6)
+    assert quantity("--t", "1.5e-3s", SECONDS, "") == pytest.approx(1.5e-3)
+    assert rank_list("4,1,4") == [1, 4]
+    for wrong in ("", "0", "1,,2", "1.5", "-1", "99999999"):
+        with pytest.raises(UsageError):
+            rank_list(wrong)
