@@ -94,7 +94,7 @@ def save_checkpoint(
             os.fsync(file.fileno())
         temporary.replace(path)
         _sync_folder(folder)
-        for old in find_checkpoints(folder)[KEEP:]:
+        for old in [*find_checkpoints(folder)[KEEP:], *folder.glob(".step-*.safetensors.*.tmp")]:  # a kill leaves these
             old.unlink(missing_ok=True)
     except OSError as error:
         with contextlib.suppress(OSError):

@@ -85,9 +85,10 @@ def test_no_checkpoint_is_none_and_no_error(tmp_path: Path) -> None:
 
 
 def test_other_files_are_ignored_and_left_alone(tmp_path: Path) -> None:
-    strays = [".step-0000000009.safetensors.77.tmp", "notes.txt", "model.safetensors", "step-9.safetensors.bak"]
+    torn = ".step-0000000009.safetensors.77.tmp"  # what a kill in the middle of a save leaves
+    strays = ["notes.txt", "model.safetensors", "step-9.safetensors.bak"]
     mine = ["step-best.safetensors", "step-good.safetensors", "step-keep.safetensors"]  # copies that a user made
-    for stray in (*strays, *mine):
+    for stray in (*strays, *mine, torn):
         (tmp_path / stray).write_bytes(b"not written by a run")
     (tmp_path / "step-0000000099.safetensors").mkdir()
     for step in (1, 2, 3, 4):
@@ -96,6 +97,7 @@ def test_other_files_are_ignored_and_left_alone(tmp_path: Path) -> None:
     assert_holds(checkpoint, 4)
     assert passed_over == []
     assert all((tmp_path / name).exists() for name in (*strays, *mine, "step-0000000099.safetensors"))
+    assert not (tmp_path / torn).exists()
     assert len(list(tmp_path.glob("step-000000000?.*"))) == files.KEEP
 
 
