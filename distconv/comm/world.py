@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import threadpoolctl
 
 from distconv.errors import DistconvError, MismatchError
+from distconv.kernels.memory import keep_freed_memory
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -167,6 +168,7 @@ def start() -> World:
         import numpy  # noqa: F401 (a limit reaches only libraries that are loaded)
 
         threadpoolctl.threadpool_limits(1)
+    keep_freed_memory()
     return world
 
 

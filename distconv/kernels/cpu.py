@@ -1,7 +1,7 @@
-"""The arithmetic on the CPU, in NumPy: BLAS for the multiplications, patches of a few images at a time.
+"""The arithmetic on the CPU: compiled kernels for the shapes that networks mostly have, NumPy for all others.
 
-Convolution is a matrix product of image patches and filters (im2col, Chellapilla et al. 2006). The patches of a whole
-batch would be nine times its size, so they are made for as many images as stay in a core's cache (PATCH_BYTES).
+In NumPy, convolution is a matrix product of image patches and filters (im2col, Chellapilla et al. 2006). The patches of
+a whole batch would be nine times its size, so they are made for as many images as stay in a core's cache (PATCH_BYTES).
 
 Every function takes float32 or float64 arrays and computes in their type. The forward ones take float16 arrays too,
 multiply them in float32, as tensor cores do, and store halves. A gradient is named after its variable: dx, dw, db, dy.
@@ -54,7 +54,8 @@ def _patches(x: Array, K: int, stride: int, pad: int) -> Iterator[tuple[slice, A
 def conv_forward(x: Array, w: Array, b: Array, stride: int, pad: int, relu: bool) -> Array:
     """Convolution, bias and, if asked, ReLU: x (N, H, W, C), w (K, K, C, F), b (F,) -> y (N, OH, OW, F)."""
     if fast := _fast_road(x, w, stride):
-        return fast.conv_forward(x, w, b, pad, relu)
+        found: Array = fast.conv_forward(x, w, b, pad, relu)
+        return found
     (N, H, W, _), (K, _, _, F) = x.shape, w.shape
     y = np.empty((N, output_size(H, K, stride, pad), output_size(W, K, stride, pad), F), x.dtype)
     filters = w.reshape(-1, F).astype(_compute_dtype(w.dtype), copy=False)
@@ -76,7 +77,8 @@ def conv_backward(
     """
     fast = _fast_road(x, w, stride)
     if fast and not (wants_dx and fast.ONLY_FILTERS):
-        return fast.conv_backward(x, y, dy, w, pad, relu, dw, db, wants_dx)
+        dx: Array | None = fast.conv_backward(x, y, dy, w, pad, relu, dw, db, wants_dx)
+        return dx
     if relu:
         dy = relu_backward(dy, y)
     conv_backward_filters(x, dy, stride, pad, dw, db)

@@ -60,7 +60,7 @@ def pool_window_adjoint(
 
 
 @njit(cache=True, nogil=True)
-def _forward(x, y, winner):
+def _forward(x: Array, y: Array, winner: Array) -> None:
     _, H, W, C = x.shape
     N, OH, OW, _ = y.shape
     for n in range(N):
@@ -72,7 +72,7 @@ def _forward(x, y, winner):
 
 
 @njit(cache=True, nogil=True)
-def _backward(dy, winner, dx):
+def _backward(dy: Array, winner: Array, dx: Array) -> None:
     _, H, W, C = dx.shape
     N, OH, OW, _ = dy.shape
     for n in range(N):

@@ -74,7 +74,7 @@ def row_backward(
 
 
 @njit(cache=True, nogil=True)
-def _forward(x, w, b, floor, y):
+def _forward(x: Array, w: Array, b: Array, floor: np.float32, y: Array) -> None:
     _, H, W = x.shape
     N, OH, OW, F = y.shape
     for n in range(N):
@@ -84,7 +84,7 @@ def _forward(x, w, b, floor, y):
 
 
 @njit(cache=True, nogil=True)
-def _backward(x, y, dy, floor, dw, db):
+def _backward(x: Array, y: Array, dy: Array, floor: np.float32, dw: Array, db: Array) -> None:
     _, H, W = x.shape
     N, OH, OW, F = dy.shape
     for n in range(N):

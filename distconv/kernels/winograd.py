@@ -15,14 +15,21 @@ from llvmlite import ir
 from numba import njit
 from numpy.typing import NDArray
 
-from distconv.kernels.vector import LANES, Index, Pointer, Sum, Vector, emitted, repeat, scratch, zeros
+from distconv.kernels.products import ROWS, product
+from distconv.kernels.vector import LANES, Index, Pointer, Vector, emitted, scratch, zeros
 
 Array = NDArray[Any]
 TILE, PATCH = 4, 6
 CACHE = 1 << 16  # floats of a core's L2 cache to fill with tiles
-ROWS = 8  # of a block of sums in registers; 8 x 2 vectors
 G = np.array(
-    [[1 / 4, 0, 0], [-1 / 6, -1 / 6, -1 / 6], [-1 / 6, 1 / 6, -1 / 6], [1 / 24, 1 / 12, 1 / 6], [1 / 24, -1 / 12, 1 / 6], [0, 0, 1]]
+    [
+        [1 / 4, 0, 0],
+        [-1 / 6, -1 / 6, -1 / 6],
+        [-1 / 6, 1 / 6, -1 / 6],
+        [1 / 24, 1 / 12, 1 / 6],
+        [1 / 24, -1 / 12, 1 / 6],
+        [0, 0, 1],
+    ]
 )
 GG = np.kron(G, G).astype(np.float32)  # (36, 9): both directions at once
 
@@ -71,7 +78,7 @@ def _room(shape: tuple[int, ...], C: int) -> tuple[int, Array, Array]:
     few = max(1, min(N, (CACHE + 2 * 36 * C * F) // (36 * tiles * (C + F))))
     rows = -(-few * tiles // ROWS) * ROWS
     # An odd number of cache lines between the 36 elements of a tile, or they would all fall into the same few places.
-    return few, *(np.empty((36, rows * channels + LANES), np.float32) for channels in (C, F))
+    return few, np.empty((36, rows * C + LANES), np.float32), np.empty((36, rows * F + LANES), np.float32)
 
 
 def _input(d: list[Vector]) -> list[Vector]:
@@ -201,59 +208,8 @@ def _store_all(tile: list[list[Vector]], v: Pointer, stride: Index) -> None:
             (v + stride * (PATCH * i + j)).store(value)
 
 
-def _product_block(
-    builder: ir.IRBuilder, vectors: int, a: Pointer, a_row: Index, a_step: Index, b: Pointer, b_step: Index,
-    depth: Index, c: Pointer, c_row: Index, keep: Index
-) -> None:  # fmt: skip
-    """c (8, vectors * 16) = keep * c + a (8, depth) @ b (depth, vectors * 16), the sums in registers.
-
-    a[i, k] lies at a_row * i + a_step * k, b[k] at b_step * k, c[i] at c_row * i.
-    """
-    places = [[c + c_row * i + LANES * j for j in range(vectors)] for i in range(ROWS)]
-    sums = [[Sum(zeros(builder)) for _ in row] for row in places]
-    with builder.if_then(builder.trunc(keep.value, ir.IntType(1))):
-        for row, sum_row in zip(places, sums, strict=True):
-            for place, total in zip(row, sum_row, strict=True):
-                total.set(place.load())
-    with repeat(depth) as k:
-        across = [(b + b_step * k + LANES * j).load() for j in range(vectors)]
-        for i, sum_row in enumerate(sums):
-            down = (a + a_row * i + a_step * k).spread()
-            for value, total in zip(across, sum_row, strict=True):
-                total.set(down.times(value, total.get()))
-    for row, sum_row in zip(places, sums, strict=True):
-        for place, total in zip(row, sum_row, strict=True):
-            place.store(total.get())
-
-
-@emitted
-def product_block_1(builder, a, a_at, a_row, a_step, b, b_at, b_step, depth, c, c_at, c_row, keep):  # type: ignore
-    _product_block(builder, 1, a + a_at, a_row, a_step, b + b_at, b_step, depth, c + c_at, c_row, keep)
-
-
-@emitted
-def product_block_2(builder, a, a_at, a_row, a_step, b, b_at, b_step, depth, c, c_at, c_row, keep):  # type: ignore
-    _product_block(builder, 2, a + a_at, a_row, a_step, b + b_at, b_step, depth, c + c_at, c_row, keep)
-
-
 @njit(cache=True, nogil=True)
-def _product(a, a_at, a_row, a_step, b, b_at, b_step, c, c_at, c_row, rows, columns, depth, keep):
-    """c (rows, columns) = keep * c + a @ b; rows a multiple of 8, columns of 16, b and c with rows side by side."""
-    wide = columns // 32 * 32
-    for j in range(0, wide, 32):
-        for i in range(0, rows, ROWS):
-            product_block_2(
-                a, a_at + i * a_row, a_row, a_step, b, b_at + j, b_step, depth, c, c_at + i * c_row + j, c_row, keep
-            )
-    if wide < columns:
-        for i in range(0, rows, ROWS):
-            product_block_1(
-                a, a_at + i * a_row, a_row, a_step, b, b_at + wide, b_step, depth, c, c_at + i * c_row + wide, c_row, keep
-            )
-
-
-@njit(cache=True, nogil=True)
-def _inputs(x, first, images, pad, across, down, v, stride):
+def _inputs(x: Array, first: int, images: int, pad: int, across: int, down: int, v: Array, stride: int) -> None:
     _, H, W, C = x.shape
     t = 0
     for n in range(first, first + images):
@@ -265,8 +221,8 @@ def _inputs(x, first, images, pad, across, down, v, stride):
 
 
 @njit(cache=True, nogil=True)
-def _forward(x, u, b, pad, floor, few, v, m, y):
-    N, H, W, C = x.shape
+def _forward(x: Array, u: Array, b: Array, pad: int, floor: np.float32, few: int, v: Array, m: Array, y: Array) -> None:
+    N, C = x.shape[0], x.shape[3]
     _, OH, OW, F = y.shape
     down, across = (OH + 3) // 4, (OW + 3) // 4
     v_stride, m_stride = v.shape[1], m.shape[1]
@@ -275,7 +231,7 @@ def _forward(x, u, b, pad, floor, few, v, m, y):
         tiles = images * down * across
         _inputs(x, first, images, pad, across, down, v, v_stride)
         for p in range(36):
-            _product(
+            product(
                 v, p * v_stride, C, 1, u, p * C * F, F, m, p * m_stride, F, (tiles + ROWS - 1) // ROWS * ROWS, F, C, 0
             )
         t = 0
@@ -290,7 +246,10 @@ def _forward(x, u, b, pad, floor, few, v, m, y):
 
 
 @njit(cache=True, nogil=True)
-def _backward(x, y, dy, ut, pad, floor, few, v, m, du, db, dx, wants_dx):
+def _backward(
+    x: Array, y: Array, dy: Array, ut: Array, pad: int, floor: np.float32, few: int, v: Array, m: Array, du: Array,
+    db: Array, dx: Array, wants_dx: bool
+) -> None:  # fmt: skip
     N, H, W, C = x.shape
     _, OH, OW, F = dy.shape
     down, across = (OH + 3) // 4, (OW + 3) // 4
@@ -309,10 +268,23 @@ def _backward(x, y, dy, ut, pad, floor, few, v, m, du, db, dx, wants_dx):
                         )
                     t += 1
         for p in range(36):
-            _product(v, p * v_stride, 1, C, m, p * m_stride, F, du, p * C * F, F, C, F, tiles, 1)
+            product(v, p * v_stride, 1, C, m, p * m_stride, F, du, p * C * F, F, C, F, tiles, 1)
             if wants_dx:
-                _product(
-                    m, p * m_stride, F, 1, ut, p * C * F, C, v, p * v_stride, C, (tiles + ROWS - 1) // ROWS * ROWS, C, F, 0
+                product(
+                    m,
+                    p * m_stride,
+                    F,
+                    1,
+                    ut,
+                    p * C * F,
+                    C,
+                    v,
+                    p * v_stride,
+                    C,
+                    (tiles + ROWS - 1) // ROWS * ROWS,
+                    C,
+                    F,
+                    0,
                 )
         if not wants_dx:
             continue

@@ -1,0 +1,129 @@
+"""The compiled kernels against the NumPy road in float64."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from distconv.kernels import cpu
+
+TOLERANCE = 1e-4  # of each tensor's norm
+
+# H, W, C, F, pad: the six layers of DeepConvNet, then sizes that fill no tile, all pads, one pixel of output.
+NETWORK = [
+    (28, 28, 1, 16, 1),
+    (28, 28, 16, 16, 1),
+    (14, 14, 16, 32, 1),
+    (14, 14, 32, 32, 2),
+    (8, 8, 32, 64, 1),
+    (8, 8, 64, 64, 1),
+]
+ODD = [
+    (3, 3, 16, 16, 0),
+    (3, 3, 1, 32, 0),
+    (5, 9, 32, 16, 0),
+    (7, 6, 16, 48, 1),
+    (1, 2, 48, 16, 1),
+    (4, 11, 16, 32, 2),
+    (9, 5, 1, 16, 2),
+    (1, 1, 16, 16, 3),
+]
+REFUSED = [(7, 6, 15, 16, 1), (7, 6, 16, 17, 1), (6, 6, 3, 16, 1)]  # channels that fill no vector: NumPy's road
+cases = pytest.mark.parametrize(("H", "W", "C", "F", "pad"), NETWORK + ODD + REFUSED)
+
+
+def assert_close(found: np.ndarray, expected: np.ndarray) -> None:
+    assert found.shape == expected.shape
+    assert found.dtype == np.float32
+    assert np.linalg.norm(found - expected) <= TOLERANCE * np.linalg.norm(expected)
+
+
+def backward(x, y, dy, w, pad, relu, wants_dx):
+    dw, db = np.full_like(w, np.nan), np.full(w.shape[3], np.nan, w.dtype)
+    dx = cpu.conv_backward(x, y, dy, w, 1, pad, relu, dw, db, wants_dx)
+    return dw, db, dx
+
+
+@cases
+@pytest.mark.parametrize("N", [1, 5, 40])
+@pytest.mark.parametrize("relu", [True, False])
+def test_convolution(H: int, W: int, C: int, F: int, pad: int, N: int, relu: bool) -> None:
+    rng = np.random.default_rng(0)
+    x, w, b = (rng.standard_normal(shape).astype(np.float32) for shape in ((N, H, W, C), (3, 3, C, F), (F,)))
+    x.flags.writeable = False
+    y = cpu.conv_forward(x, w, b, 1, pad, relu)
+    exact = [array.astype(np.float64) for array in (x, w, b)]
+    assert_close(y, cpu.conv_forward(*exact, 1, pad, relu))
+
+    dy = rng.standard_normal(y.shape).astype(np.float32)
+    dy.flags.writeable = False
+    # The ReLU's mask is that of the float32 output: near zero, the two may differ in sign.
+    expected = backward(exact[0], y.astype(np.float64), dy.astype(np.float64), exact[1], pad, relu, True)
+    for found, right in zip(backward(x, y, dy, w, pad, relu, True), expected, strict=True):
+        assert_close(found, right)
+    dw, db, dx = backward(x, y, dy, w, pad, relu, False)
+    assert dx is None
+    assert_close(dw, expected[0])
+    assert_close(db, expected[1])
+
+
+def test_a_slice_of_a_batch_and_what_is_not_contiguous() -> None:
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((6, 9, 8, 32)).astype(np.float32)[::2, :, ::-1]
+    w, b = rng.standard_normal((3, 3, 32, 16)).astype(np.float32), np.zeros(16, np.float32)
+    y = cpu.conv_forward(x, w, b, 1, 1, True)
+    np.testing.assert_array_equal(y, cpu.conv_forward(x.copy(), w, b, 1, 1, True))
+    dy = rng.standard_normal((16, 9, 8, 3)).astype(np.float32).T
+    for one, other in zip(
+        backward(x, y, dy, w, 1, True, True), backward(x, y, dy.copy(), w, 1, True, True), strict=True
+    ):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_an_image_has_the_same_output_in_any_batch() -> None:
+    rng = np.random.default_rng(0)
+    x, w = (
+        rng.standard_normal((30, 14, 14, 16)).astype(np.float32),
+        rng.standard_normal((3, 3, 16, 32)).astype(np.float32),
+    )
+    b = np.ones(32, np.float32)
+    alone = np.concatenate([cpu.conv_forward(x[n : n + 1], w, b, 1, 1, False) for n in range(30)])
+    np.testing.assert_array_equal(cpu.conv_forward(x, w, b, 1, 1, False), alone)
+
+
+@pytest.mark.parametrize("C", [1, 16])
+def test_what_is_not_a_number_shows(C: int) -> None:
+    x, w = np.full((1, 4, 4, C), np.nan, np.float32), np.ones((3, 3, C, 16), np.float32)
+    y = cpu.conv_forward(x, w, np.zeros(16, np.float32), 1, 1, True)
+    assert np.isnan(y).all()
+    dw, db, _ = backward(np.ones_like(x), np.ones_like(y), y, w, 1, True, False)
+    assert np.isnan(dw).all()
+    assert np.isnan(db).all()
+
+
+@pytest.mark.parametrize("shape", [(1, 2, 2, 16), (3, 28, 28, 16), (2, 7, 5, 32), (4, 16, 3, 64)])
+def test_pooling_is_that_of_numpy(shape: tuple[int, ...]) -> None:
+    rng = np.random.default_rng(0)
+    x = rng.integers(-1, 2, shape).astype(np.float32)  # many equal elements
+    y, winner = cpu.max_pool_forward(x, 2, 2, 0)
+    expected, right = cpu.max_pool_forward(x.astype(np.float64), 2, 2, 0)
+    np.testing.assert_array_equal(y, expected)
+    np.testing.assert_array_equal(winner, right)
+    assert (y.dtype, winner.dtype) == (np.float32, np.uint8)
+    dy = rng.standard_normal(y.shape).astype(np.float32)
+    dx = cpu.max_pool_backward(dy, winner, 2, 2, 0, shape)
+    np.testing.assert_array_equal(dx, cpu.max_pool_backward(dy.astype(np.float64), winner, 2, 2, 0, shape))
+    assert dx.dtype == np.float32
+
+
+def test_imports_and_help_compile_nothing() -> None:
+    code = (
+        "import sys, distconv, distconv.train\n"
+        "try: distconv.train.main(['--help'])\n"
+        "except SystemExit: pass\n"
+        "sys.exit('numba' in sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
