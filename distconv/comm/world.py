@@ -12,6 +12,7 @@ import json
 import os
 import socket
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -100,6 +101,12 @@ class World:
             failure = error(f"ranks disagree about {what}: rank {ranks} differs from rank 0 ({advice})")
             failure.everywhere = True
             raise failure
+
+    def wait_on_host(self) -> None:
+        """A barrier for the ranks of this host that leaves the cores to those that still work."""
+        request = self.local.Ibarrier()
+        while not request.Test():
+            time.sleep(0.005)
 
     def __enter__(self) -> World:
         return self

@@ -15,8 +15,10 @@ from typing import Any
 import llvmlite.binding
 import numpy as np
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.extending import intrinsic
+
+from distconv.kernels.compiled import compiled
 
 BLOCK = 256  # numbers that share an exponent: 0.8 % more bytes
 TOP = 15  # the largest of a block is brought into [2^(TOP-1), 2^TOP): below 65504, and far above what vanishes
@@ -25,8 +27,6 @@ BIAS = 127  # of a float32's exponent, which stands above MANTISSA bits
 MANTISSA = 23
 INFINITE = 0x7F800000  # the bits of float32 infinity; a NaN's are larger
 HALF_EXPONENT = 0x7C00  # these bits of a half are all set where it is infinite or NaN
-
-compiled = njit(nogil=True, error_model="numpy", cache=True)
 
 
 def in_hardware() -> bool:

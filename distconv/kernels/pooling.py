@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import njit
 from numpy.typing import NDArray
 
+from distconv.kernels.compiled import compiled
 from distconv.kernels.vector import LANES, Bytes, Index, Pointer, emitted, zeros
 
 Array = NDArray[Any]
@@ -59,7 +59,7 @@ def pool_window_adjoint(
         (dx + to + below * (i // 2) + C * (i % 2)).store(gradient.where(which.equal(i), zero))
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _forward(x: Array, y: Array, winner: Array) -> None:
     _, H, W, C = x.shape
     N, OH, OW, _ = y.shape
@@ -71,7 +71,7 @@ def _forward(x: Array, y: Array, winner: Array) -> None:
                     pool_window(x, at + c, W * C, C, y, winner, to + c)
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _backward(dy: Array, winner: Array, dx: Array) -> None:
     _, H, W, C = dx.shape
     N, OH, OW, _ = dy.shape

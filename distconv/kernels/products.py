@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from llvmlite import ir
-from numba import njit
 from numpy.typing import NDArray
 
+from distconv.kernels.compiled import compiled
 from distconv.kernels.vector import LANES, Index, Pointer, Sum, emitted, repeat, zeros
 
 Array = NDArray[Any]
@@ -55,7 +55,7 @@ def product_block_2(
     _product_block(builder, 2, a + a_at, a_row, a_step, b + b_at, b_step, depth, c + c_at, c_row, keep)
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def product(
     a: Array, a_at: int, a_row: int, a_step: int, b: Array, b_at: int, b_step: int, c: Array, c_at: int, c_row: int,
     rows: int, columns: int, depth: int, keep: int

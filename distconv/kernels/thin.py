@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import njit
 from numpy.typing import NDArray
 
+from distconv.kernels.compiled import compiled
 from distconv.kernels.vector import LANES, Index, Pointer, Sum, Vector, emitted, repeat, zeros
 
 Array = NDArray[Any]
@@ -73,7 +73,7 @@ def row_backward(
     (db + f).store(bias.get())
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _forward(x: Array, w: Array, b: Array, floor: np.float32, y: Array) -> None:
     _, H, W = x.shape
     N, OH, OW, F = y.shape
@@ -83,7 +83,7 @@ def _forward(x: Array, w: Array, b: Array, floor: np.float32, y: Array) -> None:
                 row_forward(x, (n * H + h) * W, W, w, f, F, b, floor, y, (n * OH + h) * OW * F + f, OW)
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _backward(x: Array, y: Array, dy: Array, floor: np.float32, dw: Array, db: Array) -> None:
     _, H, W = x.shape
     N, OH, OW, F = dy.shape

@@ -174,8 +174,7 @@ def emitted(emit: Callable[..., None]) -> Callable[..., None]:
     """Make emit(builder, *arguments) callable from jitted code.
 
     There, an argument is a contiguous array of float32 or uint8 (a Pointer to emit), an integer (an Index) or a float32
-    (a Vector with that number in all lanes). Numba's cache does not see a change in this file or in `products`: delete
-    the folder __pycache__ after one.
+    (a Vector with that number in all lanes).
     """
 
     def typed(typing_context: Any, *kinds: Any) -> Any:
@@ -188,7 +187,8 @@ def emitted(emit: Callable[..., None]) -> Callable[..., None]:
     parameters = list(inspect.signature(emit).parameters.values())
     typed.__signature__ = inspect.Signature([p.replace(annotation=p.empty) for p in parameters])  # type: ignore[attr-defined]
     typed.__name__ = emit.__name__
-    return intrinsic(typed)
+    operation: Callable[..., None] = intrinsic(typed)
+    return operation
 
 
 def _argument(context: Any, builder: ir.IRBuilder, kind: Any, value: ir.Value) -> Value:

@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import njit
 from numpy.typing import NDArray
 
+from distconv.kernels.compiled import compiled
 from distconv.kernels.products import ROWS, product
 from distconv.kernels.vector import LANES, Index, Pointer, Vector, emitted, scratch, zeros
 
@@ -208,7 +208,7 @@ def _store_all(tile: list[list[Vector]], v: Pointer, stride: Index) -> None:
             (v + stride * (PATCH * i + j)).store(value)
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _inputs(x: Array, first: int, images: int, pad: int, across: int, down: int, v: Array, stride: int) -> None:
     _, H, W, C = x.shape
     t = 0
@@ -220,7 +220,7 @@ def _inputs(x: Array, first: int, images: int, pad: int, across: int, down: int,
                 t += 1
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _forward(x: Array, u: Array, b: Array, pad: int, floor: np.float32, few: int, v: Array, m: Array, y: Array) -> None:
     N, C = x.shape[0], x.shape[3]
     _, OH, OW, F = y.shape
@@ -245,7 +245,7 @@ def _forward(x: Array, u: Array, b: Array, pad: int, floor: np.float32, few: int
                     t += 1
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _backward(
     x: Array, y: Array, dy: Array, ut: Array, pad: int, floor: np.float32, few: int, v: Array, m: Array, du: Array,
     db: Array, dx: Array, wants_dx: bool
