@@ -9,10 +9,11 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from distconv.benchmarks import rank_list
 from distconv.comm import world as ranks
 from distconv.config import MODELS, Config, Parser
 from distconv.errors import UsageError
@@ -51,8 +52,9 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--write", type=Path, help=argparse.SUPPRESS)  # this is the job that writes the reference
     parser.add_argument("--compare", type=Path, help=argparse.SUPPRESS)  # this is a job that is held against it
     flags = parser.parse_args(argv)
-    wires = _list(flags.wires, "--wires", str, BOUNDS.__contains__, f"some of {','.join(BOUNDS)}")
-    numbers = _list(flags.ranks, "--ranks", int, lambda n: n >= 1, "numbers of ranks such as 1,2,4")
+    wires, numbers = flags.wires.split(","), rank_list(flags.ranks)
+    if not set(wires) <= set(BOUNDS):
+        raise UsageError(f"--wires {flags.wires}: expected some of {','.join(BOUNDS)}")
     if flags.batch_size < max(numbers):
         raise UsageError(f"--batch-size {flags.batch_size} with {max(numbers)} ranks: give every rank an image or more")
     common = {"data": flags.data, "model": flags.model, "batch_size": flags.batch_size, "seed": flags.seed}
@@ -153,17 +155,6 @@ class Table:
         if not self.as_json:
             print("the number of ranks does not change the run" if self.good else "a bound is broken: do not train so")
         return 0 if self.good else 1
-
-
-def _list(text: str, flag: str, kind: Callable[[str], Any], valid: Callable[[Any], bool], expected: str) -> list[Any]:
-    """The values of a flag that takes several, with commas. Raises UsageError."""
-    try:
-        values = [kind(word) for word in text.split(",")]
-    except ValueError:
-        values = []
-    if not values or not all(map(valid, values)):
-        raise UsageError(f"{flag} {text}: expected {expected}")
-    return values
 
 
 if __name__ == "__main__":

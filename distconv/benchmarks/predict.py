@@ -25,8 +25,8 @@ all-to-all = (P-1) x (latency + message / goodput), rank by rank, or where that 
 all-gather = R x latency + (P-1) x part / goodput
 goodput    = 0.92 x bandwidth: 2896 bytes of content in two Ethernet frames of 1538 and an acknowledgement of 84, for
              all hosts send and receive at once
-A part is filled up to a multiple of 64 numbers, a message is a part and 48 bytes of header, and float16 has 16 bits of
-exponent for each 64 numbers: among very many ranks these are what travels.
+A part is filled up to a multiple of 256 numbers, a message is a part and 48 bytes of header, and float16 has 16 bits of
+exponent for each 256 numbers: among very many ranks these are what travels.
 Not in it: time to encode and to add up, waiting for slow ranks, switches that hold less than all links together, and
 that small shards take longer an image than large ones."""
 GOODPUT = 2 * 1448 / (2 * 1538 + 84)  # TCP with time stamps, MTU 1500, preamble and gap of the frames included
