@@ -20,7 +20,7 @@ from distconv.kernels.vector import LANES, Index, Pointer, Vector, emitted, scra
 
 Array = NDArray[Any]
 TILE, PATCH = 4, 6
-CACHE = 1 << 16  # floats of a core's L2 cache to fill with tiles
+CACHE = 1 << 17  # floats: half of a core's L2 cache to fill with tiles; 2^14 to 2^18 measured within 2 %
 G = np.array(
     [
         [1 / 4, 0, 0],
