@@ -1,8 +1,9 @@
-"""`python -m distconv.bench exchange|scaling|predict`: what a machine gives. Flags -> wiring -> printing."""
+"""`python -m distconv.bench step|exchange|scaling|predict`: what a machine gives. Flags -> wiring -> printing."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 from collections.abc import Callable, Sequence
@@ -24,12 +25,84 @@ def main(argv: Sequence[str]) -> int:
         usage="python -m distconv.bench BENCHMARK [--help] ...",
         description="Measure what this machine and its network give, or predict what another one would.",
         epilog="examples:\n"
+        "  python -m distconv.bench step                     # one training step: how fast, and where the time goes\n"
         "  mpirun -n 2 python -m distconv.bench exchange     # the sum of the gradients over the ranks, and MPI's own\n"
         "  python -m distconv.bench scaling                  # training on 1, 2 and 4 ranks, and where the time goes\n"
         "  python -m distconv.bench predict --help           # training on up to 4096 ranks of another machine",
     )
     parser.add_argument("benchmark", choices=tuple(BENCHMARKS), metavar="BENCHMARK", help=", ".join(BENCHMARKS))
     parser.parse_args(argv[:1])
+    return 0
+
+
+def step(argv: Sequence[str]) -> int:
+    """Measures the ranks that it is started in."""
+    parser = Parser(
+        prog="python -m distconv.bench step",
+        description="Time one training step of deepconvnet on these ranks, on random images of MNIST's shape, and show "
+        "where the\ntime goes. A barrier before each step; the slowest rank counts; medians. One BLAS thread a rank, "
+        "unless\nOMP_NUM_THREADS is set.",
+        epilog="examples:\n"
+        "  python -m distconv.bench step --png step.png\n"
+        "  mpirun -n 2 python -m distconv.bench step --batch-size 100 --evaluate --json\n"
+        "  mpirun -n 2 python -m distconv.bench step --against torch     # PyTorch takes turns with it\n\n"
+        "--json: engine (distconv, torch, torch-ddp) device ranks threads batch_size wire phase (step, evaluate)\n"
+        "median_seconds images_per_second.",
+    )
+    parser.add_argument(
+        "--batch-size", nargs="+", type=int, default=[100, 400], metavar="B", help="of all ranks (default: 100 400)"
+    )
+    parser.add_argument("--repeats", type=int, default=20, metavar="R", help="steps that count (default: 20)")
+    parser.add_argument("--evaluate", action="store_true", help="time the forward pass of an evaluation too")
+    parser.add_argument("--against", choices=("torch",), help="run PyTorch beside it, on several ranks its DDP")
+    parser.add_argument("--png", type=Path, metavar="FILE", help="draw where the time goes")
+    parser.add_argument("--json", action="store_true", help="one JSON object a line")
+    flags = parser.parse_args(argv)
+    sizes = sorted(set(flags.batch_size))
+    at_least_1("--batch-size", sizes[0])
+    at_least_1("--repeats", flags.repeats)
+    check_png(flags.png)
+    one_blas_thread()
+
+    with ranks.start() as world, contextlib.ExitStack() as rivals:
+        from distconv.benchmarks import step as benchmark
+        from distconv.runlog import RunLog
+
+        world.agree("the command line", repr(argv), "start all ranks alike")
+        with world.together():
+            if sizes[0] < world.size:
+                raise UsageError(
+                    f"--batch-size {sizes[0]} with {world.size} ranks: every rank needs at least one image"
+                )
+        log, threads = RunLog(world.rank == 0), ranks.blas_threads()
+        rival = None
+        if flags.against:
+            from distconv.benchmarks import torch_step
+
+            rival = rivals.enter_context(torch_step.rivals(world, threads))
+        peak = benchmark.peak_flops(world)
+        rows, breakdowns = [], []
+        for batch_size in sizes:
+            trainer = benchmark.Trainer(world, batch_size, flags.repeats)
+            engines = [trainer.engine(), *([rival(trainer.run.dataset, batch_size)] if rival else [])]
+            for phase in ("step", "evaluate") if flags.evaluate else ("step",):
+                rows += benchmark.measure(world, engines, batch_size, threads, phase, flags.repeats)
+            breakdowns.append(trainer.breakdown())
+        title = f"deepconvnet, {world.size} rank{'s' * (world.size > 1)} x {threads} thread{'s' * (threads > 1)}, cpu"
+        if flags.json:
+            for row in rows:
+                log.say(json.dumps(asdict(row)))
+        else:
+            log.say(f"{title}: medians of {flags.repeats}\n{benchmark.table(rows)}")
+            for breakdown in breakdowns:
+                log.say(f"\n{benchmark.where(breakdown, world.size, peak)}" + ", PyTorch's among them" * bool(rival))
+        with world.together():
+            if flags.png and world.rank == 0:
+                from distconv.plots import draw_step
+
+                draw(
+                    flags.png, lambda: draw_step([(one.batch_size, one.parts) for one in breakdowns], title, flags.png)
+                )
     return 0
 
 
@@ -147,10 +220,8 @@ def scaling(argv: Sequence[str]) -> int:
 
     refuse_to_nest("bench scaling")
     settings(1)  # raises for a value that cannot be before anything is started
-    if flags.png and not flags.png.parent.is_dir():
-        raise CannotCreateError(f"--png {flags.png}: there is no folder {flags.png.parent}; make it first")
-    if not any(os.environ.get(name) for name in ranks.BLAS_THREADS):
-        os.environ["OMP_NUM_THREADS"] = "1"  # else a rank that is alone would take all cores
+    check_png(flags.png)
+    one_blas_thread()
     from distconv.benchmarks.scaling import climb, table
     from distconv.runlog import RunLog
 
@@ -164,10 +235,7 @@ def scaling(argv: Sequence[str]) -> int:
     if flags.png:
         from distconv.plots import draw_scaling
 
-        try:
-            draw_scaling([asdict(rung) for rung in rungs], title, flags.png)
-        except OSError as error:
-            raise CannotCreateError(f"--png {flags.png} cannot be written: {error.strerror}") from None
+        draw(flags.png, lambda: draw_scaling([asdict(rung) for rung in rungs], title, flags.png))
     return 0
 
 
@@ -228,8 +296,29 @@ def predict(argv: Sequence[str]) -> int:
     return 0
 
 
+def check_png(path: Path | None) -> None:
+    """Before anything is measured. Raises CannotCreateError."""
+    if path and not path.parent.is_dir():
+        raise CannotCreateError(f"--png {path}: there is no folder {path.parent}; make it first")
+
+
+def draw(path: Path, picture: Callable[[], None]) -> None:
+    """Raises CannotCreateError."""
+    try:
+        picture()
+    except OSError as error:
+        raise CannotCreateError(f"--png {path} cannot be written: {error.strerror}") from None
+
+
+def one_blas_thread() -> None:
+    """For this process, before NumPy is loaded, unless the user asks for more: one alone would take all cores."""
+    if not any(os.environ.get(name) for name in ranks.BLAS_THREADS):
+        os.environ["OMP_NUM_THREADS"] = "1"
+
+
 # A benchmark more is a function more.
 BENCHMARKS: dict[str, Callable[[Sequence[str]], int]] = {
+    "step": step,
     "exchange": exchange,
     "scaling": scaling,
     "predict": predict,

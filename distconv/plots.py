@@ -86,6 +86,33 @@ def draw_scaling(rungs: Sequence[Mapping[str, Any]], title: str, path: Path) -> 
     _save(figure, path)
 
 
+def draw_step(steps: Sequence[tuple[int, Mapping[tuple[str, str], float]]], title: str, path: Path) -> None:
+    """Where the time of a step goes: for each batch size the seconds of its parts, (layer, pass) or (name, ""), as PNG.
+
+    The first line of the picture is the first layer.
+    """
+    figure = Figure(figsize=(1.5 + 4.5 * len(steps), 5.5), layout="constrained")
+    figure.suptitle(title)
+    panels = figure.subplots(1, len(steps), sharey=True, squeeze=False)[0]
+    for axes, (batch_size, parts) in zip(panels, steps, strict=True):
+        names = list(dict.fromkeys(name for name, _ in parts))
+        left = [0.0] * len(names)
+        for half, color in (("forward", "tab:blue"), ("backward", "tab:orange"), ("", "tab:gray")):
+            width = [1e3 * parts.get((name, half), 0.0) for name in names]
+            axes.barh(names, width, left=left, color=color, label=half or "neither")
+            left = [start + length for start, length in zip(left, width, strict=True)]
+        for name, end in zip(names, left, strict=True):
+            axes.annotate(f"{end:.1f}", (end, name), (3, 0), textcoords="offset points", va="center", fontsize=8)
+        axes.set(title=f"batch {batch_size}: {sum(left):.1f} ms a step on rank 0", xlabel="ms")
+        axes.set_xlim(right=1.12 * max(left))
+        axes.margins(y=0.02)
+        axes.grid(alpha=0.3, axis="x")
+        axes.set_axisbelow(True)
+    panels[0].invert_yaxis()
+    panels[-1].legend(loc="lower right")
+    _save(figure, path)
+
+
 def _save(figure: Figure, path: Path) -> None:
     FigureCanvasAgg(figure)
     figure.savefig(path, format="png", dpi=100)

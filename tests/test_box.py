@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -88,20 +88,17 @@ def namespaces(pid: int) -> list[Path]:
     return [path for folder in (NAMESPACES, Path("/etc/netns")) for path in folder.glob(f"dcbox-{pid}-*")]
 
 
-def wait_for(what: Callable[[], bool], seconds: float = 15) -> None:
-    deadline = time.monotonic() + seconds
-    while not what():
-        assert time.monotonic() < deadline, f"did not happen within {seconds} s"
-        time.sleep(0.02)
-
-
 @pytest.fixture
 def running(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str], list[psutil.Process]]]:
     """A box whose two ranks have written a file and sleep, and the processes in it: mpirun, proxies, ranks."""
     code = "import os, pathlib, sys, time; pathlib.Path(sys.argv[1], str(os.getpid())).touch(); time.sleep(60)"
     box = start_box("--json", "--", MPIRUN, "-n", 2, sys.executable, "-c", code, tmp_path)
     try:
-        wait_for(lambda: len(list(tmp_path.iterdir())) == 2)
+        deadline = time.monotonic() + 15
+        while len(list(tmp_path.iterdir())) < 2:
+            assert box.poll() is None, f"ended before: {box.communicate()}"
+            assert time.monotonic() < deadline, f"no ranks yet, but {psutil.Process(box.pid).children(recursive=True)}"
+            time.sleep(0.02)
         yield box, psutil.Process(box.pid).children(recursive=True)
     finally:
         box.terminate()
