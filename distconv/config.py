@@ -199,6 +199,13 @@ class Parser(argparse.ArgumentParser):
             super().print_help(file)
 
 
+def add_model_arguments(parser: Parser) -> None:
+    """The arguments of a command that reads a saved model."""
+    parser.add_argument("file", type=Path, metavar="CHECKPOINT|PARAMS.pkl", help="a checkpoint, or a source's pickle")
+    parser.add_argument("--data", default=None, help="as in distconv.train (default: what the model was trained on)")
+    parser.add_argument("--model", default=None, help="of a pickle (default: deepconvnet); a checkpoint knows its own")
+
+
 def _nearest(word: object, choices: str) -> str:
     close = difflib.get_close_matches(str(word), choices.replace(",", " ").split(), n=1, cutoff=0.7)
     return f" (did you mean {close[0]}?)" if close else ""

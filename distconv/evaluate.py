@@ -6,14 +6,12 @@ import json
 from collections.abc import Sequence
 
 from distconv.comm import world as ranks
-from distconv.config import Parser
+from distconv.config import Parser, add_model_arguments
 
 PRECISIONS = ("float64", "float32", "float16")
 
 
 def main(argv: Sequence[str]) -> int:
-    from distconv import inputs
-
     parser = Parser(
         prog="python -m distconv.evaluate",
         description="Test accuracy of a saved model. The parameters and the images are cast to each precision, and so "
@@ -22,12 +20,13 @@ def main(argv: Sequence[str]) -> int:
         "  python -m distconv.evaluate runs/mine/checkpoints/step-0000012000.safetensors\n"
         "  mpirun -n 2 python -m distconv.evaluate params.pkl --data mnist --precision float16 --json",
     )
-    inputs.add_arguments(parser)
+    add_model_arguments(parser)
     parser.add_argument("--precision", choices=PRECISIONS, action="append", help="only this one (default: all three)")
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
     arguments = parser.parse_args(argv)
 
     with ranks.start() as world:
+        from distconv import inputs
         from distconv.loop import count_correct
         from distconv.runlog import RunLog
 

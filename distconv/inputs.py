@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import DTypeLike
@@ -12,7 +11,6 @@ from numpy.typing import DTypeLike
 from distconv import data
 from distconv.checkpoint import load_checkpoint
 from distconv.comm.world import World
-from distconv.config import Parser
 from distconv.data.dataset import Dataset
 from distconv.nn.layers import Layer
 from distconv.nn.networks import build_network
@@ -20,13 +18,6 @@ from distconv.nn.parameters import Parameters
 from distconv.pickled import from_source, read_pickle
 
 CHECKPOINT_ENDING = ".safetensors"
-
-
-def add_arguments(parser: Parser) -> None:
-    """The arguments that name a model and its data."""
-    parser.add_argument("file", type=Path, metavar="CHECKPOINT|PARAMS.pkl", help="a checkpoint, or a source's pickle")
-    parser.add_argument("--data", default=None, help="as in distconv.train (default: what the model was trained on)")
-    parser.add_argument("--model", default=None, help="of a pickle (default: deepconvnet); a checkpoint knows its own")
 
 
 def load_dataset(name: str, world: World, say: Callable[[str], None]) -> tuple[Dataset, str]:

@@ -6,15 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from distconv.comm import world as ranks
-from distconv.config import Parser
+from distconv.config import Parser, add_model_arguments
 from distconv.errors import CannotCreateError
 
 SHOWN = 20  # a grid of 4 x 5
 
 
 def main(argv: Sequence[str]) -> int:
-    from distconv import inputs
-
     parser = Parser(
         prog="python -m distconv.misclassified",
         description="Draw the first 20 test images that a saved model gets wrong, each with its (label, inference), "
@@ -22,13 +20,14 @@ def main(argv: Sequence[str]) -> int:
         epilog="example:\n"
         "  python -m distconv.misclassified runs/mine/checkpoints/step-0000012000.safetensors --png wrong.png",
     )
-    inputs.add_arguments(parser)
+    add_model_arguments(parser)
     parser.add_argument("--png", type=Path, default=Path("misclassified.png"), metavar="FILE", help="where to draw")
     arguments = parser.parse_args(argv)
 
     with ranks.start() as world:
         import numpy as np
 
+        from distconv import inputs
         from distconv.loop import predict
         from distconv.plots import draw_mistakes
         from distconv.runlog import RunLog

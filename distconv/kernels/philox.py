@@ -11,22 +11,32 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from distconv.kernels.compiled import compiled
+
 _MULTIPLIERS = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
-_KEY_STEPS = 0x9E3779B9, 0xBB67AE85
+_KEY_STEPS = np.uint64(0x9E3779B9), np.uint64(0xBB67AE85)
 _ROUNDS = 10
-_WORD = 0xFFFFFFFF
+_WORD = np.uint64(0xFFFFFFFF)
+_HALF = np.uint64(32)  # bits
 
 
 def philox4x32(counter: NDArray[np.uint64], key: tuple[int, int]) -> NDArray[np.uint64]:
     """Ten rounds of Philox over counters (4, M) of 32-bit words held in uint64 -> random words, same shape."""
-    c0, c1, c2, c3 = counter
-    k0, k1 = key
-    shift, low = np.uint64(32), np.uint64(_WORD)
-    for _ in range(_ROUNDS):
-        p0, p1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
-        c0, c1, c2, c3 = (p1 >> shift) ^ c1 ^ np.uint64(k0), p1 & low, (p0 >> shift) ^ c3 ^ np.uint64(k1), p0 & low
-        k0, k1 = (k0 + _KEY_STEPS[0]) & _WORD, (k1 + _KEY_STEPS[1]) & _WORD
-    return np.stack([c0, c1, c2, c3])
+    words = np.empty_like(counter)
+    _rounds(counter, np.uint64(key[0]), np.uint64(key[1]), words)
+    return words
+
+
+@compiled
+def _rounds(counter: Any, k0: Any, k1: Any, words: Any) -> None:
+    for i in range(counter.shape[1]):
+        c0, c1, c2, c3 = counter[0, i], counter[1, i], counter[2, i], counter[3, i]
+        a, b = k0, k1
+        for _ in range(_ROUNDS):
+            p0, p1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
+            c0, c1, c2, c3 = (p1 >> _HALF) ^ c1 ^ a, p1 & _WORD, (p0 >> _HALF) ^ c3 ^ b, p0 & _WORD
+            a, b = (a + _KEY_STEPS[0]) & _WORD, (b + _KEY_STEPS[1]) & _WORD
+        words[0, i], words[1, i], words[2, i], words[3, i] = c0, c1, c2, c3
 
 
 def random_words(key: tuple[int, int], step: int, samples: NDArray[np.integer[Any]], count: int) -> NDArray[np.uint64]:
@@ -35,7 +45,7 @@ def random_words(key: tuple[int, int], step: int, samples: NDArray[np.integer[An
     counter = np.empty((4, len(samples), blocks), np.uint64)
     counter[0] = np.arange(blocks, dtype=np.uint64)
     counter[1] = np.asarray(samples, np.uint64)[:, None]
-    counter[2] = step & _WORD
+    counter[2] = step & int(_WORD)
     counter[3] = step >> 32
     words = philox4x32(counter.reshape(4, -1), key).reshape(counter.shape)
     return words.transpose(1, 2, 0).reshape(len(samples), 4 * blocks)[:, :count]

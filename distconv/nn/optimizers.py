@@ -12,6 +12,7 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import DTypeLike
 
+from distconv.kernels import updates
 from distconv.kernels.cpu import Array
 
 EPSILON = 1e-7  # keeps the divisions finite; outside the bias correction, as in the source
@@ -97,11 +98,9 @@ class Adam(Optimizer):
     b1, b2 = 0.9, 0.999
 
     def step(self, p: Array, g: Array, t: int) -> None:
-        m, v = self.state["m"], self.state["v"]
-        m += (1 - self.b1) * (g - m)
-        v += (1 - self.b2) * (g * g - v)
         rate = self.lr * math.sqrt(1 - self.b2**t) / (1 - self.b1**t)
-        p -= rate * m / (np.sqrt(v) + EPSILON)
+        scalars = map(p.dtype.type, (1 - self.b1, 1 - self.b2, rate, EPSILON))
+        updates.adam(p, g, self.state["m"], self.state["v"], *scalars)
 
 
 OPTIMIZERS: dict[str, type[Optimizer]] = {

@@ -1,0 +1,249 @@
+"""One training step and one evaluation of deepconvnet on these ranks, and where the time of the step goes.
+
+The step is the loop's own, on random images of MNIST's shape. Its layers, exchange and optimizer are put behind a
+stopwatch, which costs some 20 microseconds a step. Engines take turns, so that a disturbance of the machine meets all
+of them. Each turn begins with a barrier and takes as long as its slowest rank.
+"""
+
+from __future__ import annotations
+
+import math
+import resource
+import time
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from distconv.comm.world import World
+from distconv.config import Config
+from distconv.data.dataset import Dataset
+from distconv.kernels.cpu import Array
+from distconv.loop import StepRecord, count_correct, train
+from distconv.nn.layers import Backward, Chain, Context, Layer
+from distconv.nn.networks import deepconvnet
+from distconv.nn.parameters import Shape, Spec, Specs, Views
+from distconv.wiring import build_run
+
+IMAGE_SHAPE: Shape = (28, 28, 1)
+CLASSES = 10
+WARM_UP = 3  # turns that do not count: they compile, touch memory and try the wire
+PRODUCT, PRODUCTS = 1024, 9  # rows and columns of the matrices whose product is the peak, and how often
+KIBIBYTE = 1024  # the unit of Linux's ru_maxrss
+
+
+@dataclass(frozen=True)
+class Row:
+    """One engine at one batch size; batch_size is that of all ranks together. phase: step or evaluate."""
+
+    engine: str
+    device: str
+    ranks: int
+    threads: int
+    batch_size: int
+    wire: str
+    phase: str
+    median_seconds: float
+    images_per_second: float
+
+
+@dataclass(frozen=True)
+class Engine:
+    """Something that trains and evaluates: a call is one turn over the global batch; collective."""
+
+    name: str
+    wire: str
+    step: Callable[[], object]
+    evaluate: Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Breakdown:
+    """Where a step goes. parts: seconds of rank 0, in the order of the step, that add up to the step; their names are
+    (layer, "forward" or "backward"), ("exchange", "") and so on. page_faults: of a step; peak_bytes: of memory, that
+    the process has held so far; both of the rank that has most.
+    """
+
+    batch_size: int
+    parts: Mapping[tuple[str, str], float]
+    page_faults: int
+    peak_bytes: int
+
+
+class Stopwatch:
+    """Adds up the seconds of each part of a step."""
+
+    def __init__(self) -> None:
+        self.parts: dict[tuple[str, str], float] = defaultdict(float)
+
+    def time(self, part: tuple[str, str], function: Callable[..., Any], *arguments: Any) -> Any:
+        """What the function returns."""
+        began = time.perf_counter()
+        result = function(*arguments)
+        self.parts[part] += time.perf_counter() - began
+        return result
+
+    def intercept(self, owner: object, method: str, part: tuple[str, str]) -> None:
+        """Time every call of an object's method from now on."""
+        original = getattr(owner, method)
+        setattr(owner, method, lambda *arguments: self.time(part, original, *arguments))
+
+
+@dataclass(frozen=True)
+class TimedLayer:
+    """A layer that behaves as the one within it does."""
+
+    name: str
+    layer: Layer
+    watch: Stopwatch
+
+    def shapes(self, input_shape: Shape) -> tuple[Shape, Specs]:
+        return self.layer.shapes(input_shape)
+
+    def forward(self, x: Array, params: Views, context: Context) -> tuple[Array, Backward]:
+        y, backward = self.watch.time((self.name, "forward"), self.layer.forward, x, params, context)
+        return y, lambda dy, grads, wants_dx: self.watch.time((self.name, "backward"), backward, dy, grads, wants_dx)
+
+
+class TimedChain(Chain):
+    """The same layers under the same names, each timed."""
+
+    def __init__(self, chain: Chain, watch: Stopwatch) -> None:
+        timed = tuple((name, TimedLayer(name, layer, watch)) for name, layer in chain.layers)
+        object.__setattr__(self, "layers", timed)  # as Chain itself does it
+
+
+class Trainer:
+    """Our own engine, with notes of each step. None of `repeats` steps ends an epoch; made collectively."""
+
+    def __init__(self, world: World, batch_size: int, repeats: int) -> None:
+        stream, count = np.random.default_rng(0), (WARM_UP + repeats + 1) * batch_size
+        images = stream.integers(0, 256, (count, *IMAGE_SHAPE), np.uint8)
+        labels = stream.integers(0, CLASSES, count, np.uint8)
+        dataset = Dataset("random", images, labels, images[:batch_size], labels[:batch_size], CLASSES)
+        run = build_run(Config(batch_size=batch_size, epochs=1), dataset, world)
+        assert isinstance(run.model, Chain)
+        self.run, self.watch = run, Stopwatch()
+        self.watch.intercept(run.exchange, "sum", ("exchange", ""))
+        self.watch.intercept(run.optimizer, "step", ("optimizer", ""))
+        self.records = train(replace(run, model=TimedChain(run.model, self.watch)), lambda: False)
+        self.notes: list[tuple[float, dict[tuple[str, str], float], int]] = []  # seconds, parts, page faults
+
+    def engine(self) -> Engine:
+        run, data = self.run, self.run.dataset
+        return Engine(
+            "distconv",
+            run.config.wire,
+            self.step,
+            lambda: count_correct(run.model, run.parameters, data.test_images, data.test_labels, run.world),
+        )
+
+    def step(self) -> None:
+        self.watch.parts.clear()
+        faults, began = resource.getrusage(resource.RUSAGE_SELF).ru_minflt, time.perf_counter()
+        record = next(self.records)
+        seconds = time.perf_counter() - began
+        faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults
+        assert isinstance(record, StepRecord)
+        parts = dict(self.watch.parts)
+        optimizer, exchange = parts.pop(("optimizer", "")), parts.pop(("exchange", ""))
+        wait = min(record.wait_seconds, exchange)
+        others = {"exchange": exchange - wait, "wait": wait, "optimizer": optimizer}
+        parts.update({(name, ""): time for name, time in others.items()})
+        parts["rest", ""] = seconds - sum(parts.values())
+        self.notes.append((seconds, parts, faults))
+
+    def breakdown(self) -> Breakdown:
+        """The mean of the parts over the middle half of the steps by length, so that they add up; collective."""
+        notes = sorted(self.notes[WARM_UP:], key=lambda note: note[0])
+        middle = [parts for _, parts, _ in notes[len(notes) // 4 : len(notes) - len(notes) // 4]]
+        mean = {part: float(np.mean([parts[part] for parts in middle])) for part in middle[0]}
+        faults = int(np.median([faults for _, _, faults in notes]))
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * KIBIBYTE
+        comm = self.run.world.comm
+        return Breakdown(self.run.config.batch_size, mean, max(comm.allgather(faults)), max(comm.allgather(peak)))
+
+
+def measure(
+    world: World, engines: Sequence[Engine], batch_size: int, threads: int, phase: str, repeats: int
+) -> list[Row]:
+    """A row for each engine; collective."""
+    times: list[list[float]] = [[] for _ in engines]
+    for _ in range(WARM_UP + repeats):
+        for engine, own in zip(engines, times, strict=True):
+            turn = engine.step if phase == "step" else engine.evaluate
+            world.comm.Barrier()
+            began = time.perf_counter()
+            turn()
+            own.append(time.perf_counter() - began)
+    slowest = np.max(world.comm.allgather(times), axis=0)  # (engines, turns)
+    medians = [float(np.median(own[WARM_UP:])) for own in slowest]
+    return [
+        Row(engine.name, "cpu", world.size, threads, batch_size, engine.wire, phase, median, batch_size / median)
+        for engine, median in zip(engines, medians, strict=True)
+    ]
+
+
+def step_flops() -> dict[tuple[str, str], int]:
+    """Floating-point operations of one image in the matrix products of each layer's forward and backward pass.
+
+    dw and dx cost what y costs; the first layer needs no dx. Winograd's convolution takes fewer of them than this.
+    """
+    model, shape = deepconvnet(CLASSES), IMAGE_SHAPE
+    assert isinstance(model, Chain)
+    parts: dict[tuple[str, str], int] = {}
+    for name, layer in model.layers:
+        shape, specs = layer.shapes(shape)
+        if isinstance(w := specs.get("W"), Spec):
+            flops = 2 * math.prod(w.shape) * math.prod(shape[:-1])
+            parts[name, "backward"] = flops * (2 if parts else 1)
+            parts[name, "forward"] = flops
+    return parts
+
+
+def peak_flops(world: World) -> float:
+    """Floating-point operations a second of all ranks in float32 matrix products at the same time; collective."""
+    a, b = np.random.default_rng(0).standard_normal((2, PRODUCT, PRODUCT), np.float32)
+    c, seconds = np.empty_like(a), []
+    world.comm.Barrier()
+    for _ in range(PRODUCTS):
+        began = time.perf_counter()
+        np.matmul(a, b, out=c)
+        seconds.append(time.perf_counter() - began)
+    return float(sum(world.comm.allgather(2 * PRODUCT**3 / np.median(seconds))))
+
+
+def table(rows: Sequence[Row]) -> str:
+    """For people: a line for each row, with our images a second over those of the engine beside it."""
+    lines = [f"{'phase':>9}{'batch':>7}{'engine':>11}{'wire':>9}{'ms':>10}{'images/s':>10}{'distconv is':>13}"]
+    for row in rows:
+        base = next(r for r in rows if (r.phase, r.batch_size) == (row.phase, row.batch_size))
+        ratio = "" if row is base else f"{base.images_per_second / row.images_per_second:.2f} times"
+        lines.append(
+            f"{row.phase:>9}{row.batch_size:>7}{row.engine:>11}{row.wire:>9}{1e3 * row.median_seconds:>10.2f}"
+            f"{row.images_per_second:>10,.0f}{ratio:>13}".rstrip()
+        )
+    return "\n".join(lines)
+
+
+def where(step: Breakdown, ranks: int, peak: float) -> str:
+    """For people: the parts of a step in ms, its rate beside the peak (FLOP/s of all ranks), its memory."""
+    images, flops, seconds = -(-step.batch_size // ranks), step_flops(), sum(step.parts.values())  # of rank 0
+    lines = [f"batch {step.batch_size}, rank 0:".ljust(20) + "forward   backward ms  of step  GFLOP/s"]
+    for name in dict.fromkeys(name for name, _ in step.parts):
+        ways = [step.parts.get((name, way), 0.0) for way in ("forward", "backward")]
+        total = sum(ways) or step.parts.get((name, ""), 0.0)
+        cells = "".join(f"{1e3 * way:>10.2f}" for way in ways) if any(ways) else f"{1e3 * total:>20.2f}"
+        work = images * (flops.get((name, "forward"), 0) + flops.get((name, "backward"), 0))
+        rate = f"{work / total / 1e9:>9.1f}" if work else ""
+        lines.append(f"{name:>17}{cells}{total / seconds:>12.1%}{rate}")
+    rate_of_step = images * sum(flops.values()) / seconds
+    lines += [
+        f"{'step':>17}{1e3 * seconds:>20.2f}{1:>12.1%}{rate_of_step / 1e9:>9.1f}",
+        f"{sum(flops.values()) / 1e6:.1f} MFLOP an image, counted without Winograd's savings: "
+        f"{rate_of_step * ranks / peak:.0%} of sgemm's {peak / ranks / 1e9:.1f} GFLOP/s a rank",
+        f"a rank had {step.page_faults:,} page faults a step and held at most {step.peak_bytes / 2**20:,.0f} MiB",
+    ]
+    return "\n".join(lines)

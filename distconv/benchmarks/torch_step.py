@@ -1,0 +1,125 @@
+"""PyTorch on the same network, batch, ranks and threads: what `bench step --against torch` measures beside ours.
+
+On one rank it is PyTorch's eager mode; on several, DistributedDataParallel over gloo with halves on the wire, where
+each MPI rank is a process of PyTorch's as well. Everything that PyTorch offers for speed on a CPU without compiling the
+model is on: channels_last, the fused Adam, gradients as views into the buckets.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import math
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from distconv.benchmarks.step import CLASSES, IMAGE_SHAPE, Engine
+from distconv.comm.world import World
+from distconv.data.dataset import Dataset
+from distconv.data.shard import split
+from distconv.errors import DistconvError, UsageError
+from distconv.loop import EVALUATION_BATCH
+from distconv.nn.layers import Affine, Chain, Conv, Dropout, Layer, MaxPool
+from distconv.nn.networks import deepconvnet
+
+HOST = "127.0.0.1"
+
+
+@contextlib.contextmanager
+def rivals(world: World, threads: int) -> Iterator[Callable[[Dataset, int], Engine]]:
+    """What makes the engine for a data set and a global batch size; collective.
+
+    Raises DistconvError where there is no PyTorch, UsageError for ranks on several hosts.
+    """
+    with world.together():
+        try:
+            torch = importlib.import_module("torch")
+        except (ImportError, OSError) as error:
+            reason = str(error).strip().partition("\n")[0]
+            raise DistconvError(
+                f"--against torch: PyTorch cannot be imported ({reason}): pip install 'distconv[bench]'"
+            ) from None
+        if world.hosts > 1:
+            raise UsageError(f"--against torch compares the ranks of one host, but these are on {world.hosts}")
+    torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    if world.size > 1:
+        join(torch, world)
+    try:
+        yield lambda dataset, batch_size: make_engine(torch, world, dataset, batch_size)
+    finally:
+        if world.size > 1:
+            torch.distributed.destroy_process_group()
+
+
+def join(torch: Any, world: World) -> None:
+    """Make the MPI ranks a process group of PyTorch's; the system chooses the port, MPI tells it to all."""
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    Store = importlib.import_module("torch.distributed").TCPStore
+    store = Store(HOST, 0, world.size, is_master=True, wait_for_workers=False) if world.rank == 0 else None
+    port = world.comm.bcast(store.port if store else None)
+    if store is None:
+        store = Store(HOST, port, world.size, is_master=False)
+    torch.distributed.init_process_group("gloo", store=store, rank=world.rank, world_size=world.size)
+
+
+def make_engine(torch: Any, world: World, dataset: Dataset, batch_size: int) -> Engine:
+    """PyTorch, training on the data set's first images and evaluating its test images; collective."""
+    model = translate(torch, deepconvnet(CLASSES))
+    wrapped, name, wire = model, "torch", "none"
+    if world.size > 1:
+        hooks = importlib.import_module("torch.distributed.algorithms.ddp_comm_hooks.default_hooks")
+        wrapped = torch.nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
+        wrapped.register_comm_hook(None, hooks.fp16_compress_hook)
+        name, wire = "torch-ddp", "float16"
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.001, fused=True)
+    mine = split(batch_size, world.size, world.rank)
+    # (N, H, W, 1) becomes (N, 1, H, W) without moving a byte, which is channels_last.
+    images = torch.from_numpy(dataset.train_images[mine]).permute(0, 3, 1, 2)
+    labels = torch.from_numpy(dataset.train_labels[mine]).long()
+    test_images = torch.from_numpy(dataset.test_images[mine]).permute(0, 3, 1, 2)
+    test_labels = torch.from_numpy(dataset.test_labels[mine]).long()
+
+    def pixels(part: Any) -> Any:
+        return (part.float() / 255).contiguous(memory_format=torch.channels_last)
+
+    def step() -> float:
+        model.train()
+        optimizer.zero_grad(set_to_none=True)
+        scores = wrapped(pixels(images))
+        losses = torch.nn.functional.cross_entropy(scores, labels, reduction="sum")
+        (losses * (world.size / batch_size)).backward()  # the ranks' gradients are averaged
+        optimizer.step()
+        return float(losses.detach())
+
+    def evaluate() -> int:
+        model.eval()
+        correct = 0
+        with torch.inference_mode():
+            for start in range(0, len(test_images), EVALUATION_BATCH):
+                part = slice(start, start + EVALUATION_BATCH)
+                correct += int((model(pixels(test_images[part])).argmax(1) == test_labels[part]).sum())
+        return int(world.comm.allreduce(correct))
+
+    return Engine(name, wire, step, evaluate)
+
+
+def translate(torch: Any, model: Layer) -> Any:
+    """The same network as a torch.nn.Sequential in channels_last."""
+    assert isinstance(model, Chain)
+    nn, modules, shape = torch.nn, [], IMAGE_SHAPE
+    for _, layer in model.layers:
+        if isinstance(layer, Conv):
+            modules.append(nn.Conv2d(shape[-1], layer.filters, layer.size, layer.stride, layer.pad))
+        elif isinstance(layer, MaxPool):
+            modules.append(nn.MaxPool2d(layer.size, layer.stride, layer.pad))
+        elif isinstance(layer, Affine):
+            modules += [nn.Flatten()] * (len(shape) == 3)
+            modules.append(nn.Linear(math.prod(shape), layer.outputs))
+        elif isinstance(layer, Dropout):
+            modules.append(nn.Dropout(layer.ratio))
+        if isinstance(layer, Conv | Affine) and layer.relu:
+            modules.append(nn.ReLU(inplace=True))
+        shape, _ = layer.shapes(shape)
+    return nn.Sequential(*modules).to(memory_format=torch.channels_last)

@@ -1,0 +1,20 @@
+"""Optimizer steps in one pass over the vectors: NumPy would take a pass, and a temporary array, for each operation."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from distconv.kernels.compiled import compiled
+
+
+@compiled
+def adam(p: Any, g: Any, m: Any, v: Any, gain1: Any, gain2: Any, rate: Any, epsilon: Any) -> None:
+    """m += gain1 (g - m); v += gain2 (g g - v); p -= rate m / (sqrt(v) + epsilon), on vectors (n,) of one dtype.
+
+    The other numbers are scalars of that dtype, or the arithmetic would be in float64.
+    """
+    for i in range(p.size):
+        m[i] += gain1 * (g[i] - m[i])
+        v[i] += gain2 * (g[i] * g[i] - v[i])
+        p[i] -= rate * m[i] / (math.sqrt(v[i]) + epsilon)

@@ -1,0 +1,183 @@
+"""bench step: rows that programs can rely on, parts that add up, and PyTorch only where it is asked for. No timings."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+from pathlib import Path
+
+import matplotlib.image
+import numpy as np
+import pytest
+
+from distconv.bench import main
+from distconv.benchmarks.step import Breakdown, Row, Stopwatch, TimedChain, step_flops, table, where
+from distconv.errors import UsageError
+from distconv.nn.layers import Affine, Chain, Context, Conv, Dropout, MaxPool
+from distconv.nn.parameters import Parameters
+from tests import jobs
+
+KEYS = {"engine", "device", "ranks", "threads", "batch_size", "wire", "phase", "median_seconds", "images_per_second"}
+LAYERS = ["conv1", "conv2", "maxpool1", "conv3", "conv4", "maxpool2", "conv5", "conv6", "maxpool3"]
+LAYERS += ["affine1", "dropout1", "affine2", "dropout2"]
+OTHERS = ["exchange", "wait", "optimizer", "rest"]
+
+
+def bench_step(ranks: int, *arguments: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    return jobs.run(ranks, "-m", "distconv.bench", "step", *arguments, **environment)
+
+
+def check_rows(result: subprocess.CompletedProcess[str], ranks: int) -> list[tuple[str, int, str]]:
+    """Engine, batch size and phase of each line; every line must be an object with all keys."""
+    assert result.returncode == 0, result.stderr
+    rows = [json.loads(line) for line in result.stdout.splitlines()]
+    for row in rows:
+        assert set(row) == KEYS
+        assert (row["device"], row["ranks"], row["threads"]) == ("cpu", ranks, 1)
+        assert row["images_per_second"] == pytest.approx(row["batch_size"] / row["median_seconds"])
+    return [(row["engine"], row["batch_size"], row["phase"]) for row in rows]
+
+
+def test_two_ranks_print_a_row_for_each_batch_size_and_phase() -> None:
+    result = bench_step(2, "--repeats", "2", "--batch-size", "20", "5", "--evaluate", "--json")
+    expected = [("distconv", batch, phase) for batch in (5, 20) for phase in ("step", "evaluate")]
+    assert check_rows(result, ranks=2) == expected
+    assert all(json.loads(line)["wire"] == "float16" for line in result.stdout.splitlines())
+
+
+def test_the_table_names_each_layer_and_its_parts_add_up_to_the_step(tmp_path: Path) -> None:
+    png = tmp_path / "step.png"
+    result = bench_step(2, "--repeats", "2", "--batch-size", "20", "--png", png)
+    assert result.returncode == 0, result.stderr
+    above, _, below = result.stdout.partition("\n\n")
+    assert above.startswith("deepconvnet, 2 ranks x 1 thread, cpu") and "images/s" in above
+    lines = {line.split()[0]: re.findall(r"[\d.]+(?= |$)", line.partition("%")[0][18:]) for line in below.splitlines()}
+    assert [name for name in lines if name in [*LAYERS, *OTHERS]] == [*LAYERS, *OTHERS]
+    parts = [sum(map(float, lines[name][: 2 if name in LAYERS else 1])) for name in (*LAYERS, *OTHERS)]
+    assert min(parts) >= 0
+    assert sum(parts) <= float(lines["step"][0]) + 0.005 * 2 * len(parts)  # each number is rounded
+    assert sum(parts) == pytest.approx(float(lines["step"][0]), rel=0.05)
+    assert "sgemm" in below and re.search(r"\d page faults a step and held at most \d+ MiB", below)
+    assert matplotlib.image.imread(png).std() > 0.05
+
+
+def test_a_timed_chain_computes_what_the_chain_computes() -> None:
+    chain, watch = Chain(Conv(2, relu=True), MaxPool(), Affine(3), Dropout()), Stopwatch()
+    timed = TimedChain(chain, watch)
+    assert [name for name, _ in timed.layers] == ["conv1", "maxpool1", "affine1", "dropout1"]
+    assert timed.shapes((6, 6, 1)) == chain.shapes((6, 6, 1))
+    results = []
+    for model in (chain, timed):
+        parameters = Parameters(model.shapes((6, 6, 1))[1])
+        parameters.initialize(0)
+        x = np.random.default_rng(0).standard_normal((2, 6, 6, 1), np.float32)
+        y, backward = model.forward(x, parameters.values, Context(training=True, samples=np.arange(2)))
+        backward(np.ones_like(y), parameters.grads, False)
+        results.append((y, parameters.gradient))
+    for one, other in zip(*results, strict=True):
+        np.testing.assert_array_equal(one, other)
+    assert set(watch.parts) == {(name, way) for name, _ in chain.layers for way in ("forward", "backward")}
+
+
+def test_the_operations_of_a_step_are_those_of_its_products() -> None:
+    found = step_flops()
+    assert sum(found.values()) == pytest.approx(52.5e6, rel=0.01)
+    pixels = {"conv1": 28 * 28, "conv2": 28 * 28, "conv3": 14 * 14, "conv4": 16 * 16, "conv5": 8 * 8, "conv6": 8 * 8}
+    widths = {"conv1": 9 * 16, "conv2": 256 * 9, "conv3": 512 * 9, "conv4": 1024 * 9, "conv5": 2048 * 9}
+    widths |= {"conv6": 4096 * 9, "affine1": 1024 * 50, "affine2": 50 * 10}
+    for name, weights in widths.items():
+        once = 2 * weights * pixels.get(name, 1)
+        assert found[name, "forward"] == once
+        assert found[name, "backward"] == (once if name == "conv1" else 2 * once)
+    assert len(found) == 2 * len(widths)
+
+
+def test_the_tables_say_what_the_rows_say() -> None:
+    def row(engine: str, seconds: float) -> Row:
+        return Row(engine, "cpu", 2, 1, 100, "float16", "step", seconds, 100 / seconds)
+
+    _, ours, theirs = table([row("distconv", 0.05), row("torch-ddp", 0.06)]).splitlines()
+    assert ours.split() == ["step", "100", "distconv", "float16", "50.00", "2,000"]
+    assert theirs.split()[2:] == ["torch-ddp", "float16", "60.00", "1,667", "1.20", "times"]
+    parts = {("conv1", "forward"): 0.01, ("conv1", "backward"): 0.02, ("exchange", ""): 0.01}
+    head, conv1, exchange, step, rate, memory = where(Breakdown(100, parts, 7, 3 << 20), 2, 100e9).splitlines()
+    assert "rank 0" in head and conv1.split() == ["conv1", "10.00", "20.00", "75.0%", "0.8"]
+    assert exchange.split() == ["exchange", "10.00", "25.0%"]
+    assert step.split() == ["step", "40.00", "100.0%", "65.5"]  # 50 images of 52.4 MFLOP in 40 ms
+    assert "131% of sgemm's 50.0" in rate and memory == "a rank had 7 page faults a step and held at most 3 MiB"
+
+
+# against PyTorch
+
+
+def test_without_pytorch_one_sentence_tells_how_to_get_it(tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text("raise ImportError('no such thing here')")
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    result = bench_step(2, "--against", "torch", "--repeats", "2", "--batch-size", "20", PYTHONPATH=path)
+    assert result.returncode == 1 and result.stdout == ""
+    assert result.stderr.count("\n") == 1 and "pip install 'distconv[bench]'" in result.stderr
+
+
+@pytest.mark.parametrize(("ranks", "rival"), [(0, "torch"), (2, "torch-ddp")])
+def test_pytorch_takes_turns_with_ours(ranks: int, rival: str) -> None:
+    pytest.importorskip("torch")
+    arguments = ("--against", "torch", "--repeats", "2", "--batch-size", "21", "--evaluate", "--json")
+    found = check_rows(bench_step(ranks, *arguments), ranks=max(ranks, 1))
+    assert found == [(engine, 21, phase) for phase in ("step", "evaluate") for engine in ("distconv", rival)]
+
+
+def test_pytorchs_network_is_the_same() -> None:
+    torch = pytest.importorskip("torch")
+    from distconv.benchmarks.torch_step import translate
+    from distconv.nn.networks import deepconvnet
+
+    # PyTorch's dropout scales in training, ours in evaluation.
+    ours = Chain(*(layer for _, layer in deepconvnet(10).layers if not isinstance(layer, Dropout)))
+    parameters = Parameters(ours.shapes((28, 28, 1))[1])
+    parameters.initialize(0)
+    theirs = translate(torch, ours)
+    arrays = list(parameters.named(parameters.vector).values())
+    with torch.no_grad():
+        for array, parameter in zip(arrays, theirs.parameters(), strict=True):
+            if array.shape == (1024, 50):  # PyTorch flattens an image in (C, H, W) order
+                array = array.reshape(4, 4, 64, 50).transpose(2, 0, 1, 3).reshape(1024, 50)
+            axes = (3, 2, 0, 1) if array.ndim == 4 else tuple(reversed(range(array.ndim)))
+            parameter.copy_(torch.from_numpy(array.transpose(axes).copy()))
+        x = np.random.default_rng(0).random((2, 28, 28, 1), np.float32)
+        scores = theirs(torch.from_numpy(x).permute(0, 3, 1, 2)).numpy()
+    expected, _ = ours.forward(x, parameters.values, Context(training=False))
+    np.testing.assert_allclose(scores, expected, rtol=1e-3, atol=1e-3 * np.abs(expected).max())
+
+
+# mistakes
+
+
+@pytest.mark.parametrize(
+    ("line", "named"),
+    [
+        ("--batch-size 0", "--batch-size 0"),
+        ("--batch-size x", "--batch-size"),
+        ("--repeats 0", "--repeats 0"),
+        ("--against tensorflow", "tensorflow"),
+        ("--evaluat", "did you mean --evaluate"),
+    ],
+)
+def test_a_mistake_is_seen_before_anything_starts(line: str, named: str) -> None:
+    with pytest.raises(UsageError, match=re.escape(named)):
+        main(["step", *line.split()])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "named"),
+    [
+        (("--batch-size", "1"), 2, "--batch-size 1 with 2 ranks"),
+        (("--repeats", "none"), 2, "--repeats"),
+        (("--png", "none/step.png"), 73, "none"),
+    ],
+)
+def test_a_mistake_is_one_sentence(arguments: tuple[str, ...], code: int, named: str) -> None:
+    result = bench_step(2, *arguments)
+    assert result.returncode == code and result.stdout == ""
+    assert result.stderr.count("\n") == 1 and named in result.stderr
