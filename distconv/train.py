@@ -36,7 +36,7 @@ def main(argv: Sequence[str]) -> int:
 def train(settings: Config, world: ranks.World, stop: StopRequest) -> int:
     """The whole run on this rank; returns the exit code."""
     from distconv.inputs import load_dataset
-    from distconv.kernels.compiled import is_cached
+    from distconv.kernels.compiled import MUST_COMPILE
     from distconv.loop import EpochRecord, StepRecord, StopRecord
     from distconv.loop import train as records
     from distconv.runlog import RunLog
@@ -46,11 +46,11 @@ def train(settings: Config, world: ranks.World, stop: StopRequest) -> int:
     with world.together():
         check_settings(settings, world)
     log = RunLog(world.rank == 0)
+    if MUST_COMPILE:
+        log.say("compiling the kernels, once for this version of distconv on this machine: some 10 to 20 s")
     dataset, data_name = load_dataset(settings.data, world, log.say)
     if settings.limit_train:
         dataset = dataset.limited(settings.limit_train)
-    if not is_cached():
-        log.say("compiling the kernels, once for this version of distconv on this machine: some 10 to 20 s")
     run = build_run(settings, dataset, world)
     out = make_folder(settings, world)
     world.error_folder = out / "errors"

@@ -32,11 +32,7 @@ def _cache_folder() -> Path | None:
 
 
 CACHE = _cache_folder()
-
-
-def is_cached() -> bool:
-    """Whether an earlier process has left compiled kernels."""
-    return CACHE is not None and any(CACHE.rglob("*.nbi"))
+MUST_COMPILE = CACHE is None or not any(CACHE.rglob("*.nbi"))  # no earlier process has left compiled kernels
 
 
 def compiled(function: Callable[..., Any]) -> Any:
