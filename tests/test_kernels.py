@@ -159,10 +159,12 @@ def test_affine_layer_and_its_gradients_are_the_loops(dtype, N, C, F):
     assert_close(cpu.affine_forward(x, w, b, relu=False), expected, dtype)
     assert_close(cpu.affine_forward(x, w, b, relu=True), np.maximum(expected, 0), dtype)
 
-    dw, db = np.full((C, F), np.nan, dtype), np.full(F, np.nan, dtype)
-    found = cpu.affine_backward(x, w, dy, dw, db), dw, db
-    for array, wanted in zip(found, reference.affine_backward(x, w, dy), strict=True):
-        assert_close(array, wanted, dtype)
+    for relu, passed in ((False, dy), (True, dy * (expected > 0))):
+        dw, db = np.full((C, F), np.nan, dtype), np.full(F, np.nan, dtype)
+        y = cpu.affine_forward(x, w, b, relu)
+        found = cpu.affine_backward(x, y, dy, w, relu, dw, db), dw, db
+        for array, wanted in zip(found, reference.affine_backward(x, w, passed), strict=True):
+            assert_close(array, wanted, dtype)
 
 
 def test_relu_lets_the_gradient_through_where_the_output_is_positive_only():

@@ -9,12 +9,15 @@ multiply them in float32, as tensor cores do, and store halves. A gradient is na
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
 from numpy.typing import DTypeLike, NDArray
+
+from distconv.kernels import philox
 
 Array = NDArray[Any]
 PATCH_BYTES = 1 << 20  # about a core's L2 cache; 0.5 to 4 MiB measured within a few per cent of each other
@@ -192,11 +195,19 @@ def affine_forward(x: Array, w: Array, b: Array, relu: bool) -> Array:
     return y.astype(x.dtype, copy=False)
 
 
-def affine_backward(x: Array, w: Array, dy: Array, dw: Array, db: Array) -> Array:
-    """Write dw (C, F) and db (F,), return dx (N, C), from dy (N, F)."""
+def affine_backward(x: Array, y: Array, dy: Array, w: Array, relu: bool, dw: Array, db: Array) -> Array:
+    """The adjoint of affine_forward, which returned y (N, F): write dw (C, F) and db (F,), return dx (N, C)."""
+    if relu:
+        dy = relu_backward(dy, y)
     np.matmul(x.T, dy, out=dw)
     dy.sum(axis=0, out=db)
     return dy @ w.T
+
+
+def relu(x: Array) -> Array:
+    """max(x, 0)"""
+    y: Array = np.maximum(x, 0)
+    return y
 
 
 def relu_backward(dy: Array, y: Array) -> Array:
@@ -205,8 +216,21 @@ def relu_backward(dy: Array, y: Array) -> Array:
     return dx
 
 
-def softmax_cross_entropy(scores: Array, labels: NDArray[np.integer[Any]]) -> tuple[float, Array]:
-    """Sum over the batch of -log softmax(scores)[label], and its gradient dscores (N, F).
+def scale(x: Array, factor: float) -> Array:
+    """x times a number."""
+    y: Array = x * factor
+    return y
+
+
+def dropout(x: Array, ratio: float, key: tuple[int, int], step: int, samples: NDArray[np.integer[Any]]) -> Array:
+    """x (N, ...) with each number replaced by 0 with probability `ratio`; of a sample, key and step always the same."""
+    words = philox.random_words(key, step, samples, math.prod(x.shape[1:]))
+    y: Array = x * (words >= np.uint64(round(ratio * 2**32))).reshape(x.shape)
+    return y
+
+
+def softmax_cross_entropy(scores: Array, labels: NDArray[np.integer[Any]], batch: int = 1) -> tuple[float, Array]:
+    """Sum over the N rows of -log softmax(scores)[label], and its gradient divided by `batch`, dscores (N, F).
 
     scores (N, F), labels (N,) integers in [0, F). The loss is summed in float64.
     """
@@ -217,4 +241,5 @@ def softmax_cross_entropy(scores: Array, labels: NDArray[np.integer[Any]]) -> tu
     loss = float(np.sum(np.log(total[:, 0]) - shifted[rows, labels], dtype=np.float64))
     dscores /= total
     dscores[rows, labels] -= 1
+    dscores /= batch
     return loss, dscores

@@ -10,14 +10,11 @@ from __future__ import annotations
 import dataclasses
 import math
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import numpy as np
-from numpy.typing import NDArray
-
-from distconv.kernels import cpu, philox
+from distconv.kernels import cpu
 from distconv.kernels.cpu import Array
 from distconv.nn.parameters import Shape, Spec, Specs, Views
 
@@ -31,25 +28,30 @@ class Context:
 
     samples (N,) are the indices of the batch in the whole training set. Random draws are keyed by seed, step, layer and
     sample, so that they do not depend on which rank holds a sample. on_final is told, in the backward pass, the name of
-    each layer of the model whose gradients are final, and with them those of all layers behind it.
+    each layer of the model whose gradients are final, and with them those of all layers behind it. kernels is where the
+    arithmetic is done, and with it what x, samples and step are: kernels.cpu, or a kernels.gpu.Gpu, on whose device
+    they lie.
     """
 
     training: bool
     seed: int = 0
-    step: int = 0
-    samples: NDArray[np.int64] | None = None
+    step: Any = 0
+    samples: Any = None
     path: str = ""
     on_final: Callable[[str], None] | None = None
+    kernels: Any = cpu
 
     def within(self, name: str) -> Context:
         """The same pass, seen by the layer called `name` inside this one."""
         return dataclasses.replace(self, path=f"{self.path}.{name}")
 
-    def random_words(self, count: int) -> NDArray[np.uint64]:
-        """`count` random 32-bit words for each sample of the batch -> (N, count)."""
+    def drop(self, x: Array, ratio: float) -> Array:
+        """x (N, ...) with each number replaced by 0 with that probability; in all calls of a layer the same ones."""
         if self.samples is None:
             raise ValueError("a layer that draws random numbers needs Context(samples=...), one index per image")
-        return philox.random_words((self.seed, zlib.crc32(self.path.encode())), self.step, self.samples, count)
+        key = self.seed, zlib.crc32(self.path.encode())
+        dropped: Array = self.kernels.dropout(x, ratio, key, self.step, self.samples)
+        return dropped
 
 
 EVALUATION = Context(training=False)
@@ -94,11 +96,12 @@ class Conv:
         return output_shape, {"W": Spec((K, K, C, F), deviation), "b": Spec((F,))}
 
     def forward(self, x: Array, params: Views, context: Context) -> tuple[Array, Backward]:
-        y = cpu.conv_forward(x, params["W"], params["b"], self.stride, self.pad, self.relu)
+        kernels = context.kernels
+        y = kernels.conv_forward(x, params["W"], params["b"], self.stride, self.pad, self.relu)
 
-        def backward(dy: Array, grads: Views, wants_dx: bool) -> Array | None:
+        def backward(dy: Array, grads: Views, wants_dx: bool) -> Any:
             w, dw, db = params["W"], grads["W"], grads["b"]
-            return cpu.conv_backward(x, y, dy, w, self.stride, self.pad, self.relu, dw, db, wants_dx)
+            return kernels.conv_backward(x, y, dy, w, self.stride, self.pad, self.relu, dw, db, wants_dx)
 
         return y, backward
 
@@ -118,11 +121,11 @@ class MaxPool:
         return (*_window_grid(self, H, W, self.size, self.stride, self.pad), C), {}
 
     def forward(self, x: Array, params: Views, context: Context) -> tuple[Array, Backward]:
-        y, winner = cpu.max_pool_forward(x, self.size, self.stride, self.pad)
-        shape = x.shape
+        kernels, shape = context.kernels, x.shape
+        y, winner = kernels.max_pool_forward(x, self.size, self.stride, self.pad)
 
-        def backward(dy: Array, grads: Views, wants_dx: bool) -> Array | None:
-            return cpu.max_pool_backward(dy, winner, self.size, self.stride, self.pad, shape)
+        def backward(dy: Array, grads: Views, wants_dx: bool) -> Any:
+            return kernels.max_pool_backward(dy, winner, self.size, self.stride, self.pad, shape)
 
         return y, backward
 
@@ -144,13 +147,11 @@ class Affine:
         return (self.outputs,), {"W": Spec((C, self.outputs), deviation), "b": Spec((self.outputs,))}
 
     def forward(self, x: Array, params: Views, context: Context) -> tuple[Array, Backward]:
-        flat = x.reshape(len(x), params["W"].shape[0])
-        y = cpu.affine_forward(flat, params["W"], params["b"], self.relu)
+        kernels, flat = context.kernels, x.reshape(len(x), params["W"].shape[0])
+        y = kernels.affine_forward(flat, params["W"], params["b"], self.relu)
 
-        def backward(dy: Array, grads: Views, wants_dx: bool) -> Array | None:
-            if self.relu:
-                dy = cpu.relu_backward(dy, y)
-            dx = cpu.affine_backward(flat, params["W"], dy, grads["W"], grads["b"])
+        def backward(dy: Array, grads: Views, wants_dx: bool) -> Any:
+            dx = kernels.affine_backward(flat, y, dy, params["W"], self.relu, grads["W"], grads["b"])
             return dx.reshape(x.shape)
 
         return y, backward
@@ -164,8 +165,8 @@ class ReLU:
         return input_shape, {}
 
     def forward(self, x: Array, params: Views, context: Context) -> tuple[Array, Backward]:
-        y = np.maximum(x, 0)
-        return y, lambda dy, grads, wants_dx: cpu.relu_backward(dy, y)
+        y = context.kernels.relu(x)
+        return y, lambda dy, grads, wants_dx: context.kernels.relu_backward(dy, y)
 
 
 @dataclass(frozen=True)
@@ -181,10 +182,9 @@ class Dropout:
 
     def forward(self, x: Array, params: Views, context: Context) -> tuple[Array, Backward]:
         if context.training:
-            words = context.random_words(math.prod(x.shape[1:]))
-            mask = (words >= np.uint64(round(self.ratio * 2**32))).reshape(x.shape)
-            return x * mask, lambda dy, grads, wants_dx: dy * mask
-        return x * (1 - self.ratio), lambda dy, grads, wants_dx: dy * (1 - self.ratio)
+            return context.drop(x, self.ratio), lambda dy, grads, wants_dx: context.drop(dy, self.ratio)
+        scale = context.kernels.scale
+        return scale(x, 1 - self.ratio), lambda dy, grads, wants_dx: scale(dy, 1 - self.ratio)
 
 
 @dataclass(frozen=True, init=False)
@@ -197,6 +197,13 @@ class Chain:
         kinds = [type(layer).__name__.lower() for layer in layers]
         names = [f"{kind}{kinds[: i + 1].count(kind)}" for i, kind in enumerate(kinds)]
         object.__setattr__(self, "layers", tuple(zip(names, layers, strict=True)))
+
+    @classmethod
+    def named(cls, layers: Iterable[tuple[str, Layer]]) -> Chain:
+        """A chain of layers under names that are theirs already."""
+        chain = cls()
+        object.__setattr__(chain, "layers", tuple(layers))
+        return chain
 
     def shapes(self, input_shape: Shape) -> tuple[Shape, Specs]:
         specs: dict[str, Specs] = {}

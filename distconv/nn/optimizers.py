@@ -1,7 +1,8 @@
 """Six optimizers, each for one flat vector. They know no layers.
 
 In the formulas p is the vector of parameters, g its gradient, t the number of this step, counted from 1; all is
-element-wise. `state` holds what a checkpoint must keep besides p: the vectors v, h or m, all zero at the start.
+element-wise. `state` holds what a checkpoint must keep besides p: the vectors v, h or m, all zero at the start. On a
+GPU, kernels/cuda/updates.cu does the same with the same scalars.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ EPSILON = 1e-7  # keeps the divisions finite; outside the bias correction, as in
 
 
 class Optimizer:
-    """Base: `step` changes p in place. Subclasses name their state vectors in `slots`."""
+    """Base: `step` changes p in place. Subclasses name their state vectors in `slots`, in the order of the formula."""
 
     slots: ClassVar[tuple[str, ...]] = ()
 
@@ -27,12 +28,19 @@ class Optimizer:
         self.lr = lr
         self.state = {slot: np.zeros(size, dtype) for slot in self.slots}
 
+    def scalars(self, t: int) -> tuple[float, ...]:
+        """The numbers of step t that the update takes."""
+        raise NotImplementedError
+
     def step(self, p: Array, g: Array, t: int) -> None:
         raise NotImplementedError
 
 
 class SGD(Optimizer):
     """p -= lr g"""
+
+    def scalars(self, t: int) -> tuple[float, ...]:
+        return (self.lr,)
 
     def step(self, p: Array, g: Array, t: int) -> None:
         p -= self.lr * g
@@ -43,6 +51,9 @@ class Momentum(Optimizer):
 
     slots = ("v",)
     a = 0.9
+
+    def scalars(self, t: int) -> tuple[float, ...]:
+        return self.a, self.lr
 
     def step(self, p: Array, g: Array, t: int) -> None:
         v = self.state["v"]
@@ -57,6 +68,9 @@ class Nesterov(Optimizer):
     slots = ("v",)
     a = 0.9
 
+    def scalars(self, t: int) -> tuple[float, ...]:
+        return self.a, self.lr
+
     def step(self, p: Array, g: Array, t: int) -> None:
         v = self.state["v"]
         p += self.a * self.a * v - (1 + self.a) * self.lr * g
@@ -69,6 +83,9 @@ class AdaGrad(Optimizer):
 
     slots = ("h",)
 
+    def scalars(self, t: int) -> tuple[float, ...]:
+        return self.lr, EPSILON
+
     def step(self, p: Array, g: Array, t: int) -> None:
         h = self.state["h"]
         h += g * g
@@ -80,6 +97,9 @@ class RMSprop(Optimizer):
 
     slots = ("h",)
     d = 0.99
+
+    def scalars(self, t: int) -> tuple[float, ...]:
+        return self.d, 1 - self.d, self.lr, EPSILON
 
     def step(self, p: Array, g: Array, t: int) -> None:
         h = self.state["h"]
@@ -97,10 +117,12 @@ class Adam(Optimizer):
     slots = ("m", "v")
     b1, b2 = 0.9, 0.999
 
-    def step(self, p: Array, g: Array, t: int) -> None:
+    def scalars(self, t: int) -> tuple[float, ...]:
         rate = self.lr * math.sqrt(1 - self.b2**t) / (1 - self.b1**t)
-        scalars = map(p.dtype.type, (1 - self.b1, 1 - self.b2, rate, EPSILON))
-        updates.adam(p, g, self.state["m"], self.state["v"], *scalars)
+        return 1 - self.b1, 1 - self.b2, rate, EPSILON
+
+    def step(self, p: Array, g: Array, t: int) -> None:
+        updates.adam(p, g, self.state["m"], self.state["v"], *map(p.dtype.type, self.scalars(t)))
 
 
 OPTIMIZERS: dict[str, type[Optimizer]] = {

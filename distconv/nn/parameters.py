@@ -49,8 +49,8 @@ class Parameters:
         self.starts = dict(zip(self.specs, itertools.accumulate([0, *sizes]), strict=False))  # where each array begins
         self.vector: Array = np.zeros(self.size, dtype)
         self.gradient: Array = np.zeros(self.size, dtype)
-        self.values = _nest(self.named(self.vector))
-        self.grads = _nest(self.named(self.gradient))
+        self.values = self.nested(self.vector)
+        self.grads = self.nested(self.gradient)
 
     def named(self, vector: Array) -> dict[str, Array]:
         """Views "conv1.W", ... of any vector laid out as this model's is (an optimizer's moments, say)."""
@@ -58,6 +58,10 @@ class Parameters:
             name: vector[start : start + math.prod(self.specs[name].shape)].reshape(self.specs[name].shape)
             for name, start in self.starts.items()
         }
+
+    def nested(self, vector: Array) -> Views:
+        """The same views, nested as the layers are: ["conv1"]["W"]."""
+        return _nest(self.named(vector))
 
     def initialize(self, seed: int) -> None:
         """Draw the first values; each array has a stream of its own, so adding a layer changes no other."""
