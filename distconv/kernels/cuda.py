@@ -1,0 +1,218 @@
+"""A GPU through CuPy: its memory, its kernels, its graphs. CuPy is imported when a Cuda is made, not with this file.
+
+kernels/gpu.py uses a device through these methods only, so that the tests can put a device of their own in its place,
+one that runs the same CUDA source on the CPU.
+"""
+
+from __future__ import annotations
+
+import functools
+import gc
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+Array = Any  # an array on the device
+Defines = tuple[tuple[str, int], ...]
+Kernel = Callable[..., None]  # kernel((x, y, z) of the grid, threads of a block, *arguments)
+Result = TypeVar("Result")
+NOT_INSTALLED = "CuPy is not installed"
+DEFAULT_DIRECTION = 4  # of cudaMemcpy: the addresses tell
+
+
+@dataclass(frozen=True)
+class Visible:
+    """A GPU that this process sees."""
+
+    name: str
+    uuid: str
+    capability: int  # 90 for sm_90
+
+
+def visible() -> list[Visible]:
+    """The GPUs that this process may use, by their ordinal. Raises RuntimeError with the reason where there is none."""
+    try:
+        import cupy
+    except ImportError as error:
+        raise RuntimeError(
+            f"CuPy is not installed ({error}): pip install 'distconv[cuda12]' or 'distconv[cuda13]'"
+        ) from None
+    try:
+        count = cupy.cuda.runtime.getDeviceCount()
+        properties = [cupy.cuda.runtime.getDeviceProperties(i) for i in range(count)]
+    except Exception as error:  # no driver, an old one, a GPU in another's hands: CuPy has many ways to say so
+        raise RuntimeError(f"CUDA finds no GPU ({error})") from None
+    if not properties:
+        raise RuntimeError("CUDA finds no GPU: see CUDA_VISIBLE_DEVICES and what your scheduler gave this job")
+    return [Visible(p["name"].decode(), bytes(p["uuid"]).hex(), 10 * p["major"] + p["minor"]) for p in properties]
+
+
+@dataclass
+class _Recording:
+    """Work that is done again and again: first plainly, then from its graph."""
+
+    pool: Any  # the memory of its arrays, which nobody else gets
+    graph: Any = None
+    result: Any = None
+
+
+class Cuda:
+    """The GPU of this ordinal, from now on the current one of this thread; all its work is in one stream.
+
+    say: prints a line for the user.
+    """
+
+    def __init__(self, ordinal: int, say: Callable[[str], None]) -> None:
+        import cupy
+
+        self.cupy, self.say = cupy, say
+        cupy.cuda.Device(ordinal).use()
+        self.name = visible()[ordinal].name
+        self.stream = cupy.cuda.Stream(non_blocking=True)
+        self.stream.use()
+        self.recordings: dict[Any, _Recording] = {}
+        self.records = True
+
+    def empty(self, shape: int | tuple[int, ...], dtype: DTypeLike) -> Array:
+        return self.cupy.empty(shape, dtype)
+
+    def zeros(self, shape: int | tuple[int, ...], dtype: DTypeLike) -> Array:
+        return self.cupy.zeros(shape, dtype)
+
+    def upload(self, array: NDArray[Any]) -> Array:
+        """A copy on the device."""
+        return self.cupy.asarray(np.ascontiguousarray(array))
+
+    def download(self, array: Array) -> NDArray[Any]:
+        """A copy on the host, once the work before is done."""
+        host: NDArray[Any] = self.cupy.asnumpy(array)
+        return host
+
+    def pinned(self, nbytes: int) -> NDArray[np.uint8]:
+        """Memory of the host that the GPU can read and write while this process computes."""
+        import cupyx
+
+        memory: NDArray[np.uint8] = cupyx.empty_pinned(nbytes, np.uint8)
+        memory[...] = 0
+        return memory
+
+    def address(self, array: Array) -> int:
+        """Of an array on the device."""
+        return int(array.data.ptr)
+
+    def copy(self, to: Array, source: Array) -> None:
+        """Copy bytes between contiguous arrays of the device and pinned memory, in the stream's turn."""
+        if to.nbytes != source.nbytes:
+            raise ValueError(f"{source.nbytes} bytes do not fit into {to.nbytes}")
+        addresses = [a.ctypes.data if isinstance(a, np.ndarray) else a.data.ptr for a in (to, source)]
+        self.cupy.cuda.runtime.memcpyAsync(*addresses, to.nbytes, DEFAULT_DIRECTION, self.stream.ptr)
+
+    @functools.cache  # noqa: B019 (a device lasts as long as the process)
+    def function(self, source: str, name: str, defines: Defines = ()) -> Kernel:
+        """A kernel of CUDA source, compiled with these macros."""
+        options = tuple(f"-D{macro}={value}" for macro, value in defines)
+        kernel = self._module(source, options).get_function(name)
+
+        def launch(grid: tuple[int, int, int], threads: int, *arguments: Any) -> None:
+            for argument in arguments:  # CuPy passes an address and forgets the strides
+                if isinstance(argument, self.cupy.ndarray) and not argument.flags.c_contiguous:
+                    raise ValueError(f"{name}: an array of shape {argument.shape} is not contiguous")
+            kernel(grid, (threads, 1, 1), arguments)
+
+        return launch
+
+    @functools.cache  # noqa: B019
+    def _module(self, source: str, options: tuple[str, ...]) -> Any:
+        return self.cupy.RawModule(code=source, options=options)
+
+    def synchronize(self) -> None:
+        """Wait until all work is done."""
+        self.stream.synchronize()
+
+    def replayed(self, key: Any, work: Callable[[], Result]) -> Result:
+        """The result of work(), which is the same device work each time that it is called with this key.
+
+        The first time it runs plainly, which compiles; the second time it is recorded as a CUDA graph; from then on
+        the graph is replayed, at one launch for all. The arrays of a recording keep their addresses, and their memory
+        is nobody else's; its result is the same arrays each time. Where CUDA will not record, it says so and works on
+        plainly.
+        """
+        recording = self.recordings.get(key)
+        if recording is None:
+            recording = self.recordings[key] = _Recording(self.cupy.cuda.MemoryPool())
+        elif self.records and recording.graph is None:
+            self._record(recording, work)
+        if recording.graph is None:
+            with self.cupy.cuda.using_allocator(recording.pool.malloc):
+                return work()
+        recording.graph.launch(self.stream)
+        result: Result = recording.result
+        return result
+
+    def _record(self, recording: _Recording, work: Callable[[], Any]) -> None:
+        collecting = gc.isenabled()
+        gc.disable()  # an array freed now would end the recording
+        try:
+            with self.cupy.cuda.using_allocator(recording.pool.malloc):
+                self.stream.begin_capture()
+                try:
+                    result = work()
+                finally:
+                    graph = self.stream.end_capture()  # raises where the work cannot be recorded
+            graph.upload(self.stream)
+            recording.graph, recording.result = graph, result
+        except Exception as error:
+            self.records = False
+            self.say(f"the GPU's work cannot be recorded as a CUDA graph, so its kernels start one by one: {error}")
+        finally:
+            if collecting:
+                gc.enable()
+
+    def nccl_problem(self) -> str | None:
+        """Why NCCL cannot be used here, if it cannot."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that the library is missing is said below
+            from cupy.cuda import nccl
+        return None if nccl.available else "its library is not installed"
+
+    def nccl_identity(self) -> Any:
+        """What the ranks must share to find each other."""
+        from cupy.cuda import nccl
+
+        return nccl.get_unique_id()
+
+    def nccl(self, size: int, rank: int, identity: Any) -> Nccl:
+        """The ranks' GPUs, joined; collective over them."""
+        from cupy.cuda import nccl
+
+        return Nccl(nccl, nccl.NcclCommunicator(size, identity, rank), size, rank, self.stream)
+
+
+class Nccl:
+    """Carries bytes between GPUs, in the stream's turn; see Transport in comm/on_gpu.py."""
+
+    name = "NCCL"
+    needs_no_host = True
+
+    def __init__(self, library: Any, communicator: Any, size: int, rank: int, stream: Any) -> None:
+        self.library, self.communicator, self.size, self.rank, self.stream = library, communicator, size, rank, stream
+
+    def scatter(self, outgoing: Array, received: Array) -> None:
+        """Row r of outgoing (P, nbytes) goes to rank r."""
+        byte, stream, nbytes = self.library.NCCL_UINT8, self.stream.ptr, outgoing.shape[1]
+        self.library.groupStart()
+        for peer in range(self.size):
+            if peer != self.rank:
+                self.communicator.send(outgoing[peer].data.ptr, nbytes, byte, peer, stream)
+                self.communicator.recv(received[peer].data.ptr, nbytes, byte, peer, stream)
+        self.library.groupEnd()
+
+    def gather(self, mine: Array, gathered: Array) -> None:
+        """mine (nbytes,) of every rank becomes a row of gathered (P, nbytes)."""
+        self.communicator.allGather(
+            mine.data.ptr, gathered.data.ptr, mine.nbytes, self.library.NCCL_UINT8, self.stream.ptr
+        )

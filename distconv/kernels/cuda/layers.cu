@@ -1,0 +1,127 @@
+// The layers without filters, the loss, and what a step begins with. One thread for each number unless said.
+
+__device__ __forceinline__ int thread() { return blockIdx.x * blockDim.x + threadIdx.x; }
+
+// x (n, size) = the images of the samples (n,) as numbers from 0 to 1; chosen (n,) = their labels. A thread a pixel.
+// Also begins the report of the step: no number is known yet that is not finite.
+extern "C" __global__ void begin_step(const unsigned char *images, const unsigned char *labels, const int *samples,
+                                      float *x, int *chosen, int *bad_at, int *bad_sum, int n, int size) {
+    int i = thread();
+    if (i == 0) *bad_at = *bad_sum = FINITE;
+    if (i >= n * size) return;
+    long long sample = samples[i / size];
+    x[i] = images[sample * size + i % size] / 255.0f;
+    if (i % size == 0) chosen[i / size] = labels[sample];
+}
+
+extern "C" __global__ void pixels(const unsigned char *images, float *x, int n) {
+    int i = thread();
+    if (i < n) x[i] = images[i] / 255.0f;
+}
+
+extern "C" __global__ void scale(const float *x, float factor, float *y, int n) {
+    int i = thread();
+    if (i < n) y[i] = x[i] * factor;
+}
+
+extern "C" __global__ void relu(const float *x, float *y, int n) {
+    int i = thread();
+    if (i < n) y[i] = x[i] <= 0 ? 0 : x[i];
+}
+
+extern "C" __global__ void relu_backward(const float *dy, const float *y, float *dx, int n) {
+    int i = thread();
+    if (i < n) dx[i] = y[i] <= 0 ? 0 : dy[i];
+}
+
+struct Words {
+    unsigned word[4];
+};
+
+// Philox4x32-10 (Salmon et al., SC11).
+__device__ __forceinline__ Words philox(Words c, unsigned k0, unsigned k1) {
+    for (int round = 0; round < 10; round++) {
+        unsigned long long p0 = 0xD2511F53ull * c.word[0], p1 = 0xCD9E8D57ull * c.word[2];
+        c = {{(unsigned)(p1 >> 32) ^ c.word[1] ^ k0, (unsigned)p1, (unsigned)(p0 >> 32) ^ c.word[3] ^ k1, (unsigned)p0}};
+        k0 += 0x9E3779B9u, k1 += 0xBB67AE85u;
+    }
+    return c;
+}
+
+// y (n, size) = x where the random word of the number is at least `threshold`, else x 0. Words belong to key, step (two
+// words, the lower first), global sample and place in the sample, as in kernels/philox.py.
+extern "C" __global__ void dropout(const float *x, float *y, unsigned long long threshold, unsigned k0, unsigned k1,
+                                   const unsigned *step, const int *samples, int n, int size) {
+    int i = thread();
+    if (i >= n * size) return;
+    unsigned place = i % size;
+    Words words = philox({{place / 4, (unsigned)samples[i / size], step[0], step[1]}}, k0, k1);
+    y[i] = x[i] * (words.word[place % 4] >= threshold ? 1.0f : 0.0f);
+}
+
+// y (n, OH, OW, C) = the largest of each K x K window of x (n, H, W, C), and which of the K K it was; the first of equals.
+extern "C" __global__ void max_pool_forward(const float *x, float *y, int *winner, int count, int H, int W, int C, int OH,
+                                            int OW, int K, int stride, int pad) {
+    int i = thread();
+    if (i >= count) return;
+    int c = i % C, ow = i / C % OW, oh = i / C / OW % OH, n = i / C / OW / OH, best = -1;
+    float largest = 0;
+    for (int tap = 0; tap < K * K; tap++) {
+        int h = oh * stride - pad + tap / K, w = ow * stride - pad + tap % K;
+        if (h < 0 || h >= H || w < 0 || w >= W) continue;
+        float value = x[((n * H + h) * W + w) * C + c];
+        if (best < 0 || value > largest) largest = value, best = tap;
+    }
+    y[i] = largest;
+    winner[i] = best;
+}
+
+// dx (n, H, W, C): each dy goes to the number that won its window; a thread for each number of dx.
+extern "C" __global__ void max_pool_backward(const float *dy, const int *winner, float *dx, int count, int H, int W, int C,
+                                             int OH, int OW, int K, int stride, int pad) {
+    int i = thread();
+    if (i >= count) return;
+    int c = i % C, w = i / C % W, h = i / C / W % H, n = i / C / W / H;
+    float sum = 0;
+    for (int tap = 0; tap < K * K; tap++) {
+        int oh = h + pad - tap / K, ow = w + pad - tap % K;
+        if (oh < 0 || oh % stride || oh / stride >= OH || ow < 0 || ow % stride || ow / stride >= OW) continue;
+        int place = ((n * OH + oh / stride) * OW + ow / stride) * C + c;
+        if (winner[place] == tap) sum += dy[place];
+    }
+    dx[i] = sum;
+}
+
+constexpr int LOSS_THREADS = 256;
+
+// loss = the sum over n rows of -log softmax(scores)[label]; dscores (n, classes) = its gradient / batch. One block.
+extern "C" __global__ void __launch_bounds__(LOSS_THREADS) softmax_cross_entropy(
+    const float *scores, const int *labels, float *dscores, double *loss, float batch, int n, int classes) {
+    __shared__ double sums[LOSS_THREADS];
+    double mine = 0;
+    for (int row = threadIdx.x; row < n; row += LOSS_THREADS) {
+        const float *score = scores + row * classes;
+        float *gradient = dscores + row * classes, largest = score[0], total = 0;
+        for (int f = 1; f < classes; f++) largest = score[f] <= largest ? largest : score[f];
+        for (int f = 0; f < classes; f++) total += gradient[f] = expf(score[f] - largest);
+        for (int f = 0; f < classes; f++) gradient[f] = (gradient[f] / total - (f == labels[row] ? 1 : 0)) / batch;
+        mine += logf(total) - (score[labels[row]] - largest);
+    }
+    sums[threadIdx.x] = mine;
+    for (int half = LOSS_THREADS / 2; half > 0; half /= 2) {  // the same order in every run
+        __syncthreads();
+        if (threadIdx.x < half) sums[threadIdx.x] += sums[threadIdx.x + half];
+    }
+    if (threadIdx.x == 0) *loss = sums[0];
+}
+
+// best (n,) = the class of the largest score of each row, the first of equals; what is not a number counts as largest.
+extern "C" __global__ void argmax(const float *scores, int *best, int n, int classes) {
+    int row = thread();
+    if (row >= n) return;
+    const float *score = scores + row * classes;
+    int found = 0;
+    for (int f = 1; f < classes; f++)
+        if (score[found] == score[found] && !(score[f] <= score[found])) found = f;
+    best[row] = found;
+}
