@@ -157,8 +157,12 @@ def check_same_run(checkpoint: Checkpoint, config: Config, data_digest: str) -> 
             f"{checkpoint.path} was made with the data set {checkpoint.data['name']} of SHA-256 "
             f"{checkpoint.data['digest'][:12]}..., not {data_digest[:12]}...: give the same by --data, or another --out"
         )
-    may_differ = ("lr", "wire", "epochs", "eval_samples")
-    return [f"{name} is now {want[name]}, was {have.get(name)}" for name in may_differ if have.get(name) != want[name]]
+    may_differ = ("lr", "wire", "precision", "epochs", "eval_samples")
+    return [
+        f"{name} is now {want[name]}, was {have[name]}"
+        for name in may_differ
+        if have.get(name, want[name]) != want[name]
+    ]
 
 
 def _digest(text: str, tensors: Mapping[str, Array]) -> str:

@@ -28,8 +28,9 @@ else:
 MODELS = ("deepconvnet", "simpleconvnet")
 OPTIMIZERS = ("adam", "sgd", "momentum", "nesterov", "adagrad", "rmsprop")
 WIRES = ("float16", "bfloat16", "float32", "float64")
-EXCHANGES = ("auto", "flat", "two-level", "buckets", "mpi")
+EXCHANGES = ("auto", "flat", "two-level", "buckets", "mpi", "nccl", "cuda-mpi")
 DEVICES = ("auto", "cpu", "cuda")
+PRECISIONS = ("float32", "tf32", "float16", "bfloat16")
 RESUME = ("auto", "never")
 
 
@@ -77,9 +78,15 @@ class Config:
         EXCHANGES,
         "auto",
         "how they travel: among all ranks; first within and then between hosts; among all ranks while the backward "
-        "pass is still computing; or, to compare with, by the MPI library's own Allreduce",
+        "pass is still computing; to compare with, by the MPI library's own Allreduce; from GPU to GPU by NCCL, or by "
+        "an MPI that is built for it",
     )
-    device: str = _one_of(DEVICES, "auto", "where to compute (this version has kernels for the CPU only)")
+    device: str = _one_of(DEVICES, "auto", "where to compute; auto takes GPUs where every rank sees one")
+    precision: str = _one_of(
+        PRECISIONS,
+        "float32",
+        "what a GPU rounds the factors of products to, on its tensor cores but for float32; sums are in float32",
+    )
     seed: int = _setting(
         0,
         "of the first weights, the order of the samples and dropout",

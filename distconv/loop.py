@@ -9,68 +9,22 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from distconv.comm.buckets import Buckets
-from distconv.comm.exchange import HEADER, Exchange
-from distconv.comm.probe import WireProbe
+from distconv.comm.exchange import HEADER
 from distconv.comm.world import World
-from distconv.config import Config
-from distconv.data.dataset import Bytes, Dataset, pixels
-from distconv.data.shard import batches, epoch_order, shard, split
+from distconv.data.dataset import Bytes
+from distconv.data.shard import epoch_order, shard, split
+from distconv.engine import CPU
 from distconv.errors import DistconvError, ReplicasDifferError
-from distconv.kernels.cpu import softmax_cross_entropy
-from distconv.nn.layers import EVALUATION, Context, Layer
-from distconv.nn.optimizers import Optimizer
+from distconv.nn.layers import Layer
 from distconv.nn.parameters import Parameters
+from distconv.run import Engine, Run
 
-EVALUATION_BATCH = 100  # images; nothing is kept for a backward pass
 MOST_SKIPPED = 10  # steps in a row without a finite gradient
-
-
-@dataclass
-class Run:
-    """A training run on one rank: what it is made of, and the position that a checkpoint holds."""
-
-    config: Config
-    dataset: Dataset
-    model: Layer
-    parameters: Parameters
-    optimizer: Optimizer
-    world: World
-    exchange: Exchange
-    probe: WireProbe
-    step: int = 0  # steps done since the first epoch began
-    loss_sum: float = 0.0  # over the samples of this epoch so far, skipped steps left out
-    samples: int = 0  # in loss_sum
-    skipped: int = 0  # steps in a row whose gradient was not finite
-    exchanged: float = field(default_factory=time.perf_counter)  # when the last exchange ended
-
-    @property
-    def steps_per_epoch(self) -> int:
-        return batches(len(self.dataset.train_labels), self.config.batch_size)
-
-    @property
-    def steps(self) -> int:
-        """Of the whole run."""
-        return self.config.epochs * self.steps_per_epoch
-
-    def position(self) -> dict[str, Any]:
-        epoch, batch = divmod(self.step, self.steps_per_epoch)
-        cursor = batch * self.config.batch_size
-        moving = {name: getattr(self, name) for name in ("step", "loss_sum", "samples", "skipped")}
-        return {**moving, "epoch": epoch, "cursor": cursor}
-
-    def restore(self, position: dict[str, Any], vectors: dict[str, Any]) -> None:
-        """Go to the position of a checkpoint."""
-        self.step, self.loss_sum = position["step"], position["loss_sum"]
-        self.samples, self.skipped = position["samples"], position["skipped"]
-        self.parameters.vector[...] = vectors["value"]
-        for slot, vector in self.optimizer.state.items():
-            vector[...] = vectors[slot]
 
 
 @dataclass(frozen=True)
@@ -127,38 +81,22 @@ class StopRecord:
 Record = StepRecord | EpochRecord | StopRecord
 
 
-def local_gradient(
-    model: Layer, parameters: Parameters, images: Bytes, labels: Bytes, context: Context, global_batch: int
-) -> float:
-    """Write this rank's share of the gradient of the mean loss over the global batch; return its sum of losses.
-
-    images (N, H, W, C) and labels (N,) are the rank's shard, which may be empty.
-    """
-    if len(images) == 0:
-        parameters.gradient[...] = 0
-        return 0.0
-    x = pixels(images, parameters.vector.dtype)
-    scores, backward = model.forward(x, parameters.values, context)
-    loss_sum, dscores = softmax_cross_entropy(scores, labels)
-    dscores /= global_batch
-    backward(dscores, parameters.grads, False)
-    return loss_sum
-
-
-def predict(model: Layer, parameters: Parameters, images: Bytes, world: World) -> NDArray[np.int64]:
+def predict(
+    model: Layer, parameters: Parameters, images: Bytes, world: World, engine: Engine = CPU
+) -> NDArray[np.int64]:
     """The class that the model gives each image (N, H, W, C), without dropout -> (N,); the ranks share the work."""
-    mine = split(len(images), world.size, world.rank)
+    mine, batch = split(len(images), world.size, world.rank), engine.evaluation_batch
     found = [np.empty(0, np.int64)]
-    for start in range(mine.start, mine.stop, EVALUATION_BATCH):
-        x = pixels(images[start : min(start + EVALUATION_BATCH, mine.stop)], parameters.vector.dtype)
-        scores, _ = model.forward(x, parameters.values, EVALUATION)
-        found.append(np.argmax(scores, axis=1))
+    for start in range(mine.start, mine.stop, batch):
+        found.append(engine.classify(model, parameters, images[start : min(start + batch, mine.stop)]))
     return np.concatenate(world.comm.allgather(np.concatenate(found)))
 
 
-def count_correct(model: Layer, parameters: Parameters, images: Bytes, labels: Bytes, world: World) -> int:
+def count_correct(
+    model: Layer, parameters: Parameters, images: Bytes, labels: Bytes, world: World, engine: Engine = CPU
+) -> int:
     """How many images the model classifies as labelled; every image once, the same number on every rank."""
-    return int(np.count_nonzero(predict(model, parameters, images, world) == labels))
+    return int(np.count_nonzero(predict(model, parameters, images, world, engine) == labels))
 
 
 def train(run: Run, stop_requested: Callable[[], bool]) -> Iterator[Record]:
@@ -188,34 +126,30 @@ def train(run: Run, stop_requested: Callable[[], bool]) -> Iterator[Record]:
 
 def _step(run: Run, order: NDArray[np.int64], epoch: int, batch: int, stop: bool) -> tuple[StepRecord, bool]:
     """One synchronous step of all ranks: its record, and whether any rank was asked to stop."""
-    world, parameters, batch_size = run.world, run.parameters, run.config.batch_size
+    world, batch_size = run.world, run.config.batch_size
     mine = shard(order, batch, batch_size, world.size, world.rank)
     global_batch = len(order[batch * batch_size : (batch + 1) * batch_size])
-    images, labels = run.dataset.train_images[mine], run.dataset.train_labels[mine]
     last_of_epoch = batch + 1 == run.steps_per_epoch
 
     began = time.perf_counter()
     probing = last_of_epoch or run.probe.fresh
-    on_final = None if probing or not isinstance(run.exchange, Buckets) else _sender(run.exchange, parameters)
-    context = Context(training=True, seed=run.config.seed, step=run.step, samples=mine, on_final=on_final)
-    loss_sum = local_gradient(run.model, parameters, images, labels, context, global_batch)
+    loss_sum = run.engine.gradient(run, mine, global_batch, run.step, probing)
     computed = time.perf_counter()
-    contribution = parameters.gradient.copy() if probing else None
+    contribution = run.engine.contribution(run) if probing else None
     ready = time.perf_counter()
     header = np.array((run.step, len(mine), loss_sum, -1, stop, ready - run.exchanged), HEADER)
-    headers = run.exchange.sum(parameters.gradient, header)
+    headers = run.engine.sum(run, header)
     run.exchanged = time.perf_counter()
     wait = float(headers["busy_seconds"].max() - header["busy_seconds"])
     if contribution is not None:
-        run.probe.compare(contribution, parameters.gradient)
+        run.probe.compare(contribution, run.engine.total(run))
 
     if np.any(headers["step"] != run.step) or headers["samples"].sum() != global_batch:
         raise DistconvError(f"the ranks are not at the same step: {headers['step'].tolist()}; this is a bug")
-    good = run.exchange.wire.first_bad(parameters.gradient) < 0  # the same bits on all ranks, so the same decision
     loss = float(headers["loss_sum"].sum())
     run.step += 1
+    good = run.engine.update(run, run.step)
     if good:
-        run.optimizer.step(parameters.vector, parameters.gradient, run.step)
         run.loss_sum += loss
         run.samples += global_batch
         run.skipped = 0
@@ -224,7 +158,7 @@ def _step(run: Run, order: NDArray[np.int64], epoch: int, batch: int, stop: bool
     if run.skipped == MOST_SKIPPED:
         failure = DistconvError(
             f"step {run.step}: {MOST_SKIPPED} steps in a row had a gradient that is not finite (last "
-            f"{_who_is_bad(headers['bad_at'], parameters)}): use a smaller --lr than {run.config.lr:g}"
+            f"{_who_is_bad(headers['bad_at'], run.parameters)}): use a smaller --lr than {run.config.lr:g}"
         )
         failure.everywhere = True
         raise failure
@@ -245,17 +179,6 @@ def _step(run: Run, order: NDArray[np.int64], epoch: int, batch: int, stop: bool
     return record, bool(headers["stop"].any())
 
 
-def _sender(exchange: Buckets, parameters: Parameters) -> Callable[[str], None]:
-    """What sends off the gradients of a layer of the model, and of those behind it, when they are final."""
-
-    def send(layer: str) -> None:
-        start = parameters.start(layer)
-        if start is not None:
-            exchange.ready(parameters.gradient, start)
-
-    return send
-
-
 def _who_is_bad(bad_at: NDArray[np.int64], parameters: Parameters) -> str:
     """Names the ranks whose gradient is not finite, and the first such tensor of each."""
     bad = [f"{parameters.name_at(int(index))} on rank {rank}" for rank, index in enumerate(bad_at) if index >= 0]
@@ -264,6 +187,7 @@ def _who_is_bad(bad_at: NDArray[np.int64], parameters: Parameters) -> str:
 
 def _end_of_epoch(run: Run, epoch: int, images_per_second: float) -> EpochRecord:
     """Check that all replicas hold the same bits, and measure the accuracies."""
+    run.engine.pull(run)
     digest = run.parameters.digest()
     advice = "start again from the last checkpoint; if it comes back, suspect the hardware of that rank"
     run.world.agree(f"the parameters after epoch {epoch + 1}", digest, advice, ReplicasDifferError)
@@ -288,4 +212,4 @@ def _end_of_epoch(run: Run, epoch: int, images_per_second: float) -> EpochRecord
 
 def _accuracy(run: Run, images: Bytes, labels: Bytes) -> float:
     count = min(run.config.eval_samples or len(labels), len(labels))
-    return count_correct(run.model, run.parameters, images[:count], labels[:count], run.world) / count
+    return count_correct(run.model, run.parameters, images[:count], labels[:count], run.world, run.engine) / count

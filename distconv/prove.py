@@ -21,7 +21,7 @@ from distconv.launcher import refuse_to_nest, run_job
 
 if TYPE_CHECKING:
     from distconv.kernels.cpu import Array
-    from distconv.loop import Run
+    from distconv.run import Run
 
 # The largest |gradient of P ranks - gradient of one rank| / |gradient of one rank| that a tensor may show. float16 and
 # bfloat16: two roundings of 2^-11 and 2^-8, with room for tensors of few numbers. The others: roundings of the sums.
@@ -112,18 +112,15 @@ def shared_gradient(run: Run, batch: int, alone: bool) -> Array:
 
     from distconv.comm.exchange import HEADER
     from distconv.data.shard import split
-    from distconv.loop import local_gradient
-    from distconv.nn.layers import Context
 
     B = run.config.batch_size
     samples = np.arange(batch * B, (batch + 1) * B)
     mine = samples if alone else samples[split(B, run.world.size, run.world.rank)]
-    context = Context(training=True, seed=run.config.seed, step=batch, samples=mine)
-    images, labels = run.dataset.train_images[mine], run.dataset.train_labels[mine]
-    local_gradient(run.model, run.parameters, images, labels, context, B)
-    if not alone:
-        run.exchange.sum(run.parameters.gradient, np.zeros((), HEADER))
-    return run.parameters.gradient.copy()
+    run.engine.gradient(run, mine, B, step=batch, probing=True)
+    if alone:
+        return run.engine.contribution(run)
+    run.engine.sum(run, np.zeros((), HEADER))
+    return run.engine.total(run).copy()
 
 
 def largest_difference(run: Run, gradient: Array, reference: Array) -> float:

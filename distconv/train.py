@@ -18,7 +18,7 @@ from distconv.config import Config
 
 if TYPE_CHECKING:
     from distconv.checkpoint import Checkpoint
-    from distconv.loop import Run
+    from distconv.run import Run
     from distconv.runlog import RunLog
 
 
@@ -51,7 +51,7 @@ def train(settings: Config, world: ranks.World, stop: StopRequest) -> int:
     dataset, data_name = load_dataset(settings.data, world, log.say)
     if settings.limit_train:
         dataset = dataset.limited(settings.limit_train)
-    run = build_run(settings, dataset, world)
+    run = build_run(settings, dataset, world, log.say)
     out = make_folder(settings, world)
     world.error_folder = out / "errors"
     checkpoint = resume(run, out, log)
@@ -96,10 +96,6 @@ def check_settings(settings: Config, world: ranks.World) -> None:
         raise errors.UsageError(
             f"--batch-size {settings.batch_size} with {world.size} ranks: every rank needs at least one image of the "
             f"global batch; use --batch-size {world.size} or more, or fewer ranks"
-        )
-    if settings.device == "cuda":
-        raise errors.UsageError(
-            "--device cuda: this version of distconv computes on the CPU only; use --device cpu or auto"
         )
 
 
@@ -158,9 +154,12 @@ def introduce(run: Run, out: Path, data_name: str, checkpoint: Checkpoint | None
 
     world, dataset, settings = run.world, run.dataset, run.config
     threads = ranks.blas_threads()
+    where = f"{run.engine.device} in {settings.precision}"
+    if run.engine.device == "cpu":
+        where = f"cpu with {threads} BLAS thread{'s' * (threads > 1)} a rank"
     log.say(
         f"distconv {__version__}: {world.size} rank{'s' * (world.size > 1)} on {world.hosts} "
-        f"host{'s' * (world.hosts > 1)}, cpu with {threads} BLAS thread{'s' * (threads > 1)} a rank, {world.library} | "
+        f"host{'s' * (world.hosts > 1)}, {where}, {world.library} | "
         f"{settings.model}, {run.parameters.size:,} parameters, {settings.wire} on the wire ({run.exchange.how}) | "
         f"{data_name}, {len(dataset.train_labels):,} training and {len(dataset.test_labels):,} test images"
     )
@@ -171,7 +170,8 @@ def introduce(run: Run, out: Path, data_name: str, checkpoint: Checkpoint | None
         resumed_step=run.step,
         ranks=world.size,
         hosts=world.hosts,
-        device="cpu",
+        device=run.engine.device,
+        precision=settings.precision,
         blas_threads=threads,
         wire=settings.wire,
         exchange=run.exchange.how,
@@ -198,7 +198,9 @@ def finish(run: Run, out: Path, log: RunLog) -> int:
     from distconv.runlog import describe_steps, read_metrics
 
     total = len(run.dataset.test_labels)
-    correct = count_correct(run.model, run.parameters, run.dataset.test_images, run.dataset.test_labels, run.world)
+    correct = count_correct(
+        run.model, run.parameters, run.dataset.test_images, run.dataset.test_labels, run.world, run.engine
+    )
     log.write(
         "final",
         step=run.step,
@@ -262,6 +264,7 @@ class Saver:
 
         if self.run.world.rank == 0:
             run = self.run
+            run.engine.pull(run)
             save_checkpoint(self.folder, run.parameters, run.optimizer, run.position(), run.config, self.data)
             self.due = time.monotonic() + run.config.checkpoint_seconds
 

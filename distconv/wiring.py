@@ -1,28 +1,48 @@
-"""A run put together from its settings: model, parameters, optimizer, exchange."""
+"""A run put together from its settings: model, parameters, optimizer, and where it computes and exchanges."""
 
 from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 
 from distconv.comm.exchange import choose
 from distconv.comm.half import WIRES, Wire
+from distconv.comm.on_gpu import choose_on_gpu
+from distconv.comm.placement import place
 from distconv.comm.probe import WireProbe
 from distconv.comm.world import World
 from distconv.config import Config
 from distconv.data.dataset import Dataset
+from distconv.data.shard import split
+from distconv.engine import CPU, GpuEngine, local_gradient
+from distconv.errors import UsageError
+from distconv.kernels.cuda import Cuda
+from distconv.kernels.gpu import Gpu
 from distconv.kernels.half import BLOCK
-from distconv.loop import Run, local_gradient
-from distconv.nn.layers import Context, Layer
+from distconv.nn.layers import Context
 from distconv.nn.networks import build_network
-from distconv.nn.optimizers import OPTIMIZERS, Optimizer
+from distconv.nn.optimizers import OPTIMIZERS
 from distconv.nn.parameters import Parameters
+from distconv.run import Run
 
 
-def build_run(settings: Config, dataset: Dataset, world: World) -> Run:
-    """The run at its start, rank 0's first weights on all ranks; collective.
+def build_run(settings: Config, dataset: Dataset, world: World, say: Callable[[str], None] = lambda line: None) -> Run:
+    """The run at its start, rank 0's first weights on all ranks; collective. say prints a line for the user.
 
-    Raises UsageError for a model or an exchange that cannot be, MismatchError where the ranks' code differs.
+    Raises UsageError for a model, a device or an exchange that cannot be, MismatchError where the ranks' code differs.
     """
+    run = unplaced_run(settings, dataset, world)
+    found = place(world, settings.device, settings.precision)
+    if found.line:
+        say(found.line)
+    return on_cpu(run) if found.ordinal is None else on_gpu(run, Cuda(found.ordinal, say), found.shared)
+
+
+def unplaced_run(settings: Config, dataset: Dataset, world: World) -> Run:
+    """The run before it is known where it computes: on_cpu or on_gpu gives it its exchange and its engine."""
     with world.together():
         model, specs = build_network(settings.model, dataset.image_shape, dataset.classes)
         parameters = Parameters(specs, WIRES[settings.wire].dtype)  # no use in sums finer than what is summed
@@ -30,29 +50,73 @@ def build_run(settings: Config, dataset: Dataset, world: World) -> Run:
     parameters.initialize(settings.seed)
     world.comm.Bcast(parameters.vector)
     optimizer = OPTIMIZERS[settings.optimizer](parameters.size, parameters.vector.dtype, settings.lr)
-    with world.together():  # collective inside too, but where it raises it does so on all ranks
-        exchange = choose(world, parameters.size, settings.wire, settings.exchange)
-    compile_kernels(model, parameters, type(optimizer), dataset, exchange.wire, world)
     exact = "float64" if settings.wire == "float64" else "float32"
     probe = WireProbe(settings.wire, lambda: choose(world, parameters.size, exact))
-    return Run(settings, dataset, model, parameters, optimizer, world, exchange, probe)
+    return Run(settings, dataset, model, parameters, optimizer, world, None, probe, CPU)
 
 
-def compile_kernels(
-    model: Layer, parameters: Parameters, kind: type[Optimizer], dataset: Dataset, wire: Wire, world: World
-) -> None:
-    """Call what a step calls, on one image: first on one rank of each host, which compiles what is not in the cache."""
+def on_cpu(run: Run) -> Run:
+    """Let the run compute on this rank's cores; collective. Raises UsageError."""
+    settings = run.config
+    with run.world.together():
+        if settings.exchange in ("nccl", "cuda-mpi"):
+            raise UsageError(f"--exchange {settings.exchange} joins GPUs, but these ranks compute on the CPU: use auto")
+        if settings.precision != "float32":
+            raise UsageError(
+                f"--precision {settings.precision} is for GPUs, but these ranks compute on the CPU: use float32"
+            )
+    with run.world.together():  # collective inside too, but where it raises it does so on all ranks
+        run.exchange = choose(run.world, run.parameters.size, settings.wire, settings.exchange)
+    compile_kernels(run)
+    return run
+
+
+def on_gpu(run: Run, device: Any, shared: bool) -> Run:
+    """Let the run compute on a device (a kernels.cuda.Cuda); collective. shared: some GPU has several ranks.
+
+    Raises UsageError.
+    """
+    settings, world = run.config, run.world
+    with world.together():
+        if settings.wire == "float64":
+            raise UsageError("--wire float64 computes in float64, which only the CPU does: use --device cpu")
+    gpu = Gpu(device, settings.precision)
+    with world.together():
+        run.exchange = choose_on_gpu(world, gpu, run.parameters.size, settings.wire, settings.exchange, shared)
+    share = split(min(settings.batch_size, len(run.dataset.train_labels)), world.size, world.rank)
+    run.engine = GpuEngine(gpu, run, run.exchange, largest_share=share.stop - share.start)
+    with one_of_a_host_first(world):
+        compile_wire(run.exchange.wire)
+        run.engine.gradient(run, np.zeros(1, np.int64), global_batch=1, step=0, probing=True)
+    return run
+
+
+def compile_kernels(run: Run) -> None:
+    """Call what a step calls, on one image, so that what is not in the cache is compiled; collective."""
+    parameters, data = run.parameters, run.dataset
+    with one_of_a_host_first(run.world):
+        context = Context(training=True, samples=np.zeros(1, np.int64))
+        local_gradient(run.model, parameters, data.train_images[:1], data.train_labels[:1], context, 1)
+        parameters.gradient[...] = 0
+        value, gradient = np.zeros((2, 1), parameters.vector.dtype)
+        type(run.optimizer)(1, parameters.vector.dtype, 1.0).step(value, gradient, 1)
+        compile_wire(run.exchange.wire)
+
+
+@contextlib.contextmanager
+def one_of_a_host_first(world: World) -> Iterator[None]:
+    """Run a part on one rank of each host, then on the others: what one has compiled, the others find in the cache."""
     if world.local_rank != 0:
         world.wait_on_host()
-    context = Context(training=True, samples=np.zeros(1, np.int64))
-    local_gradient(model, parameters, dataset.train_images[:1], dataset.train_labels[:1], context, 1)
-    parameters.gradient[...] = 0
-    value, gradient = np.zeros((2, 1), parameters.vector.dtype)
-    kind(1, parameters.vector.dtype, 1.0).step(value, gradient, 1)
+    yield
+    if world.local_rank == 0:
+        world.wait_on_host()
+
+
+def compile_wire(wire: Wire) -> None:
+    """Call what an exchange calls."""
     numbers, message = np.zeros(BLOCK, wire.dtype), np.zeros(wire.nbytes(BLOCK), np.uint8)
     wire.encode(numbers, message)
     wire.sum_and_encode(numbers, 0, 2, np.tile(message, 2), 0, len(message), message)
     wire.decode(message, numbers)
     wire.first_bad(numbers)
-    if world.local_rank == 0:
-        world.wait_on_host()

@@ -20,6 +20,8 @@ FLOORS = (
     ("benchmarks",),
     ("inputs", "wiring"),
     ("loop", "checkpoint", "runlog", "plots", "pickled", "launcher"),
+    ("engine",),
+    ("run",),
     ("config",),
     ("nn", "data", "comm"),
     ("kernels", "factory"),

@@ -18,8 +18,8 @@ from distconv.benchmarks.step import CLASSES, IMAGE_SHAPE, Engine
 from distconv.comm.world import World
 from distconv.data.dataset import Dataset
 from distconv.data.shard import split
+from distconv.engine import CPU
 from distconv.errors import DistconvError, UsageError
-from distconv.loop import EVALUATION_BATCH
 from distconv.nn.layers import Affine, Chain, Conv, Dropout, Layer, MaxPool
 from distconv.nn.networks import deepconvnet
 
@@ -97,8 +97,8 @@ def make_engine(torch: Any, world: World, dataset: Dataset, batch_size: int) -> 
         model.eval()
         correct = 0
         with torch.inference_mode():
-            for start in range(0, len(test_images), EVALUATION_BATCH):
-                part = slice(start, start + EVALUATION_BATCH)
+            for start in range(0, len(test_images), CPU.evaluation_batch):
+                part = slice(start, start + CPU.evaluation_batch)
                 correct += int((model(pixels(test_images[part])).argmax(1) == test_labels[part]).sum())
         return int(world.comm.allreduce(correct))
 

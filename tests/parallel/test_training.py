@@ -15,17 +15,19 @@ from distconv.comm.probe import WireProbe
 from distconv.comm.world import World
 from distconv.data import digits
 from distconv.data.shard import split
+from distconv.engine import CPU, local_gradient
 from distconv.errors import DistconvError, ReplicasDifferError
 from distconv.kernels.cpu import Array
 from distconv.nn.layers import Context
 from distconv.nn.networks import build_network
 from distconv.nn.optimizers import OPTIMIZERS
 from distconv.nn.parameters import Parameters
+from distconv.run import Run
 
 SETTINGS = config.Config(data="digits", epochs=1, batch_size=23, limit_train=100, eval_samples=50)
 
 
-def make_run(world: World, settings: config.Config = SETTINGS, dtype: type = np.float32) -> loop.Run:
+def make_run(world: World, settings: config.Config = SETTINGS, dtype: type = np.float32) -> Run:
     dataset = digits.load().limited(settings.limit_train)
     model, specs = build_network(settings.model, dataset.image_shape, dataset.classes)
     parameters = Parameters(specs, dtype)
@@ -33,19 +35,19 @@ def make_run(world: World, settings: config.Config = SETTINGS, dtype: type = np.
     optimizer = OPTIMIZERS[settings.optimizer](parameters.size, dtype, settings.lr)
     exchange = choose(world, parameters.size, settings.wire, settings.exchange)
     probe = WireProbe(settings.wire, lambda: choose(world, parameters.size, np.dtype(dtype).name))
-    return loop.Run(settings, dataset, model, parameters, optimizer, world, exchange, probe)
+    return Run(settings, dataset, model, parameters, optimizer, world, exchange, probe, CPU)
 
 
 def never() -> bool:
     return False
 
 
-def gradient(run: loop.Run, samples: np.ndarray, share: slice) -> Array:
+def gradient(run: Run, samples: np.ndarray, share: slice) -> Array:
     """The gradient that one rank computes of its share of a global batch."""
     mine = samples[share]
     images, labels = run.dataset.train_images[mine], run.dataset.train_labels[mine]
     context = Context(training=True, seed=1, step=3, samples=mine)
-    loop.local_gradient(run.model, run.parameters, images, labels, context, len(samples))
+    local_gradient(run.model, run.parameters, images, labels, context, len(samples))
     return run.parameters.gradient
 
 
@@ -109,7 +111,7 @@ def test_all_ranks_stop_after_the_same_step_when_one_is_asked_to(world: World) -
     assert run.position()["cursor"] == 3 * 23
 
 
-def with_a_bad_rank(run: loop.Run, bad_steps: set[int]) -> None:
+def with_a_bad_rank(run: Run, bad_steps: set[int]) -> None:
     """Make the last rank's gradient NaN in some steps, counted from 0."""
     whole = run.model
 

@@ -1,0 +1,222 @@
+"""What computes a step: the cores of this rank, or its GPU.
+
+The loop asks an engine for the gradient of this rank's share, for the sum over the ranks, and for the update. On the
+CPU these are three calls. A GPU does as much of them as it can without the host in one graph, which is recorded once
+and replayed from then on; what changes from step to step (its number, the optimizer's scalars, which samples) goes to
+the GPU in one small message, and what the host must know (the loss, and whether all was finite) comes back in another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from distconv.comm.buckets import Buckets
+from distconv.comm.exchange import Headers
+from distconv.comm.on_gpu import GpuExchange
+from distconv.data.dataset import Bytes, pixels
+from distconv.kernels import cpu
+from distconv.kernels.cpu import Array
+from distconv.kernels.gpu import FINITE, Gpu
+from distconv.nn.fusion import fused
+from distconv.nn.layers import EVALUATION, Context, Layer
+from distconv.nn.parameters import Parameters
+from distconv.run import Run, Samples
+
+MOST_SCALARS = 4  # of an optimizer
+
+
+def local_gradient(
+    model: Layer, parameters: Parameters, images: Bytes, labels: Bytes, context: Context, global_batch: int
+) -> float:
+    """Write this rank's share of the gradient of the mean loss over the global batch; return its sum of losses.
+
+    images (N, H, W, C) and labels (N,) are the rank's shard, which may be empty.
+    """
+    if len(images) == 0:
+        parameters.gradient[...] = 0
+        return 0.0
+    x = pixels(images, parameters.vector.dtype)
+    scores, backward = model.forward(x, parameters.values, context)
+    loss_sum, dscores = cpu.softmax_cross_entropy(scores, labels, global_batch)
+    backward(dscores, parameters.grads, False)
+    return loss_sum
+
+
+class CpuEngine:
+    """Works on the run's own arrays, and keeps nothing itself."""
+
+    device = "cpu"
+    evaluation_batch = 100
+
+    def gradient(self, run: Run, samples: Samples, global_batch: int, step: int, probing: bool = False) -> float:
+        images, labels = run.dataset.train_images[samples], run.dataset.train_labels[samples]
+        overlaps = isinstance(run.exchange, Buckets) and not probing
+        on_final = _sender(run.exchange, run.parameters) if overlaps else None
+        context = Context(training=True, seed=run.config.seed, step=step, samples=samples, on_final=on_final)
+        return local_gradient(run.model, run.parameters, images, labels, context, global_batch)
+
+    def contribution(self, run: Run) -> Array:
+        return run.parameters.gradient.copy()
+
+    def sum(self, run: Run, header: Headers) -> Headers:
+        headers: Headers = run.exchange.sum(run.parameters.gradient, header)
+        return headers
+
+    def total(self, run: Run) -> Array:
+        return run.parameters.gradient
+
+    def update(self, run: Run, t: int) -> bool:
+        good: bool = run.exchange.wire.first_bad(run.parameters.gradient) < 0  # the same bits on all ranks
+        if good:
+            run.optimizer.step(run.parameters.vector, run.parameters.gradient, t)
+        return good
+
+    def classify(self, model: Layer, parameters: Parameters, images: Bytes) -> NDArray[np.int64]:
+        scores, _ = model.forward(pixels(images, parameters.vector.dtype), parameters.values, EVALUATION)
+        classes: NDArray[np.int64] = np.argmax(scores, axis=1)
+        return classes
+
+    def pull(self, run: Run) -> None:
+        pass
+
+    def push(self, run: Run) -> None:
+        pass
+
+
+CPU = CpuEngine()
+
+
+def _sender(exchange: Buckets, parameters: Parameters) -> Callable[[str], None]:
+    """What sends off the gradients of a layer of the model, and of those behind it, when they are final."""
+
+    def send(layer: str) -> None:
+        start = parameters.start(layer)
+        if start is not None:
+            exchange.ready(parameters.gradient, start)
+
+    return send
+
+
+class GpuEngine:
+    """Holds the run's vectors and its training set on a device; the run's own arrays are up to date after pull only.
+
+    largest_share: the most samples of a step that this rank gets.
+    """
+
+    device = "cuda"
+    evaluation_batch = 2000
+
+    def __init__(self, kernels: Gpu, run: Run, exchange: GpuExchange, largest_share: int) -> None:
+        self.kernels, self.exchange, self.seed = kernels, exchange, run.config.seed
+        self.model, device = fused(run.model), kernels.device
+        self.images, self.labels = device.upload(run.dataset.train_images), device.upload(run.dataset.train_labels)
+        self.vector = device.upload(run.parameters.vector)
+        self.summed = device.zeros(run.parameters.size, np.float32)  # this rank's gradient, then the sum of all
+        self.values, self.grads = run.parameters.nested(self.vector), run.parameters.nested(self.summed)
+        self.no_gradient = device.zeros(run.parameters.size, np.float32)
+        self.state = {slot: device.upload(vector) for slot, vector in run.optimizer.state.items()}
+        self.rule = type(run.optimizer).__name__.lower()
+
+        # What a step is told: its number as two words, the optimizer's scalars, the samples.
+        words = 2 + MOST_SCALARS + largest_share
+        self.told_here, self.told = device.pinned(4 * words), device.empty(4 * words, np.uint8)
+        self.step_number, self.scalars, self.samples = _fields(self.told)
+        # What it tells: the sum of losses, and where this rank's gradient and the sum are not finite first.
+        self.loss_here = device.pinned(8)
+        self.bad, self.bad_here = device.zeros(2, np.int32), device.pinned(8)
+        self.probing = False  # whether the last gradient waits to be looked at
+        self.whole = False  # whether it came with its sum and its update
+
+    def gradient(self, run: Run, samples: Samples, global_batch: int, step: int, probing: bool = False) -> float:
+        number, scalars, indices = _fields(self.told_here)
+        number[:] = step & 0xFFFFFFFF, step >> 32
+        of_step = run.optimizer.scalars(step + 1)
+        scalars[: len(of_step)] = of_step
+        indices[: len(samples)] = samples
+        self.probing, self.whole = probing, self.exchange.needs_no_host and not probing
+
+        def work() -> None:
+            self._gradient(len(samples), global_batch)
+            if not probing:
+                self.exchange.before(self.summed, self.bad)
+            if self.whole:
+                self._finish()
+
+        self._run(("gradient", len(samples), global_batch, probing), work)
+        return float(self.loss_here.view(np.float64)[0]) if len(samples) else 0.0
+
+    def _gradient(self, n: int, global_batch: int) -> None:
+        kernels, device = self.kernels, self.kernels.device
+        device.copy(self.told, self.told_here)
+        samples = self.samples[:n]
+        x, labels = kernels.begin_step(self.images, self.labels, samples, self.bad[:1], self.bad[1:])
+        if n == 0:
+            device.copy(self.summed, self.no_gradient)
+            return
+        context = Context(training=True, seed=self.seed, step=self.step_number, samples=samples, kernels=kernels)
+        scores, backward = self.model.forward(x, self.values, context)
+        loss, dscores = kernels.softmax_cross_entropy(scores, labels, global_batch)
+        device.copy(self.loss_here, loss)
+        backward(dscores, self.grads, False)
+
+    def contribution(self, run: Run) -> Array:
+        return self.total(run)
+
+    def sum(self, run: Run, header: Headers) -> Headers:
+        if self.probing:
+            self.exchange.before(self.summed, self.bad)
+            self.kernels.device.synchronize()
+        headers = self.exchange.travel(header)
+        if self.probing:
+            self.exchange.after(self.summed, self.bad)
+        return headers
+
+    def total(self, run: Run) -> Array:
+        vector: Array = self.kernels.device.download(self.summed)
+        return vector
+
+    def update(self, run: Run, t: int) -> bool:
+        if not self.whole:
+            self._run(("update", self.probing), self._finish)
+        return bool(self.bad_here.view(np.int32)[1] == FINITE)
+
+    def _finish(self) -> None:
+        """What follows when the sums are there."""
+        if not self.probing:
+            self.exchange.after(self.summed, self.bad)
+        arguments = self.vector, self.summed, *self.state.values(), self.scalars, self.bad[1:]
+        self.kernels.launch("updates", self.rule, self.vector.size, *arguments, self.vector.size)
+        self.kernels.device.copy(self.bad_here, self.bad)
+
+    def _run(self, key: Any, work: Callable[[], None]) -> None:
+        self.kernels.device.replayed(key, work)
+        self.kernels.device.synchronize()
+
+    def classify(self, model: Layer, parameters: Parameters, images: Bytes) -> NDArray[np.int64]:
+        context = Context(training=False, kernels=self.kernels)
+        scores, _ = self.model.forward(self.kernels.pixels(images), self.values, context)
+        classes: NDArray[np.int64] = self.kernels.argmax(scores)
+        return classes
+
+    def pull(self, run: Run) -> None:
+        download = self.kernels.device.download
+        run.parameters.vector[...] = download(self.vector)
+        for slot, vector in self.state.items():
+            run.optimizer.state[slot][...] = download(vector)
+
+    def push(self, run: Run) -> None:
+        device = self.kernels.device
+        pairs = [(self.vector, run.parameters.vector)]
+        pairs += [(vector, run.optimizer.state[slot]) for slot, vector in self.state.items()]
+        for there, here in pairs:
+            device.copy(there, device.upload(here))
+
+
+def _fields(told: Array) -> tuple[Array, Array, Array]:
+    """The parts of what a step is told, as numbers: its number (2,), the scalars, the samples."""
+    scalars_end = 8 + 4 * MOST_SCALARS
+    return told[:8].view(np.uint32), told[8:scalars_end].view(np.float32), told[scalars_end:].view(np.int32)
