@@ -102,15 +102,12 @@ def _sender(exchange: Buckets, parameters: Parameters) -> Callable[[str], None]:
 
 
 class GpuEngine:
-    """Holds the run's vectors and its training set on a device; the run's own arrays are up to date after pull only.
-
-    largest_share: the most samples of a step that this rank gets.
-    """
+    """Holds the run's vectors and its training set on a device; the run's own arrays are up to date after pull only."""
 
     device = "cuda"
     evaluation_batch = 2000
 
-    def __init__(self, kernels: Gpu, run: Run, exchange: GpuExchange, largest_share: int) -> None:
+    def __init__(self, kernels: Gpu, run: Run, exchange: GpuExchange) -> None:
         self.kernels, self.exchange, self.seed = kernels, exchange, run.config.seed
         self.model, device = fused(run.model), kernels.device
         self.images, self.labels = device.upload(run.dataset.train_images), device.upload(run.dataset.train_labels)
@@ -122,7 +119,7 @@ class GpuEngine:
         self.rule = type(run.optimizer).__name__.lower()
 
         # What a step is told: its number as two words, the optimizer's scalars, the samples.
-        words = 2 + MOST_SCALARS + largest_share
+        words = 2 + MOST_SCALARS + run.config.batch_size  # room for a rank that is alone
         self.told_here, self.told = device.pinned(4 * words), device.empty(4 * words, np.uint8)
         self.step_number, self.scalars, self.samples = _fields(self.told)
         # What it tells: the sum of losses, and where this rank's gradient and the sum are not finite first.

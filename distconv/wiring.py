@@ -16,7 +16,6 @@ from distconv.comm.probe import WireProbe
 from distconv.comm.world import World
 from distconv.config import Config
 from distconv.data.dataset import Dataset
-from distconv.data.shard import split
 from distconv.engine import CPU, GpuEngine, local_gradient
 from distconv.errors import UsageError
 from distconv.kernels.cuda import Cuda
@@ -83,8 +82,7 @@ def on_gpu(run: Run, device: Any, shared: bool) -> Run:
     gpu = Gpu(device, settings.precision)
     with world.together():
         run.exchange = choose_on_gpu(world, gpu, run.parameters.size, settings.wire, settings.exchange, shared)
-    share = split(min(settings.batch_size, len(run.dataset.train_labels)), world.size, world.rank)
-    run.engine = GpuEngine(gpu, run, run.exchange, largest_share=share.stop - share.start)
+    run.engine = GpuEngine(gpu, run, run.exchange)
     with one_of_a_host_first(world):
         compile_wire(run.exchange.wire)
         run.engine.gradient(run, np.zeros(1, np.int64), global_batch=1, step=0, probing=True)

@@ -234,6 +234,8 @@ class Emulator:
     def __init__(self, folder: Path | None = None) -> None:
         """`folder`: where compiled kernels go, for processes that share them; else one that ends with this process."""
         self.folder = folder
+        self.tape: list[Callable[[], None]] | None = None  # that is being recorded
+        self.tapes: dict[object, Any] = {}
 
     def empty(self, shape: int | Sequence[int], dtype: DTypeLike) -> NDArray[Any]:
         """An array full of NaN, or of all bits 1: what a kernel forgets to write shows."""
@@ -245,12 +247,14 @@ class Emulator:
         return array
 
     def upload(self, array: ArrayLike) -> NDArray[Any]:
+        self._refuse_to_record()
         host = np.asarray(array)
         device = np.asarray(Allocation(host.shape, host.dtype))
         device[...] = host
         return device
 
     def download(self, array: NDArray[Any]) -> NDArray[Any]:
+        self._refuse_to_record()
         return array.copy()
 
     def pinned(self, nbytes: int) -> NDArray[np.uint8]:
@@ -268,18 +272,49 @@ class Emulator:
                 raise TypeError("copy takes contiguous arrays, on the device or pinned")
         if to.nbytes != source.nbytes:
             raise ValueError(f"copy of {source.nbytes} bytes to {to.nbytes}")
-        to.reshape(-1).view(np.uint8)[...] = source.reshape(-1).view(np.uint8)
+        there, here = to.reshape(-1).view(np.uint8), source.reshape(-1).view(np.uint8)
+        self.do(lambda: np.copyto(there, here))
 
     def function(self, source: str, name: str, defines: tuple[tuple[str, int], ...] = ()) -> Kernel:
         """A kernel of a source: call it with the grid, the threads of a block, then its arguments."""
         kernels = signatures(source)
         if name not in kernels:
             raise ValueError(f"no kernel {name!r} in the source, only {sorted(kernels)}")
-        return launcher(kernels[name], library(source, tuple(defines), self.folder or own_folder()))
+        start = launcher(kernels[name], library(source, tuple(defines), self.folder or own_folder()))
+        return lambda *arguments: self.do(lambda: start(*arguments))
 
     def synchronize(self) -> None:
         """Nothing to wait for: launches return when they are done."""
+        self._refuse_to_record()
 
     def replayed(self, key: object, work: Callable[[], T]) -> T:
-        """A GPU would record `work` once and replay it."""
-        return work()
+        """As a GPU: the first time plainly, the second time recorded, then replayed, whatever `work` would do by then.
+
+        So what a step takes from the host by any other way than through `copy` is found out by its third time.
+        """
+        if key not in self.tapes:
+            self.tapes[key] = None
+            return work()
+        if self.tapes[key] is None:
+            self.tape = []
+            try:
+                self.tapes[key] = (self.tape, work())
+            finally:
+                self.tape = None
+        else:
+            for call in self.tapes[key][0]:
+                call()
+        return self.tapes[key][1]
+
+    def do(self, call: Callable[[], None]) -> None:
+        """Work in the stream's turn: what a tape holds."""
+        if self.tape is not None:
+            self.tape.append(call)
+        call()
+
+    def nccl_problem(self) -> str | None:
+        return "there is none for an emulated device"
+
+    def _refuse_to_record(self) -> None:
+        if self.tape is not None:
+            raise RuntimeError("CUDA does not record that: the host would have to wait, or its pages could move")

@@ -158,19 +158,22 @@ class Cuda:
         gc.disable()  # an array freed now would end the recording
         try:
             with self.cupy.cuda.using_allocator(recording.pool.malloc):
-                self.stream.begin_capture()
-                try:
-                    result = work()
-                finally:
-                    graph = self.stream.end_capture()  # raises where the work cannot be recorded
-            graph.upload(self.stream)
-            recording.graph, recording.result = graph, result
+                recording.graph, recording.result = self._record_work(work)
         except Exception as error:
             self.records = False
             self.say(f"the GPU's work cannot be recorded as a CUDA graph, so its kernels start one by one: {error}")
         finally:
             if collecting:
                 gc.enable()
+
+    def _record_work(self, work: Callable[[], Any]) -> tuple[Any, Any]:
+        self.stream.begin_capture()
+        try:
+            result = work()
+        finally:
+            graph = self.stream.end_capture()  # raises where the work cannot be recorded
+        graph.upload(self.stream)
+        return graph, result
 
     def nccl_problem(self) -> str | None:
         """Why NCCL cannot be used here, if it cannot."""

@@ -1,0 +1,348 @@
+"""Runs on GPUs that are emulated: the ways of a gradient, their choice, and whole steps."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import pickle
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from distconv import loop
+from distconv.comm import placement
+from distconv.comm.exchange import HEADER, Flat
+from distconv.comm.half import WIRES
+from distconv.comm.on_gpu import CudaMpi, OnGpu, Staged, choose_on_gpu
+from distconv.comm.world import World
+from distconv.config import Config
+from distconv.data.dataset import Dataset
+from distconv.data.shard import split
+from distconv.errors import UsageError
+from distconv.kernels.cpu import Array
+from distconv.kernels.cuda import NOT_INSTALLED, Visible
+from distconv.kernels.gpu import FINITE, Gpu
+from distconv.nn.layers import Affine, Chain, Conv, Dropout, Layer, MaxPool
+from distconv.run import Run
+from distconv.wiring import on_cpu, on_gpu, unplaced_run
+from tests.emulator import Emulator, available
+from tests.parallel.test_carriers import contribution, flat_model, header, through
+
+pytestmark = pytest.mark.skipif(not available(), reason="no g++ to build the kernels for the CPU")
+SIZES = (1, 300, 3000)
+
+
+class EmulatedNccl:
+    """NCCL's part of an emulated device, by MPI; wrong: adds to what this rank receives."""
+
+    name = "emulated NCCL"
+    needs_no_host = True
+
+    def __init__(self, world: World, device: Emulator, wrong: bool = False) -> None:
+        self.world, self.device, self.wrong = world, device, wrong
+
+    def scatter(self, outgoing: Array, received: Array) -> None:
+        self.device.do(lambda: self.world.comm.Alltoall(outgoing.copy(), received))
+
+    def gather(self, mine: Array, gathered: Array) -> None:
+        def call() -> None:
+            self.world.comm.Allgather(mine.copy(), gathered)
+            gathered[:, 0] += self.wrong
+
+        self.device.do(call)
+
+
+class WithNccl(Emulator):
+    """An emulated device that has NCCL, unless this rank is the one with the fault."""
+
+    def __init__(self, folder: Path, world: World, fault: str, on_rank: int) -> None:
+        super().__init__(folder)
+        self.world, self.fault = world, fault if world.rank == on_rank else ""
+
+    def nccl_problem(self) -> str | None:
+        return "its library is not installed" if self.fault == "missing" else None
+
+    def nccl_identity(self) -> bytes:
+        return b"identity"
+
+    def nccl(self, size: int, rank: int, identity: bytes) -> EmulatedNccl:
+        assert (size, rank, identity) == (self.world.size, self.world.rank, b"identity")
+        if self.fault == "refuses":
+            raise RuntimeError("NCCL_ERROR_INVALID_USAGE")
+        return EmulatedNccl(self.world, self, wrong=self.fault == "wrong")
+
+
+@pytest.fixture(scope="module")
+def folder(world: World, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """One for all ranks: what one has compiled, the others load."""
+    mine = os.environ.get("EMULATED_KERNELS") or tmp_path_factory.mktemp("kernels")
+    yield Path(world.comm.bcast(mine))
+    world.comm.Barrier()
+
+
+@pytest.fixture
+def gpu(folder: Path) -> Gpu:
+    return Gpu(Emulator(folder))
+
+
+def sum_on_device(exchange: OnGpu | Staged, gpu: Gpu, vector: Array, record: Array) -> tuple[Array, Array, Array]:
+    """The sum, the headers, and where the sum is first not finite."""
+    there, bad = gpu.device.upload(vector), gpu.device.upload(np.full(2, FINITE, np.int32))
+    exchange.before(there, bad)
+    headers = exchange.travel(record)
+    exchange.after(there, bad)
+    return gpu.device.download(there), headers, bad
+
+
+# the ways of a gradient
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("by_mpi", [True, False])
+def test_a_sum_on_the_gpus_has_the_bits_of_one_on_the_hosts(world: World, gpu: Gpu, size: int, by_mpi: bool) -> None:
+    wanted = flat_model(world.size, size, "float16", [contribution(rank, size) for rank in range(world.size)])
+    transport = CudaMpi(world.comm, gpu.device) if by_mpi else EmulatedNccl(world, gpu.device)
+    exchange = OnGpu(world.comm, gpu, size, transport)
+    for _ in range(2):
+        found, headers, _ = sum_on_device(exchange, gpu, contribution(world.rank, size), header(world))
+        assert found.tobytes() == wanted.tobytes()
+        assert headers["samples"].tolist() == [10 * rank for rank in range(world.size)]
+        assert headers["bad_at"].tolist() == [-1] * world.size
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_halves_cross_the_bus_and_are_summed_on_the_hosts(world: World, gpu: Gpu, size: int) -> None:
+    rounded = [through("float16", contribution(rank, size)) for rank in range(world.size)]
+    exchange = Staged(gpu, size, Flat(world.comm, size, WIRES["float16"]))
+    found, headers, _ = sum_on_device(exchange, gpu, contribution(world.rank, size), header(world))
+    assert found.tobytes() == flat_model(world.size, size, "float16", rounded).tobytes()
+    assert headers["busy_seconds"].tolist() == [rank / 7 for rank in range(world.size)]
+    exact = np.sum([contribution(rank, size) for rank in range(world.size)], axis=0, dtype=np.float64)
+    assert np.linalg.norm(found - exact) <= 5e-4 * np.linalg.norm(exact)
+
+
+def test_the_float16_wire_halves_the_bytes_on_the_bus(world: World, gpu: Gpu) -> None:
+    bus = {wire: Staged(gpu, 123_552, Flat(world.comm, 123_552, WIRES[wire])).bus_bytes for wire in WIRES}
+    assert bus["float32"] == 2 * 4 * 123_552
+    assert bus["float16"] / bus["float32"] == pytest.approx(0.5, rel=0.01)
+
+
+@pytest.mark.parametrize("wire", ["float32", "bfloat16"])
+def test_other_wires_cross_the_bus_as_they_are(world: World, gpu: Gpu, wire: str) -> None:
+    vector = contribution(world.rank, 700)
+    exchange = Staged(gpu, 700, Flat(world.comm, 700, WIRES[wire]))
+    found, _, _ = sum_on_device(exchange, gpu, vector, header(world))
+    Flat(world.comm, 700, WIRES[wire]).sum(vector, header(world))
+    assert found.tobytes() == vector.tobytes()
+
+
+@pytest.mark.parametrize("kind", ["float16", "float32", "on the GPUs"])
+def test_it_is_known_which_rank_is_not_finite_and_where(world: World, gpu: Gpu, kind: str) -> None:
+    vector = contribution(world.rank, 2000)
+    if world.rank == world.size - 1:
+        vector[[1500, 1700]] = np.inf, np.nan
+    if kind == "on the GPUs":
+        exchange: OnGpu | Staged = OnGpu(world.comm, gpu, 2000, EmulatedNccl(world, gpu.device))
+    else:
+        exchange = Staged(gpu, 2000, Flat(world.comm, 2000, WIRES[kind]))
+    found, headers, bad = sum_on_device(exchange, gpu, vector, header(world))
+    assert headers["bad_at"].tolist() == [-1] * (world.size - 1) + [1500]
+    assert np.flatnonzero(~np.isfinite(found)).tolist() == [1500, 1700]
+    assert bad[1] == 1500
+
+
+# which way is taken
+
+
+@pytest.mark.parametrize(
+    ("fault", "reason"),
+    [
+        ("", None),
+        ("missing", "its library is not installed"),
+        ("refuses", "it does not start (NCCL_ERROR_INVALID_USAGE)"),
+        ("wrong", "of its sums differ"),
+    ],
+)
+def test_nccl_is_taken_where_it_works_on_all_ranks(world: World, folder: Path, fault: str, reason: str | None) -> None:
+    last = world.size - 1
+    gpu = Gpu(WithNccl(folder, world, fault, on_rank=last))
+    if world.size == 1:
+        assert choose_on_gpu(world, gpu, 3000, "float16", "auto", shared=False).how == "on the GPUs, one rank"
+    elif reason is None:
+        assert choose_on_gpu(world, gpu, 3000, "float16", "auto", shared=False).how == "on the GPUs, emulated NCCL"
+    else:
+        exchange = choose_on_gpu(world, gpu, 3000, "float16", "auto", shared=False)
+        assert isinstance(exchange, Staged)
+        assert f"as NCCL cannot be used: rank {last}: " in exchange.how and reason in exchange.how
+        assert len(set(world.comm.allgather(exchange.how))) == 1
+    if reason is not None:
+        with pytest.raises(UsageError, match="--exchange nccl"):
+            choose_on_gpu(world, gpu, 3000, "float16", "nccl", shared=False)
+
+
+def test_nccl_is_not_asked_where_ranks_share_a_gpu_or_the_wire_is_another(world: World, folder: Path) -> None:
+    gpu = Gpu(WithNccl(folder, world, "", on_rank=0))
+    with pytest.raises(UsageError, match="several ranks share a GPU"):
+        choose_on_gpu(world, gpu, 3000, "float16", "nccl", shared=True)
+    with pytest.raises(UsageError, match="float32"):
+        choose_on_gpu(world, gpu, 3000, "float32", "nccl", shared=False)
+
+
+def test_an_mpi_that_does_not_take_addresses_of_a_gpu_is_given_none(world: World, gpu: Gpu) -> None:
+    with pytest.raises(UsageError, match="--exchange cuda-mpi: this MPI"):
+        choose_on_gpu(world, gpu, 3000, "float16", "cuda-mpi", shared=False)
+
+
+# where a rank computes
+
+
+def gpus(*uuids: str, capability: int = 90) -> list[Visible]:
+    return [Visible("NVIDIA Test", uuid, capability) for uuid in uuids]
+
+
+def test_a_rank_takes_the_gpu_of_its_place_on_the_host(world: World) -> None:
+    found = placement.place(world, "auto", "tf32", lambda: gpus("a", "b", "c"))
+    assert found.ordinal == world.local_rank % 3
+    assert found.shared == (world.size > 3)
+    assert ("take turns" in found.line) == found.shared
+    assert len(set(world.comm.allgather(found.line))) == 1
+
+
+def test_a_scheduler_that_shows_each_rank_a_gpu_of_its_own_is_understood(world: World) -> None:
+    assert placement.place(world, "cuda", "float32", lambda: gpus(f"gpu {world.rank}")) == placement.Placement(
+        0, False, placement.place(world, "cuda", "float32", lambda: gpus(f"gpu {world.rank}")).line
+    )
+    assert placement.place(world, "cuda", "float32", lambda: gpus("the only one")).shared == (world.size > 1)
+
+
+def test_all_ranks_compute_on_gpus_or_none_does(world: World) -> None:
+    def visible() -> list[Visible]:
+        if world.rank == world.size - 1:
+            raise RuntimeError("CUDA finds no GPU (no driver)")
+        return gpus("a", "b")
+
+    found = placement.place(world, "auto", "float32", visible)
+    assert found.ordinal is None
+    assert found.line == f"computing on the CPU, as on rank {world.size - 1} CUDA finds no GPU (no driver)"
+    with pytest.raises(UsageError, match="--device cuda: CUDA finds no GPU"):
+        placement.place(world, "cuda", "float32", visible)
+    assert placement.place(world, "cpu", "float32", visible).ordinal is None
+
+
+def test_a_machine_without_cupy_is_not_talked_about(world: World) -> None:
+    def visible() -> list[Visible]:
+        raise RuntimeError(NOT_INSTALLED)
+
+    assert placement.place(world, "auto", "float32", visible) == placement.Placement(None)
+
+
+def test_a_gpu_too_old_for_the_precision_is_a_usage_error(world: World) -> None:
+    with pytest.raises(UsageError, match=r"tf32: NVIDIA Test has compute capability 7.5, and 8.0 is needed"):
+        placement.place(world, "auto", "tf32", lambda: gpus("a", capability=75))
+
+
+# whole steps
+
+
+def network(classes: int) -> Layer:
+    """A small one with all that deepconvnet has."""
+    return Chain(
+        Conv(4, pad=1, relu=True),
+        MaxPool(),
+        Conv(4, pad=1, relu=True),
+        Affine(6, relu=True),
+        Dropout(),
+        Affine(classes),
+    )
+
+
+def dataset() -> Dataset:
+    """Noise, so that no two numbers of a window are equal."""
+    rng = np.random.default_rng(0)
+    images, labels = rng.integers(0, 256, (40, 6, 8, 1), np.uint8), rng.integers(0, 3, 40, np.uint8)
+    return Dataset("noise", images[:33], labels[:33], images[33:], labels[33:], classes=3)
+
+
+SETTINGS = Config(
+    model="tests.parallel.test_on_gpu:network", batch_size=8, epochs=2, lr=0.01
+)  # 4 steps of 8 and one of 1
+
+
+def never() -> bool:
+    return False
+
+
+@pytest.mark.parametrize("kind", ["staged", "nccl", "float32 wire"])
+def test_steps_on_gpus_are_those_on_cpus(world: World, folder: Path, kind: str) -> None:
+    """The same losses step by step, dropout, replay and an epoch's last batch with ranks without samples included."""
+    wire = "float32" if kind == "float32 wire" else "float16"
+    settings = dataclasses.replace(SETTINGS, wire=wire)
+    there = WithNccl(folder, world, "missing" if kind == "staged" else "", on_rank=0)
+    exact = on_cpu(unplaced_run(dataclasses.replace(settings, wire="float64"), dataset(), world))
+    run = on_gpu(unplaced_run(settings, dataset(), world), there, shared=False)
+    assert run.exchange.needs_no_host == (kind != "float32 wire" and (kind == "nccl" or world.size == 1))
+    bound = 1e-5 if wire == "float32" else 3e-3
+    for one, other in zip(loop.train(exact, never), loop.train(run, never), strict=True):
+        assert type(one) is type(other)
+        assert other.train_loss == pytest.approx(one.train_loss, rel=bound)
+        if isinstance(other, loop.EpochRecord):
+            assert (other.train_accuracy, other.test_accuracy) == (one.train_accuracy, one.test_accuracy)
+    assert len(set(world.comm.allgather(run.parameters.vector.tobytes()))) == 1
+    change = np.linalg.norm(exact.parameters.vector - unplaced_run(SETTINGS, dataset(), world).parameters.vector)
+    assert np.linalg.norm(run.parameters.vector - exact.parameters.vector) <= 30 * bound * change
+
+
+def test_a_run_goes_on_from_a_checkpoint_as_if_nothing_had_happened(world: World, folder: Path) -> None:
+    def fresh() -> Run:
+        return on_gpu(unplaced_run(SETTINGS, dataset(), world), Emulator(folder), shared=False)
+
+    through_all, stopped, resumed = fresh(), fresh(), fresh()
+    list(loop.train(through_all, never))
+    for record in loop.train(stopped, never):
+        if record.step == 3:
+            break
+    stopped.engine.pull(stopped)
+    vectors = {"value": stopped.parameters.vector, **stopped.optimizer.state}
+    resumed.restore(stopped.position(), pickle.loads(pickle.dumps(vectors)))
+    list(loop.train(resumed, never))
+    for run in (through_all, resumed):
+        run.engine.pull(run)
+    assert resumed.parameters.vector.tobytes() == through_all.parameters.vector.tobytes()
+
+
+@pytest.mark.parametrize("kind", ["staged", "nccl"])
+def test_a_step_that_is_not_finite_changes_nothing(world: World, folder: Path, kind: str) -> None:
+    there = WithNccl(folder, world, "missing" if kind == "staged" else "", on_rank=0)
+    run = on_gpu(unplaced_run(SETTINGS, dataset(), world), there, shared=False)
+    records = loop.train(run, never)
+    for _ in range(2):
+        next(records)
+    run.engine.pull(run)
+    weights, good = run.parameters.vector.copy(), run.parameters.vector.copy()
+    weights[0] = np.inf
+    run.parameters.vector[...] = weights
+    run.engine.push(run)
+    record = next(records)
+    assert isinstance(record, loop.StepRecord) and record.skipped
+    run.engine.pull(run)
+    np.testing.assert_array_equal(run.parameters.vector, weights)
+    run.parameters.vector[...] = good
+    run.engine.push(run)
+    record = next(records)
+    assert isinstance(record, loop.StepRecord) and not record.skipped
+
+
+def test_what_the_gpu_tells_of_the_first_step_is_exact(world: World, folder: Path) -> None:
+    """The gradient of all ranks, before any update, is that of one CPU in float64."""
+    exact = on_cpu(unplaced_run(dataclasses.replace(SETTINGS, wire="float64"), dataset(), world))
+    run = on_gpu(unplaced_run(dataclasses.replace(SETTINGS, wire="float32"), dataset(), world), Emulator(folder), False)
+    totals = []
+    for one in (exact, run):
+        samples = np.arange(8)[split(8, world.size, world.rank)]
+        one.engine.gradient(one, samples, 8, step=0, probing=True)
+        one.engine.sum(one, np.zeros((), HEADER))
+        totals.append(one.parameters.named(np.asarray(one.engine.total(one), np.float64)))
+    for name, wanted in totals[0].items():
+        assert np.linalg.norm(totals[1][name] - wanted) <= 1e-5 * np.linalg.norm(wanted), name

@@ -1,0 +1,146 @@
+"""On a real GPU: `python -m pytest -m gpu`. What no emulator has: graphs, streams, NCCL, tensor cores."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from distconv import loop
+from distconv.comm.on_gpu import OnGpu, choose_on_gpu
+from distconv.comm.world import World, start
+from distconv.config import Config
+from distconv.data.dataset import Dataset
+from distconv.kernels import cuda
+from distconv.kernels.gpu import CAPABILITY, PRECISIONS
+from distconv.run import Run
+from distconv.wiring import on_cpu, on_gpu, unplaced_run
+from tests import jobs
+
+try:
+    FOUND, NONE = cuda.visible(), ""
+except RuntimeError as error:
+    FOUND, NONE = [], str(error)
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not FOUND, reason=NONE), pytest.mark.timeout(300)]
+
+SETTINGS = Config(epochs=1, batch_size=64)  # 5 steps of 64 images and one of 30
+BOUNDS = {"float32": 1e-5, "tf32": 1e-3, "float16": 1e-3, "bfloat16": 8e-3}
+
+
+@pytest.fixture(scope="module")
+def world() -> Iterator[World]:
+    yield start()
+
+
+@pytest.fixture(scope="module")
+def dataset() -> Dataset:
+    rng = np.random.default_rng(0)
+    images, labels = rng.integers(0, 256, (400, 28, 28, 1), np.uint8), rng.integers(0, 10, 400, np.uint8)
+    return Dataset("noise", images[:350], labels[:350], images[350:], labels[350:])
+
+
+@pytest.fixture
+def new_run(world: World, dataset: Dataset) -> Callable[..., Run]:
+    """A run of deepconvnet on the GPU; graphs: whether its steps may be recorded."""
+
+    def make(settings: Config = SETTINGS, graphs: bool = True) -> Run:
+        device = cuda.Cuda(0, lambda line: pytest.fail(line))
+        device.records = graphs
+        return on_gpu(unplaced_run(settings, dataset, world), device, shared=False)
+
+    return make
+
+
+def trained(run: Run) -> tuple[bytes, list[float]]:
+    """The parameters after an epoch, and the losses of its steps."""
+    losses = [record.train_loss for record in loop.train(run, lambda: False)]
+    return run.parameters.vector.tobytes(), losses
+
+
+@pytest.mark.parametrize("wire", ["float16", "float32"])
+def test_a_replayed_step_has_the_bits_of_a_plain_one(new_run: Callable[..., Run], wire: str) -> None:
+    settings = dataclasses.replace(SETTINGS, wire=wire)
+    replayed = new_run(settings)
+    assert trained(replayed) == trained(new_run(settings, graphs=False))
+    assert any(recording.graph for recording in replayed.engine.kernels.device.recordings.values())
+
+
+def test_two_runs_have_the_same_bits(new_run: Callable[..., Run]) -> None:
+    assert trained(new_run()) == trained(new_run())
+
+
+def test_where_nothing_can_be_recorded_a_line_says_so_and_the_run_goes_on(
+    world: World, dataset: Dataset, new_run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*arguments: object) -> None:
+        raise RuntimeError("not today")
+
+    lines: list[str] = []
+    device = cuda.Cuda(0, lines.append)
+    device._record_work = refuse  # type: ignore[method-assign]
+    run = on_gpu(unplaced_run(SETTINGS, dataset, world), device, shared=False)
+    assert trained(run) == trained(new_run(graphs=False))
+    assert len(lines) == 1 and "not today" in lines[0]
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_the_first_gradient_is_that_of_the_cpu(
+    world: World, dataset: Dataset, new_run: Callable[..., Run], precision: str
+) -> None:
+    if FOUND[0].capability < CAPABILITY[precision]:
+        pytest.skip(f"{FOUND[0].name} has no {precision}")
+    exact = on_cpu(unplaced_run(dataclasses.replace(SETTINGS, wire="float64"), dataset, world))
+    run = new_run(dataclasses.replace(SETTINGS, wire="float32", precision=precision))
+    gradients = []
+    for one in (exact, run):
+        one.engine.gradient(one, np.arange(64), 64, step=0, probing=True)
+        gradients.append(one.engine.contribution(one).astype(np.float64))
+    difference = np.linalg.norm(gradients[1] - gradients[0]) / np.linalg.norm(gradients[0])
+    assert difference <= BOUNDS[precision]
+
+
+def test_nccl_sums_within_the_graph_of_a_step(world: World, new_run: Callable[..., Run]) -> None:
+    run = new_run()
+    if problem := run.engine.kernels.device.nccl_problem():
+        pytest.skip(f"NCCL: {problem}")
+    run = new_run(dataclasses.replace(SETTINGS, exchange="nccl"))
+    assert isinstance(run.exchange, OnGpu) and run.exchange.how == "on the GPUs, NCCL"
+    alone = choose_on_gpu(world, run.engine.kernels, run.parameters.size, "float16", "auto", shared=False)
+    assert alone.how == "on the GPUs, one rank"
+    assert trained(run) == trained(new_run())
+    assert any(recording.graph for recording in run.engine.kernels.device.recordings.values())
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_ranks_that_share_a_gpu_train_through_the_host(ranks: int, tmp_path: Path) -> None:
+    command = ("-m", "distconv.train", "--device", "cuda", "--data", "digits", "--epochs", "3", "--exchange", "flat")
+    result = jobs.run(ranks, *command, "--target-accuracy", "0.9", "--out", tmp_path / "out", seconds=250)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "over the bus to the host" in result.stdout
+    records = [json.loads(line) for line in (tmp_path / "out/metrics.jsonl").read_text().splitlines()]
+    assert records[0]["device"] == "cuda" and records[0]["ranks"] == ranks
+
+
+def test_deepconvnet_learns_mnist(mnist_folder: Path, tmp_path: Path) -> None:
+    command = ("-m", "distconv.train", "--device", "cuda", "--data", mnist_folder, "--epochs", "1")
+    result = jobs.run(0, *command, "--target-accuracy", "0.97", "--out", tmp_path / "out", seconds=250)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
+def test_the_sanitizer_finds_nothing(tool: str, tmp_path: Path) -> None:
+    if not (sanitizer := shutil.which("compute-sanitizer")):
+        pytest.skip("compute-sanitizer is not on PATH")
+    command = ["-m", "distconv.train", "--device", "cuda", "--data", "digits", "--epochs", "1", "--limit-train", "250"]
+    result = subprocess.run(
+        [sanitizer, "--tool", tool, "--error-exitcode", "9", sys.executable, *command, "--out", str(tmp_path / "out")],
+        cwd=jobs.ROOT, env=jobs.ENVIRONMENT, capture_output=True, text=True, timeout=280,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
