@@ -12,7 +12,7 @@ from pathlib import Path
 
 from distconv.benchmarks import BITS_PER_SECOND, ELEMENTS, SECONDS, at_least_1, quantity, rank_list
 from distconv.comm import world as ranks
-from distconv.config import MODELS, WIRES, Config, Parser
+from distconv.config import DEVICES, MODELS, PRECISIONS, WIRES, Config, Parser
 from distconv.errors import CannotCreateError, UsageError
 from distconv.launcher import refuse_to_nest
 
@@ -45,30 +45,35 @@ def step(argv: Sequence[str]) -> int:
         epilog="examples:\n"
         "  python -m distconv.bench step --png step.png\n"
         "  mpirun -n 2 python -m distconv.bench step --batch-size 100 --evaluate --json\n"
-        "  mpirun -n 2 python -m distconv.bench step --against torch     # PyTorch takes turns with it\n\n"
-        "--json: engine (distconv, torch, torch-ddp) device ranks threads batch_size wire phase (step, evaluate)\n"
-        "median_seconds images_per_second.",
+        "  mpirun -n 2 python -m distconv.bench step --against torch     # PyTorch takes turns with it\n"
+        "  python -m distconv.bench step --device cuda --precision tf32 --against torch\n\n"
+        "--json: engine (distconv, torch, torch-ddp; on a GPU distconv, distconv-eager, torch, torch-graph, "
+        "torch-compile)\ndevice ranks threads batch_size wire phase (step, evaluate) median_seconds images_per_second.",
     )
     parser.add_argument(
-        "--batch-size", nargs="+", type=int, default=[100, 400], metavar="B", help="of all ranks (default: 100 400)"
+        "--batch-size", nargs="+", type=int, metavar="B", help="of all ranks (default: 100 400, on a GPU 4096 too)"
     )
+    parser.add_argument("--device", choices=DEVICES, default="auto", help="as in distconv.train (default: auto)")
+    parser.add_argument("--precision", choices=PRECISIONS, default="float32", help="of a GPU's products")
     parser.add_argument("--repeats", type=int, default=20, metavar="R", help="steps that count (default: 20)")
     parser.add_argument("--evaluate", action="store_true", help="time the forward pass of an evaluation too")
     parser.add_argument("--against", choices=("torch",), help="run PyTorch beside it, on several ranks its DDP")
     parser.add_argument("--png", type=Path, metavar="FILE", help="draw where the time goes")
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
     flags = parser.parse_args(argv)
-    sizes = sorted(set(flags.batch_size))
-    at_least_1("--batch-size", sizes[0])
+    at_least_1("--batch-size", min(flags.batch_size or [1]))
     at_least_1("--repeats", flags.repeats)
     check_png(flags.png)
     one_blas_thread()
 
     with ranks.start() as world, contextlib.ExitStack() as rivals:
         from distconv.benchmarks import step as benchmark
+        from distconv.comm.placement import place
         from distconv.runlog import RunLog
 
         world.agree("the command line", repr(argv), "start all ranks alike")
+        device = "cpu" if place(world, flags.device, flags.precision).ordinal is None else "cuda"
+        sizes = sorted(set(flags.batch_size or ([100, 400] if device == "cpu" else [100, 400, 4096])))
         with world.together():
             if sizes[0] < world.size:
                 raise UsageError(
@@ -79,30 +84,37 @@ def step(argv: Sequence[str]) -> int:
         if flags.against:
             from distconv.benchmarks import torch_step
 
-            rival = rivals.enter_context(torch_step.rivals(world, threads))
-        peak = benchmark.peak_flops(world)
-        rows, breakdowns = [], []
+            rival = rivals.enter_context(torch_step.rivals(world, threads, device, flags.precision))
+        if device == "cpu":
+            bench = benchmark.bench_cpu(world)
+        else:
+            from distconv.benchmarks.gpu_step import bench_gpu
+
+            bench = bench_gpu(world, flags.precision, log.say_aside)
+        rows: list[benchmark.Row] = []
+        results = []
         for batch_size in sizes:
-            trainer = benchmark.Trainer(world, batch_size, flags.repeats)
-            engines = [trainer.engine(), *([rival(trainer.run.dataset, batch_size)] if rival else [])]
+            engines, look_inside = bench(batch_size, flags.repeats)
+            dataset = benchmark.random_dataset(batch_size, 0)
+            engines += rival(dataset, batch_size) if rival else []
             for phase in ("step", "evaluate") if flags.evaluate else ("step",):
-                rows += benchmark.measure(world, engines, batch_size, threads, phase, flags.repeats)
-            breakdowns.append(trainer.breakdown())
-        title = f"deepconvnet, {world.size} rank{'s' * (world.size > 1)} x {threads} thread{'s' * (threads > 1)}, cpu"
+                rows += benchmark.measure(world, engines, device, batch_size, threads, phase, flags.repeats)
+            results.append(look_inside(rows))
+        many = f"{world.size} rank{'s' * (world.size > 1)} x {threads} thread{'s' * (threads > 1)}"
+        title = f"deepconvnet, {many}, {device}" + f" in {flags.precision}" * (device == "cuda")
         if flags.json:
             for row in rows:
                 log.say(json.dumps(asdict(row)))
         else:
             log.say(f"{title}: medians of {flags.repeats}\n{benchmark.table(rows)}")
-            for breakdown in breakdowns:
-                log.say(f"\n{benchmark.where(breakdown, world.size, peak)}" + ", PyTorch's among them" * bool(rival))
+            for _, text in results:
+                log.say(f"\n{text}" + ", PyTorch's among them" * (rival is not None and device == "cpu"))
         with world.together():
             if flags.png and world.rank == 0:
                 from distconv.plots import draw_step
 
-                draw(
-                    flags.png, lambda: draw_step([(one.batch_size, one.parts) for one in breakdowns], title, flags.png)
-                )
+                parts = [(size, part) for size, (part, _) in zip(sizes, results, strict=True)]
+                draw(flags.png, lambda: draw_step(parts, title, flags.png))
     return 0
 
 

@@ -13,11 +13,25 @@ import numpy as np
 import pytest
 
 from distconv.bench import main
-from distconv.benchmarks.step import Breakdown, Row, Stopwatch, TimedChain, step_flops, table, where
+from distconv.benchmarks import gpu_step
+from distconv.benchmarks.step import (
+    Breakdown,
+    Row,
+    Stopwatch,
+    TimedChain,
+    random_dataset,
+    step_flops,
+    table,
+    where,
+)
+from distconv.comm.world import start
+from distconv.config import Config
+from distconv.engine import GpuEngine
 from distconv.errors import UsageError
 from distconv.nn.layers import Affine, Chain, Context, Conv, Dropout, MaxPool
 from distconv.nn.parameters import Parameters
-from tests import jobs
+from distconv.wiring import on_gpu, unplaced_run
+from tests import emulator, jobs
 
 KEYS = {"engine", "device", "ranks", "threads", "batch_size", "wire", "phase", "median_seconds", "images_per_second"}
 LAYERS = ["conv1", "conv2", "maxpool1", "conv3", "conv4", "maxpool2", "conv5", "conv6", "maxpool3"]
@@ -25,8 +39,10 @@ LAYERS += ["affine1", "dropout1", "affine2", "dropout2"]
 OTHERS = ["exchange", "wait", "optimizer", "rest"]
 
 
-def bench_step(ranks: int, *arguments: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    return jobs.run(ranks, "-m", "distconv.bench", "step", *arguments, **environment)
+def bench_step(
+    ranks: int, *arguments: str | Path, seconds: float = 60, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    return jobs.run(ranks, "-m", "distconv.bench", "step", *arguments, seconds=seconds, **environment)
 
 
 def check_rows(result: subprocess.CompletedProcess[str], ranks: int) -> list[tuple[str, int, str]]:
@@ -181,3 +197,51 @@ def test_a_mistake_is_one_sentence(arguments: tuple[str, ...], code: int, named:
     result = bench_step(2, *arguments)
     assert result.returncode == code and result.stdout == ""
     assert result.stderr.count("\n") == 1 and named in result.stderr
+
+
+# on a GPU
+
+
+@pytest.mark.skipif(not emulator.available(), reason="no g++ to build the kernels for the CPU")
+def test_both_ways_through_each_layer_of_a_gpu_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_step, "AT_ONCE", 2)
+    monkeypatch.setattr(gpu_step, "TURNS", 1)
+    settings = Config(model="tests.test_bench_step:small_network", batch_size=2, epochs=1)
+    run = unplaced_run(settings, random_dataset(2, 1), start())
+    engine = on_gpu(run, emulator.Emulator(), shared=False).engine
+    assert isinstance(engine, GpuEngine)
+    rows = gpu_step.layer_rows(engine, 2)
+    assert [(row.layer, row.way) for row in rows] == [
+        (name, way) for name in ("conv1", "affine1", "dropout1") for way in ("forward", "backward")
+    ]
+    conv, back = rows[:2]
+    x, y, weights = 2 * 28 * 28 * 4, 2 * 14 * 14 * 2 * 4, 9 * 2 * 4 + 2 * 4
+    assert conv.nbytes == x + y + weights and back.nbytes == x + 2 * y + 2 * weights
+    assert conv.flops == 2 * 2 * 9 * 16 * 28 * 28  # deepconvnet's conv1
+    table = gpu_step.where(rows, 0.1, peak_flops=1e12, peak_bytes=1e9)
+    assert [line.split()[0] for line in table.splitlines()] == [
+        "batch",
+        "conv1",
+        "affine1",
+        "dropout1",
+        "layers",
+        "measured:",
+    ]
+    assert "whole step 100,000.0 us" in table
+
+
+def small_network(classes: int) -> Chain:
+    return Chain(Conv(2, pad=1, relu=True), MaxPool(), Affine(classes), Dropout())
+
+
+@pytest.mark.gpu
+def test_a_gpu_is_measured_with_pytorch_beside_it() -> None:
+    torch = pytest.importorskip("torch")
+    if not torch.cuda.is_available():
+        pytest.skip("PyTorch sees no GPU")
+    arguments = ("--device", "cuda", "--against", "torch", "--repeats", "3", "--batch-size", "32", "--json")
+    result = bench_step(0, *arguments, seconds=300)
+    assert result.returncode == 0, result.stderr
+    rows = [json.loads(line) for line in result.stdout.splitlines()]
+    engines = ["distconv", "distconv-eager", "torch", "torch-graph", "torch-compile"]
+    assert [(row["engine"], row["device"]) for row in rows] == [(engine, "cuda") for engine in engines]

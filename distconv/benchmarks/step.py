@@ -115,15 +115,20 @@ class TimedChain(Chain):
         object.__setattr__(self, "layers", timed)  # as Chain itself does it
 
 
+def random_dataset(batch_size: int, repeats: int) -> Dataset:
+    """Enough images of MNIST's shape that no turn ends an epoch, and a batch of test images."""
+    stream, count = np.random.default_rng(0), (WARM_UP + repeats + 1) * batch_size
+    images = stream.integers(0, 256, (count, *IMAGE_SHAPE), np.uint8)
+    labels = stream.integers(0, CLASSES, count, np.uint8)
+    return Dataset("random", images, labels, images[:batch_size], labels[:batch_size], CLASSES)
+
+
 class Trainer:
-    """Our own engine, with notes of each step. None of `repeats` steps ends an epoch; made collectively."""
+    """Our own engine on the CPU, with notes of each step. None of `repeats` steps ends an epoch; made collectively."""
 
     def __init__(self, world: World, batch_size: int, repeats: int) -> None:
-        stream, count = np.random.default_rng(0), (WARM_UP + repeats + 1) * batch_size
-        images = stream.integers(0, 256, (count, *IMAGE_SHAPE), np.uint8)
-        labels = stream.integers(0, CLASSES, count, np.uint8)
-        dataset = Dataset("random", images, labels, images[:batch_size], labels[:batch_size], CLASSES)
-        run = build_run(Config(batch_size=batch_size, epochs=1), dataset, world)
+        settings = Config(batch_size=batch_size, epochs=1, device="cpu")
+        run = build_run(settings, random_dataset(batch_size, repeats), world)
         assert isinstance(run.model, Chain)
         self.run, self.watch = run, Stopwatch()
         self.watch.intercept(run.exchange, "sum", ("exchange", ""))
@@ -166,8 +171,30 @@ class Trainer:
         return Breakdown(self.run.config.batch_size, mean, max(comm.allgather(faults)), max(comm.allgather(peak)))
 
 
+# What benches a batch size: its engines, and what to tell of the inside of a step once they were measured: its parts in
+# seconds, for a picture, and a text for people.
+Parts = Mapping[tuple[str, str], float]
+Bench = Callable[[int, int], tuple[list[Engine], Callable[[Sequence[Row]], tuple[Parts, str]]]]
+
+
+def bench_cpu(world: World) -> Bench:
+    """Collective."""
+    peak = peak_flops(world)
+
+    def bench(batch_size: int, repeats: int) -> tuple[list[Engine], Callable[[Sequence[Row]], tuple[Parts, str]]]:
+        trainer = Trainer(world, batch_size, repeats)
+
+        def look_inside(rows: Sequence[Row]) -> tuple[Parts, str]:
+            breakdown = trainer.breakdown()
+            return breakdown.parts, where(breakdown, world.size, peak)
+
+        return [trainer.engine()], look_inside
+
+    return bench
+
+
 def measure(
-    world: World, engines: Sequence[Engine], batch_size: int, threads: int, phase: str, repeats: int
+    world: World, engines: Sequence[Engine], device: str, batch_size: int, threads: int, phase: str, repeats: int
 ) -> list[Row]:
     """A row for each engine; collective."""
     times: list[list[float]] = [[] for _ in engines]
@@ -181,7 +208,7 @@ def measure(
     slowest = np.max(world.comm.allgather(times), axis=0)  # (engines, turns)
     medians = [float(np.median(own[WARM_UP:])) for own in slowest]
     return [
-        Row(engine.name, "cpu", world.size, threads, batch_size, engine.wire, phase, median, batch_size / median)
+        Row(engine.name, device, world.size, threads, batch_size, engine.wire, phase, median, batch_size / median)
         for engine, median in zip(engines, medians, strict=True)
     ]
 

@@ -1,8 +1,9 @@
 """PyTorch on the same network, batch, ranks and threads: what `bench step --against torch` measures beside ours.
 
-On one rank it is PyTorch's eager mode; on several, DistributedDataParallel over gloo with halves on the wire, where
-each MPI rank is a process of PyTorch's as well. Everything that PyTorch offers for speed on a CPU without compiling the
-model is on: channels_last, the fused Adam, gradients as views into the buckets.
+On the CPU: on one rank PyTorch's eager mode; on several, DistributedDataParallel over gloo with halves on the wire,
+where each MPI rank is a process of PyTorch's as well. On a GPU, of one rank: eager, the whole step as a CUDA graph, and
+the model compiled. Everything else that PyTorch offers for speed is on: channels_last, the fused Adam, gradients as
+views into the buckets.
 """
 
 from __future__ import annotations
@@ -26,11 +27,14 @@ from distconv.nn.networks import deepconvnet
 HOST = "127.0.0.1"
 
 
-@contextlib.contextmanager
-def rivals(world: World, threads: int) -> Iterator[Callable[[Dataset, int], Engine]]:
-    """What makes the engine for a data set and a global batch size; collective.
+Rivals = Callable[[Dataset, int], list[Engine]]  # for a data set and a global batch size
 
-    Raises DistconvError where there is no PyTorch, UsageError for ranks on several hosts.
+
+@contextlib.contextmanager
+def rivals(world: World, threads: int, device: str, precision: str) -> Iterator[Rivals]:
+    """What makes the engines; collective. device: cpu or cuda.
+
+    Raises DistconvError where there is no PyTorch for the device, UsageError for ranks that it cannot compare.
     """
     with world.together():
         try:
@@ -42,12 +46,21 @@ def rivals(world: World, threads: int) -> Iterator[Callable[[Dataset, int], Engi
             ) from None
         if world.hosts > 1:
             raise UsageError(f"--against torch compares the ranks of one host, but these are on {world.hosts}")
+        if device == "cuda" and world.size > 1:
+            raise UsageError(f"--against torch compares one rank on a GPU, but these are {world.size}")
+        if device == "cuda" and not torch.cuda.is_available():
+            raise DistconvError(f"--against torch: PyTorch {torch.__version__} sees no GPU: install its CUDA build")
     torch.set_num_threads(threads)
     torch.manual_seed(0)
+    if device == "cuda":
+        torch.backends.cudnn.benchmark = True
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
+        yield lambda dataset, batch_size: gpu_engines(torch, precision, dataset, batch_size)
+        return
     if world.size > 1:
         join(torch, world)
     try:
-        yield lambda dataset, batch_size: make_engine(torch, world, dataset, batch_size)
+        yield lambda dataset, batch_size: [make_engine(torch, world, dataset, batch_size)]
     finally:
         if world.size > 1:
             torch.distributed.destroy_process_group()
@@ -62,6 +75,66 @@ def join(torch: Any, world: World) -> None:
     if store is None:
         store = Store(HOST, port, world.size, is_master=False)
     torch.distributed.init_process_group("gloo", store=store, rank=world.rank, world_size=world.size)
+
+
+def gpu_engines(torch: Any, precision: str, dataset: Dataset, batch_size: int) -> list[Engine]:
+    """PyTorch on GPU 0: as it is, with its step recorded as a graph, and with its model compiled."""
+    made = []
+    for name in ("torch", "torch-graph", "torch-compile"):
+        model = translate(torch, deepconvnet(CLASSES)).cuda()
+        optimizer = torch.optim.Adam(model.parameters(), lr=0.001, fused=True, capturable=name == "torch-graph")
+        images = torch.from_numpy(dataset.train_images[:batch_size]).cuda().permute(0, 3, 1, 2)
+        labels = torch.from_numpy(dataset.train_labels[:batch_size]).cuda().long()
+        step = gpu_step(torch, model, optimizer, images, labels, name, precision)
+        made.append(Engine(name, "none", step, gpu_evaluation(torch, model, images, labels)))
+    return made
+
+
+def gpu_step(
+    torch: Any, model: Any, optimizer: Any, images: Any, labels: Any, name: str, precision: str
+) -> Callable[[], float]:
+    """A training step, which ends when its loss is here."""
+    half = {"float16": torch.float16, "bfloat16": torch.bfloat16}.get(precision)
+    forward = torch.compile(model, mode="max-autotune") if name == "torch-compile" else model
+
+    def step() -> Any:
+        optimizer.zero_grad(set_to_none=name != "torch-graph")
+        x = (images.float() / 255).contiguous(memory_format=torch.channels_last)
+        with torch.autocast("cuda", dtype=half, enabled=half is not None):
+            loss = torch.nn.functional.cross_entropy(forward(x), labels)
+        loss.backward()
+        optimizer.step()
+        return loss.detach()
+
+    if name != "torch-graph":
+        return lambda: float(step())
+    aside = torch.cuda.Stream()  # as PyTorch's manual asks: some steps before, and not in the stream of old
+    aside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(aside):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(aside)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        loss = step()
+
+    def replay() -> float:
+        graph.replay()
+        return float(loss)
+
+    return replay
+
+
+def gpu_evaluation(torch: Any, model: Any, images: Any, labels: Any) -> Callable[[], int]:
+    def evaluate() -> int:
+        model.eval()
+        with torch.inference_mode():
+            x = (images.float() / 255).contiguous(memory_format=torch.channels_last)
+            correct = int((model(x).argmax(1) == labels).sum())
+        model.train()
+        return correct
+
+    return evaluate
 
 
 def make_engine(torch: Any, world: World, dataset: Dataset, batch_size: int) -> Engine:

@@ -175,6 +175,26 @@ class Cuda:
         graph.upload(self.stream)
         return graph, result
 
+    def peaks(self) -> tuple[float, float]:
+        """FLOP/s of a float32 matrix product (cuBLAS) and bytes/s of a copy, the best of some, measured."""
+        n, nbytes = 4096, 1 << 28
+        a, b = self.cupy.random.standard_normal((2, n, n), dtype=np.float32)
+        c, here = self.cupy.empty_like(a), self.cupy.zeros((2, nbytes), np.uint8)
+        product = self._best_seconds(lambda: self.cupy.matmul(a, b, out=c))
+        copy = self._best_seconds(lambda: self.copy(here[0], here[1]))
+        return 2 * n**3 / product, 2 * nbytes / copy  # a copy reads and writes
+
+    def _best_seconds(self, work: Callable[[], object]) -> float:
+        times = []
+        for _ in range(10):
+            start, end = self.cupy.cuda.Event(), self.cupy.cuda.Event()
+            start.record(self.stream)
+            work()
+            end.record(self.stream)
+            end.synchronize()
+            times.append(self.cupy.cuda.get_elapsed_time(start, end) / 1e3)
+        return float(min(times))
+
     def nccl_problem(self) -> str | None:
         """Why NCCL cannot be used here, if it cannot."""
         with warnings.catch_warnings():

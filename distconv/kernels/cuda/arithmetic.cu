@@ -1,7 +1,8 @@
-// What C++ has no operator for, as instructions: halves and tensor cores (which begin with sm_75, float16, and sm_80). Stands before every other file.
+// What C++ has no operator for, as instructions: halves, and tensor cores, which begin with sm_75 (float16) and sm_80.
+// Stands before every other file.
 // The tests build the same files as C++ for the CPU and bring functions of their own in place of these.
 
-constexpr int FINITE = 0x7FFFFFFF;  // in place of an index: all numbers are finite
+enum { FINITE = 0x7FFFFFFF };  // in place of an index: all numbers are finite
 
 #ifdef DISTCONV_EMULATED
 

@@ -42,7 +42,8 @@ struct Words {
 __device__ __forceinline__ Words philox(Words c, unsigned k0, unsigned k1) {
     for (int round = 0; round < 10; round++) {
         unsigned long long p0 = 0xD2511F53ull * c.word[0], p1 = 0xCD9E8D57ull * c.word[2];
-        c = {{(unsigned)(p1 >> 32) ^ c.word[1] ^ k0, (unsigned)p1, (unsigned)(p0 >> 32) ^ c.word[3] ^ k1, (unsigned)p0}};
+        unsigned high0 = p0 >> 32, high1 = p1 >> 32;
+        c = {{high1 ^ c.word[1] ^ k0, (unsigned)p1, high0 ^ c.word[3] ^ k1, (unsigned)p0}};
         k0 += 0x9E3779B9u, k1 += 0xBB67AE85u;
     }
     return c;
@@ -59,9 +60,9 @@ extern "C" __global__ void dropout(const float *x, float *y, unsigned long long 
     y[i] = x[i] * (words.word[place % 4] >= threshold ? 1.0f : 0.0f);
 }
 
-// y (n, OH, OW, C) = the largest of each K x K window of x (n, H, W, C), and which of the K K it was; the first of equals.
-extern "C" __global__ void max_pool_forward(const float *x, float *y, int *winner, int count, int H, int W, int C, int OH,
-                                            int OW, int K, int stride, int pad) {
+// y (n, OH, OW, C) = the largest of each K x K window of x (n, H, W, C); winner: which of the K K, the first of equals.
+extern "C" __global__ void max_pool_forward(const float *x, float *y, int *winner, int count, int H, int W, int C,
+                                            int OH, int OW, int K, int stride, int pad) {
     int i = thread();
     if (i >= count) return;
     int c = i % C, ow = i / C % OW, oh = i / C / OW % OH, n = i / C / OW / OH, best = -1;
@@ -77,8 +78,8 @@ extern "C" __global__ void max_pool_forward(const float *x, float *y, int *winne
 }
 
 // dx (n, H, W, C): each dy goes to the number that won its window; a thread for each number of dx.
-extern "C" __global__ void max_pool_backward(const float *dy, const int *winner, float *dx, int count, int H, int W, int C,
-                                             int OH, int OW, int K, int stride, int pad) {
+extern "C" __global__ void max_pool_backward(const float *dy, const int *winner, float *dx, int count, int H, int W,
+                                             int C, int OH, int OW, int K, int stride, int pad) {
     int i = thread();
     if (i >= count) return;
     int c = i % C, w = i / C % W, h = i / C / W % H, n = i / C / W / H;

@@ -1,5 +1,5 @@
-// The optimizers (nn/optimizers.py says what they compute), one thread for each parameter p with gradient g. `s` are the
-// scalars of the step, in the order in which the optimizer lists them. Nothing changes where bad_sum says that the
+// The optimizers (nn/optimizers.py says what they compute), one thread for each parameter p with gradient g. `s` are
+// the scalars of the step, in the order in which the optimizer lists them. Nothing changes where bad_sum says that the
 // gradient is not finite.
 
 #define FOR_EACH_PARAMETER                         \
@@ -35,7 +35,8 @@ extern "C" __global__ void rmsprop(float *p, const float *g, float *h, const flo
     p[i] -= s[2] * g[i] / (sqrtf(h[i]) + s[3]);
 }
 
-extern "C" __global__ void adam(float *p, const float *g, float *m, float *v, const float *s, const int *bad_sum, int n) {
+extern "C" __global__ void adam(float *p, const float *g, float *m, float *v, const float *s, const int *bad_sum,
+                                int n) {
     FOR_EACH_PARAMETER
     m[i] += s[0] * (g[i] - m[i]);
     v[i] += s[1] * (g[i] * g[i] - v[i]);

@@ -46,7 +46,8 @@ extern "C" __global__ void __launch_bounds__(BLOCK) sum_and_encode(const float *
     int i = blockIdx.x * BLOCK + threadIdx.x;
     float total = 0;
     if (i < n)
-        for (int r = 0; r < P; r++) total = plus(total, r == rank ? own[i] : read(received + (long long)r * stride, part, i));
+        for (int r = 0; r < P; r++)
+            total = plus(total, r == rank ? own[i] : read(received + (long long)r * stride, part, i));
     write_block(total, i < n, message + i, message + part + i / BLOCK);
 }
 

@@ -1,0 +1,143 @@
+"""A training step on a GPU: its layers one by one, beside what the GPU can do. benchmarks/step.py times whole steps.
+
+A layer is started again and again from one graph, so that what is measured is the GPU and not how fast the host starts
+kernels. Its floating-point operations are those of its products; its bytes are what it must read and write at least.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from distconv.benchmarks.step import Bench, Engine, Parts, Row, random_dataset, step_flops
+from distconv.comm.world import World
+from distconv.config import Config
+from distconv.engine import GpuEngine
+from distconv.loop import count_correct, train
+from distconv.nn.layers import Chain, Context
+from distconv.run import Run
+from distconv.wiring import build_run
+
+AT_ONCE, TURNS = 20, 5  # starts of a layer in a graph, and replays that are timed
+
+
+@dataclass(frozen=True)
+class LayerRow:
+    """One way through a layer; way: forward or backward. flops may be 0: it multiplies no matrices."""
+
+    layer: str
+    way: str
+    batch_size: int
+    seconds: float
+    flops: int
+    nbytes: int
+
+
+def bench_gpu(world: World, precision: str, say: Callable[[str], None]) -> Bench:
+    """distconv with its steps recorded as graphs, and with kernels that start one by one; collective."""
+
+    def bench(batch_size: int, repeats: int) -> tuple[list[Engine], Callable[[Sequence[Row]], tuple[Parts, str]]]:
+        settings = Config(batch_size=batch_size, epochs=1, device="cuda", precision=precision)
+        runs = [build_run(settings, random_dataset(batch_size, repeats), world, say) for _ in range(2)]
+        names = ("distconv", "distconv-eager")
+        for run, graphs in zip(runs, (True, False), strict=True):
+            assert isinstance(run.engine, GpuEngine)
+            run.engine.kernels.device.records = graphs
+
+        def look_inside(rows: Sequence[Row]) -> tuple[Parts, str]:
+            engine = runs[0].engine
+            assert isinstance(engine, GpuEngine)
+            step = next(r.median_seconds for r in rows if (r.engine, r.batch_size) == ("distconv", batch_size))
+            layers = layer_rows(engine, -(-batch_size // world.size))
+            parts = {(row.layer, row.way): row.seconds for row in layers}
+            parts["rest", ""] = max(0.0, step - sum(parts.values()))
+            return parts, where(layers, step, *engine.kernels.device.peaks())
+
+        return [_engine(name, run) for name, run in zip(names, runs, strict=True)], look_inside
+
+    return bench
+
+
+def _engine(name: str, run: Run) -> Engine:
+    records, data = train(run, lambda: False), run.dataset
+    return Engine(
+        name,
+        run.config.wire,
+        lambda: next(records),
+        lambda: count_correct(run.model, run.parameters, data.test_images, data.test_labels, run.world, run.engine),
+    )
+
+
+def layer_rows(engine: GpuEngine, batch_size: int) -> list[LayerRow]:
+    """Both ways through each layer of the engine's model, on random numbers."""
+    kernels, model = engine.kernels, engine.model
+    assert isinstance(model, Chain)
+    x = kernels.pixels(random_dataset(batch_size, 0).train_images[:batch_size])
+    samples = kernels.device.upload(np.arange(batch_size, dtype=np.int32))
+    context = Context(training=True, step=kernels.device.zeros(2, np.uint32), samples=samples, kernels=kernels)
+    flops = step_flops()
+    rows: list[LayerRow] = []
+    for name, layer in model.layers:
+        row, x = _both_ways(engine, name, layer, x, context.within(name), first=not rows)
+        rows += [
+            LayerRow(name, way, batch_size, seconds, batch_size * flops.get((name, way), 0), nbytes)
+            for way, (seconds, nbytes) in row.items()
+        ]
+    return rows
+
+
+def _both_ways(
+    engine: GpuEngine, name: str, layer: Any, x: Any, context: Context, first: bool
+) -> tuple[Mapping[str, tuple[float, int]], Any]:
+    """Seconds and bytes of each way, and y."""
+    device, params, grads = engine.kernels.device, engine.values.get(name, {}), engine.grads.get(name, {})
+    y, backward = layer.forward(x, params, context)
+    dy = device.upload(np.random.default_rng(0).standard_normal(y.shape).astype(np.float32))
+    weights = sum(array.nbytes for array in params.values())
+    forward = seconds_on(device, (name, "forward", len(x)), lambda: layer.forward(x, params, context))
+    back = seconds_on(device, (name, "backward", len(x)), lambda: backward(dy, grads, not first))
+    dx = 0 if first else x.nbytes
+    return {
+        "forward": (forward, x.nbytes + y.nbytes + weights),
+        "backward": (back, x.nbytes + y.nbytes + dy.nbytes + 2 * weights + dx),
+    }, y
+
+
+def seconds_on(device: Any, key: Any, work: Callable[[], object]) -> float:
+    """How long the work keeps the device busy."""
+
+    def again_and_again() -> None:
+        for _ in range(AT_ONCE):
+            work()
+
+    times = []
+    for _ in range(2 + TURNS):
+        device.synchronize()
+        began = time.perf_counter()
+        device.replayed(key, again_and_again)
+        device.synchronize()
+        times.append(time.perf_counter() - began)
+    return float(np.median(times[2:])) / AT_ONCE  # the first ran plainly, the second recorded
+
+
+def where(rows: Sequence[LayerRow], step_seconds: float, peak_flops: float, peak_bytes: float) -> str:
+    """For people: each layer's time, and its share of the measured peaks (FLOP/s of sgemm, bytes/s of a copy)."""
+    head = f"{f'batch {rows[0].batch_size}':>12}" + "forward   backward us".rjust(24) + "  share of sgemm  of memory"
+    lines = [head]
+    for name in dict.fromkeys(row.layer for row in rows):
+        ways = [row for row in rows if row.layer == name]
+        seconds = sum(row.seconds for row in ways)
+        cells = "".join(f"{1e6 * row.seconds:>11.1f}" for row in ways)
+        flops = sum(row.flops for row in ways) / seconds / peak_flops
+        nbytes = sum(row.nbytes for row in ways) / seconds / peak_bytes
+        lines.append(f"{name:>12}{cells}   {f'{flops:.0%}' if flops else '':>16}{nbytes:>11.0%}")
+    total = sum(row.seconds for row in rows)
+    lines += [
+        f"layers one by one {1e6 * total:,.1f} us, the whole step {1e6 * step_seconds:,.1f} us",
+        f"measured peaks: {peak_flops / 1e12:.1f} TFLOP/s in float32 (sgemm), {peak_bytes / 1e9:,.0f} GB/s (copy)",
+    ]
+    return "\n".join(lines)
