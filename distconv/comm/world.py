@@ -8,6 +8,7 @@ alike are gathered by `together` and reported once.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import os
 import socket
@@ -195,6 +196,21 @@ def _MPI() -> Any:
     return MPI
 
 
+def cuda_aware_mpi() -> str | None:
+    """Why this MPI library may not be given addresses of a GPU, or None where it says that it takes them.
+
+    A library that does not take them ends in a segmentation fault, so one that does not answer counts as one.
+    """
+    with contextlib.suppress(OSError):
+        maps = Path("/proc/self/maps").read_text().split()
+        for path in dict.fromkeys(word for word in maps if Path(word).name.startswith("libmpi")):
+            with contextlib.suppress(OSError, AttributeError):
+                if ctypes.CDLL(path).MPIX_Query_cuda_support():
+                    return None
+                return "this MPI says that it takes no addresses of a GPU"
+    return "this MPI does not say whether it takes addresses of a GPU"
+
+
 def share(comm: MPI.Comm, nbytes: int) -> tuple[memoryview, Callable[[], None]] | None:
     """Memory that the ranks of one host share, nbytes for each of them, one behind the other; collective over comm.
 
@@ -220,20 +236,3 @@ def share(comm: MPI.Comm, nbytes: int) -> tuple[memoryview, Callable[[], None]] 
         window.Sync()
 
     return memoryview(MPI.buffer.fromaddress(start.address, nbytes * comm.size)), barrier
-
-
-def cuda_aware_mpi() -> str | None:
-    """Why this MPI library may not be given addresses of a GPU, or None where it says that it takes them.
-
-    A library that does not take them ends in a segmentation fault, so one that does not answer counts as one.
-    """
-    import ctypes
-
-    with contextlib.suppress(OSError):
-        maps = Path("/proc/self/maps").read_text().split()
-        for path in dict.fromkeys(word for word in maps if Path(word).name.startswith("libmpi")):
-            with contextlib.suppress(OSError, AttributeError):
-                if ctypes.CDLL(path).MPIX_Query_cuda_support():
-                    return None
-                return "this MPI says that it takes no addresses of a GPU"
-    return "this MPI does not say whether it takes addresses of a GPU"
