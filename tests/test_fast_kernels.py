@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from distconv.kernels import cpu
+from distconv.kernels.vector import LANES
 
 TOLERANCE = 1e-4  # of each tensor's norm
 
@@ -127,3 +130,30 @@ def test_imports_and_help_compile_nothing() -> None:
         "sys.exit('numba' in sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
+
+
+FOR = """
+import sys, numba, pytest
+numba.njit(lambda: None)()  # from here on Numba compiles for this machine, as it must: the code will run here
+numba.config.CPU_FEATURES = {features!r}
+from distconv.kernels import products, vector
+assert (vector.LANES, products.ROWS) == {layout}
+sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", {here!r}, "-k", "convolution and True-5 or pooling"]))
+"""
+
+
+def test_the_layout_for_another_kind_of_processor_is_right_too(tmp_path: Path) -> None:
+    features, layout = ("+avx512f", (16, 8)) if LANES == 8 else ("-avx512f", (8, 4))
+    code = FOR.format(features=features, layout=layout, here=__file__)
+    # A cache of its own: this is the one case in which LANES does not follow from what Numba compiles for.
+    environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)}
+    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert result.returncode == 0 and " passed" in result.stdout, result.stdout + result.stderr
+
+
+def test_the_layout_is_that_of_the_processor_that_numba_compiles_for() -> None:
+    code = "from distconv.kernels.vector import LANES; print(LANES)"
+    for features, lanes in (("+avx512f,+avx2", "16"), ("-avx512f,+avx2", "8"), ("", "8")):
+        environment = {**os.environ, "NUMBA_CPU_FEATURES": features, "NUMBA_CPU_NAME": "generic"}
+        result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+        assert result.stdout.strip() == lanes, result.stderr

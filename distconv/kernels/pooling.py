@@ -39,7 +39,7 @@ def max_pool_backward(dy: Array, winner: Array, shape: tuple[int, ...]) -> Array
 def pool_window(
     builder: ir.IRBuilder, x: Pointer, at: Index, below: Index, C: Index, y: Pointer, winner: Pointer, to: Index
 ) -> None:
-    """y and winner of 16 channels of the window at x[at]; `below` leads from a row of x to the next."""
+    """y and winner of LANES channels of the window at x[at]; `below` leads from a row of x to the next."""
     best, which = (x + at).load(), Bytes.all(builder, 0)
     for i in range(1, 4):
         value = (x + at + below * (i // 2) + C * (i % 2)).load()
@@ -53,7 +53,7 @@ def pool_window(
 def pool_window_adjoint(
     builder: ir.IRBuilder, dy: Pointer, winner: Pointer, at: Index, dx: Pointer, to: Index, below: Index, C: Index
 ) -> None:
-    """dx of 16 channels of the window at dx[to]."""
+    """dx of LANES channels of the window at dx[to]."""
     gradient, which, zero = (dy + at).load(), Bytes.load(winner + at), zeros(builder)
     for i in range(4):
         (dx + to + below * (i // 2) + C * (i % 2)).store(gradient.where(which.equal(i), zero))

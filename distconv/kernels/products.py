@@ -11,14 +11,16 @@ from distconv.kernels.compiled import compiled
 from distconv.kernels.vector import LANES, Index, Pointer, Sum, emitted, repeat, zeros
 
 Array = NDArray[Any]
-ROWS = 8  # of a block: 8 x 2 vectors of sums, which leaves room in the 32 registers of AVX-512
+# A block of sums is ROWS x 2 vectors: 8 x 2 of the 32 registers of AVX-512, 4 x 2 of the 16 of AVX2. The latter are
+# just enough to keep two units busy with sums that take four cycles each; and ROWS must divide 16, as channels do.
+ROWS = 8 if LANES == 16 else 4
 
 
 def _product_block(
     builder: ir.IRBuilder, vectors: int, a: Pointer, a_row: Index, a_step: Index, b: Pointer, b_step: Index,
     depth: Index, c: Pointer, c_row: Index, keep: Index
 ) -> None:  # fmt: skip
-    """c (8, vectors * 16) = keep * c + a (8, depth) @ b (depth, vectors * 16), the sums in registers.
+    """c (ROWS, vectors * LANES) = keep * c + a (ROWS, depth) @ b (depth, vectors * LANES), the sums in registers.
 
     a[i, k] lies at a_row * i + a_step * k, b[k] at b_step * k, c[i] at c_row * i.
     """
@@ -60,9 +62,12 @@ def product(
     a: Array, a_at: int, a_row: int, a_step: int, b: Array, b_at: int, b_step: int, c: Array, c_at: int, c_row: int,
     rows: int, columns: int, depth: int, keep: int
 ) -> None:  # fmt: skip
-    """c (rows, columns) = keep * c + a @ b; rows a multiple of 8, columns of 16, b and c with rows side by side."""
-    wide = columns // 32 * 32
-    for j in range(0, wide, 32):
+    """c (rows, columns) = keep * c + a @ b; rows a multiple of ROWS, columns of LANES.
+
+    The rows of b and of c lie side by side.
+    """
+    wide = columns // (2 * LANES) * (2 * LANES)
+    for j in range(0, wide, 2 * LANES):
         for i in range(0, rows, ROWS):
             product_block_2(
                 a, a_at + i * a_row, a_row, a_step, b, b_at + j, b_step, depth, c, c_at + i * c_row + j, c_row, keep

@@ -42,7 +42,7 @@ def row_forward(
     builder: ir.IRBuilder, x: Pointer, above: Index, W: Index, w: Pointer, f: Index, F: Index, b: Pointer,
     floor: Vector, y: Pointer, to: Index, OW: Index
 ) -> None:  # fmt: skip
-    """A row of y, 16 filters from f on, from three rows of x."""
+    """A row of y, LANES filters from f on, from three rows of x."""
     filters = [(w + f + F * tap).load() for tap in range(9)]
     bias = (b + f).load()
     with repeat(OW) as column:
@@ -57,7 +57,7 @@ def row_backward(
     builder: ir.IRBuilder, x: Pointer, above: Index, W: Index, dy: Pointer, y: Pointer, floor: Vector, at: Index,
     OW: Index, dw: Pointer, f: Index, F: Index, db: Pointer
 ) -> None:  # fmt: skip
-    """Add to dw and db, for 16 filters from f on, what a row of dy brings; dy counts only where y > floor."""
+    """Add to dw and db, for LANES filters from f on, what a row of dy brings; dy counts only where y > floor."""
     places = [dw + f + F * tap for tap in range(9)]
     sums = [Sum(place.load()) for place in places]
     bias = Sum((db + f).load())

@@ -1,9 +1,12 @@
-"""A small language for loops over 16 floats at a time, inside functions that Numba compiles.
+"""A small language for loops over vectors of floats, inside functions that Numba compiles.
 
 Numba turns loops into vector instructions when LLVM sees fit; it does not keep a tile of sums in registers, on which a
 matrix product depends. Here the vectors are explicit: `emitted` makes, of a Python function on Pointers, Indices and
 Vectors, an operation that jitted code can call. The Python function runs once, at compile time, and every operation in
 it becomes an instruction; its loops and lists are gone by then. LLVM splits the vectors where a CPU has shorter ones.
+
+A vector has as many floats as fill a register of AVX2 or, where Numba may use it, of AVX-512. What depends on LANES
+is told apart in Numba's cache as well, which keeps code apart by the same list of features that LANES comes from.
 """
 
 from __future__ import annotations
@@ -14,10 +17,19 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from llvmlite import ir
+from numba import config
 from numba.core import cgutils, types
+from numba.core.codegen import get_host_cpu_features
 from numba.extending import intrinsic
 
-LANES = 16  # floats in a register of AVX-512
+
+def has_avx512() -> bool:
+    """Whether Numba compiles for AVX-512: the processor has it, or NUMBA_CPU_FEATURES says so of another one."""
+    features = get_host_cpu_features() if config.CPU_FEATURES is None else config.CPU_FEATURES
+    return "+avx512f" in features.split(",")
+
+
+LANES = 16 if has_avx512() else 8  # floats of a Vector
 FLOAT = ir.FloatType()
 INDEX = ir.IntType(64)
 VECTOR = ir.VectorType(FLOAT, LANES)
@@ -33,7 +45,7 @@ class Value:
 
 
 class Vector(Value):
-    """16 floats. The operators take a Vector or a Python float."""
+    """LANES floats. The operators take a Vector or a Python float."""
 
     def _other(self, other: Vector | float) -> ir.Value:
         return other.value if isinstance(other, Vector) else VECTOR([other] * LANES)
@@ -123,7 +135,7 @@ def scratch(builder: ir.IRBuilder) -> Pointer:
 
 
 class Bytes(Value):
-    """16 bytes, one beside each lane of a Vector."""
+    """LANES bytes, one beside each lane of a Vector."""
 
     @classmethod
     def all(cls, builder: ir.IRBuilder, number: int) -> Bytes:

@@ -20,6 +20,7 @@ from distconv.kernels.vector import LANES, Index, Pointer, Vector, emitted, scra
 
 Array = NDArray[Any]
 TILE, PATCH = 4, 6
+LINE = 16  # floats of a cache line
 CACHE = 1 << 17  # floats: half of a core's L2 cache to fill with tiles; 2^14 to 2^18 measured within 2 %
 G = np.array(
     [
@@ -78,7 +79,7 @@ def _room(shape: tuple[int, ...], C: int) -> tuple[int, Array, Array]:
     few = max(1, min(N, (CACHE + 2 * 36 * C * F) // (36 * tiles * (C + F))))
     rows = -(-few * tiles // ROWS) * ROWS
     # An odd number of cache lines between the 36 elements of a tile, or they would all fall into the same few places.
-    return few, np.empty((36, rows * C + LANES), np.float32), np.empty((36, rows * F + LANES), np.float32)
+    return few, np.empty((36, rows * C + LINE), np.float32), np.empty((36, rows * F + LINE), np.float32)
 
 
 def _input(d: list[Vector]) -> list[Vector]:
