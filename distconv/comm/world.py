@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import threadpoolctl
 
+from distconv.comm.futex import Barrier
 from distconv.errors import DistconvError, MismatchError
 from distconv.kernels.memory import keep_freed_memory
 
@@ -226,13 +227,28 @@ def share(comm: MPI.Comm, nbytes: int) -> tuple[memoryview, Callable[[], None]] 
     local.Free()
     if not fits:
         return None
-    window = MPI.Win.Allocate_shared(nbytes, 1, comm=comm)
+    # The standard puts the parts of the ranks one behind the other; the words of the barrier follow the last one.
+    last = comm.rank == comm.size - 1
+    window = MPI.Win.Allocate_shared(nbytes + (Barrier.nbytes(comm.size) if last else 0), 1, comm=comm)
     window.Lock_all()
-    start, _ = window.Shared_query(0)  # the standard puts the parts of the ranks one behind the other
+    start, _ = window.Shared_query(0)
+    memory = memoryview(MPI.buffer.fromaddress(start.address, nbytes * comm.size + Barrier.nbytes(comm.size)))
+    memory, words = memory[: nbytes * comm.size], memory[nbytes * comm.size :]
 
-    def barrier() -> None:
+    def spinning() -> None:
         window.Sync()
         comm.Barrier()
         window.Sync()
 
-    return memoryview(MPI.buffer.fromaddress(start.address, nbytes * comm.size)), barrier
+    if not comm.allreduce(Barrier.works(), MPI.LAND) or not cores_are_short(comm):
+        return memory, spinning
+    if last:
+        words[:] = bytes(len(words))
+    spinning()
+    return memory, Barrier(words, comm.rank, comm.size, window.Sync)
+
+
+def cores_are_short(comm: MPI.Comm) -> bool:
+    """Whether these ranks, all of one host, are more than the cores on which they may run; collective."""
+    own = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
+    return comm.size > len(set().union(*comm.allgather(own)))

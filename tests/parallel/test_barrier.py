@@ -1,0 +1,108 @@
+"""The barrier of shared memory, MPI's and the one that sleeps: nobody leaves before all have come."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+
+from distconv.comm import world as ranks
+from distconv.comm.exchange import HEADER, Flat
+from distconv.comm.futex import LINE, Barrier
+from distconv.comm.half import WIRES
+from distconv.comm.world import World, cores_are_short, share
+
+needs_futex = pytest.mark.skipif(not Barrier.works(), reason="no futex here")
+
+
+@pytest.fixture(params=[True, False], ids=["asleep", "MPI's"])
+def waiting(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if there were too few cores, or enough."""
+    if request.param and not Barrier.works():
+        pytest.skip("no futex here")
+    monkeypatch.setattr(ranks, "cores_are_short", lambda comm: request.param)
+
+
+@pytest.fixture
+def one_core() -> Iterator[None]:
+    """All ranks on the same core."""
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(before)})
+    yield
+    os.sched_setaffinity(0, before)
+
+
+def test_nobody_leaves_before_all_have_come(world: World, waiting: None) -> None:
+    shared = share(world.comm, 64)
+    assert shared is not None
+    memory, barrier = shared
+    rounds = np.frombuffer(memory, np.int64).reshape(world.size, 8)[:, 0]
+    naps = np.random.default_rng(world.rank).random(200) < 0.1  # others in every rank
+    for number, nap in enumerate(naps):
+        if nap:
+            time.sleep(0.001)
+        rounds[world.rank] = number
+        barrier()
+        assert rounds.tolist() == [number] * world.size
+        barrier()
+
+
+@needs_futex
+def test_the_count_may_pass_the_largest_number_of_its_word(world: World) -> None:
+    shared = share(world.comm, Barrier.nbytes(world.size))
+    assert shared is not None
+    memory, wait = shared
+    words = memory[: Barrier.nbytes(world.size)]  # the first rank's part
+    if world.rank == 0:
+        np.frombuffer(words, np.uint32)[:] = 2**32 - 3
+    wait()
+    barrier = Barrier(words, world.rank, world.size, lambda: None)
+    for _ in range(6):
+        barrier()
+    wait()
+    assert np.frombuffer(words, np.uint32)[:: LINE // 4].tolist() == [3] * world.size
+
+
+def test_the_sum_has_the_same_bits_however_the_ranks_wait(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    results = []
+    for short in (True, False):
+        monkeypatch.setattr(ranks, "cores_are_short", lambda comm, short=short: short)
+        exchange = Flat(world.comm, 5000, WIRES["float16"])
+        header = np.zeros((), HEADER)
+        vectors = np.random.default_rng(world.rank).standard_normal((50, 5000)).astype(np.float32)
+        for vector in vectors:
+            exchange.sum(vector, header)
+        results.append(vectors.tobytes())
+    assert results[0] == results[1]
+    assert len(set(world.comm.allgather(results[0]))) == 1
+
+
+@needs_futex
+def test_a_rank_that_waits_leaves_its_core(world: World, one_core: None) -> None:
+    if world.size == 1:
+        pytest.skip("nobody to wait for")
+    shared = share(world.comm, 64)
+    assert shared is not None
+    _, barrier = shared
+    barrier()
+    began, worked = time.perf_counter(), time.process_time()
+    if world.rank == world.size - 1:
+        time.sleep(1.5)
+    barrier()
+    waited, worked = time.perf_counter() - began, time.process_time() - worked
+    assert waited > 1  # beyond the time after which a sleeper looks again
+    assert worked < waited / 5  # one that spins works all the time, or its share of it with the others
+
+
+@pytest.mark.parametrize(
+    ("allowed", "enough"),
+    [([{0}, {0}, {0}, {0}], 1), ([{0, 1}] * 4, 2), ([{0}, {1}, {2}, {3}], 4), ([{5, 6, 7}, {7}, {5}, {6}], 3)],
+)
+def test_cores_are_short_where_ranks_outnumber_those_they_may_use(
+    world: World, allowed: list[set[int]], enough: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: allowed[world.rank])
+    assert cores_are_short(world.comm) == (world.size > enough)
