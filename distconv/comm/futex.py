@@ -31,18 +31,21 @@ class Barrier:
     """Calling it returns when all ranks have called it as often.
 
     memory: nbytes(size), the same for all ranks, zero before any of them makes its barrier. fence: makes what this
-    process has written visible to the others before what it writes next, and the reverse for reading.
+    process has written visible to the others before what it writes next, and the reverse for reading. idle: called
+    again and again, LOOK_AGAIN seconds apart, by those that wait, who may owe others something meanwhile.
 
     Every rank counts its arrivals in a word of its own, so nothing must be changed atomically. Nobody can be two
     arrivals ahead of a rank that has not come, so another's word is this rank's last number, if the other has yet to
     come, or one or two more.
     """
 
-    def __init__(self, memory: memoryview, rank: int, size: int, fence: Callable[[], object]) -> None:
+    def __init__(
+        self, memory: memoryview, rank: int, size: int, fence: Callable[[], object], idle: Callable[[], object]
+    ) -> None:
         words = [ctypes.c_uint32.from_buffer(memory, LINE * other) for other in range(size)]
         self.own = words[rank]
         self.others = words[rank + 1 :] + words[:rank]  # so that not all of them sleep on the same word
-        self.fence = fence
+        self.fence, self.idle = fence, idle
 
     @staticmethod
     def nbytes(size: int) -> int:
@@ -63,21 +66,22 @@ class Barrier:
         _futex(self.own, WAKE, EVERYONE)
         for other in self.others:
             while other.value == before:
-                _sleep_while(other, before)
+                if not _sleep_while(other, before):
+                    self.idle()
         self.fence()
 
 
-def _sleep_while(word: ctypes.c_uint32, number: int) -> None:
-    """Sleep until another process wakes those that wait for this word, at once if it is not that number any more.
+def _sleep_while(word: ctypes.c_uint32, number: int) -> bool:
+    """Sleep until another process wakes those that wait for this word; not at all if it is another number by now.
 
-    Returns after LOOK_AGAIN at the latest, and after a signal, so that Python's handlers run.
+    False where LOOK_AGAIN has passed. Ends after a signal, too, so that Python's handlers run.
     """
-    if _futex(word, WAIT, number) < 0 and (code := ctypes.get_errno()) not in (
-        errno.EAGAIN,
-        errno.EINTR,
-        errno.ETIMEDOUT,
-    ):
+    if _futex(word, WAIT, number) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code not in (errno.EAGAIN, errno.EINTR, errno.ETIMEDOUT):
         raise OSError(code, f"futex: {os.strerror(code)}")
+    return code != errno.ETIMEDOUT
 
 
 def _futex(word: ctypes.c_uint32, operation: int, number: int) -> int:

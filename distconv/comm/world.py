@@ -240,12 +240,13 @@ def share(comm: MPI.Comm, nbytes: int) -> tuple[memoryview, Callable[[], None]] 
         comm.Barrier()
         window.Sync()
 
-    if not comm.allreduce(Barrier.works(), MPI.LAND) or not cores_are_short(comm):
-        return memory, spinning
     if last:
         words[:] = bytes(len(words))
+    # MPICH's Lock_all waits until the other ranks have answered, and one that sleeps or has ended answers nobody.
     spinning()
-    return memory, Barrier(words, comm.rank, comm.size, window.Sync)
+    if comm.allreduce(Barrier.works(), MPI.LAND) and cores_are_short(comm):
+        return memory, Barrier(words, comm.rank, comm.size, window.Sync, comm.Iprobe)
+    return memory, spinning
 
 
 def cores_are_short(comm: MPI.Comm) -> bool:
