@@ -211,3 +211,25 @@ def test_nan_in_the_learning_ends_the_run_and_names_the_rank(tmp_path: Path) -> 
     result = jobs.run(2, "-m", "distconv.train", *arguments)
     assert result.returncode == 1
     assert "10 steps in a row had a gradient that is not finite" in result.stderr and "smaller --lr" in result.stderr
+
+
+LATE = """
+import time
+from types import SimpleNamespace
+from distconv.comm import world as ranks
+
+MPI = ranks._MPI()
+with ranks.start() as world:
+    def allocate(*arguments, **named):
+        window = MPI.Win.Allocate_shared(*arguments, **named)
+        if world.rank == world.size - 1:
+            time.sleep(1)
+        return window
+
+    ranks._MPI = lambda: SimpleNamespace(**{**vars(MPI), "Win": SimpleNamespace(Allocate_shared=allocate)})
+    ranks.share(world.comm, 64)
+"""
+
+
+def test_ranks_that_have_their_shared_memory_do_not_leave_before_the_last_one_has_it() -> None:
+    assert jobs.run(8, "-c", LATE, seconds=40).returncode == 0  # MPICH hung, with 8 ranks always, with 4 mostly
