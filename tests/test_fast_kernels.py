@@ -157,3 +157,19 @@ def test_the_layout_is_that_of_the_processor_that_numba_compiles_for() -> None:
         environment = {**os.environ, "NUMBA_CPU_FEATURES": features, "NUMBA_CPU_NAME": "generic"}
         result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
         assert result.stdout.strip() == lanes, result.stderr
+
+
+@pytest.mark.parametrize("pad", [0, 1, 2])
+@pytest.mark.parametrize("relu", [True, False])
+def test_a_window_of_zeros_gives_the_bias_to_the_bit(pad: int, relu: bool) -> None:
+    rng = np.random.default_rng(0)
+    x = np.zeros((2, 13, 11, 16), np.float32)
+    x[:, 4:7, 3:9, rng.integers(0, 16, 3)] = rng.standard_normal((2, 3, 6, 3))
+    w, b = rng.standard_normal((3, 3, 16, 32)).astype(np.float32), rng.standard_normal(32).astype(np.float32)
+    b[::2] = 0
+    padded = np.pad(x, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
+    windows = np.lib.stride_tricks.sliding_window_view(padded, (3, 3), axis=(1, 2))
+    still = ~windows.any(axis=(3, 4, 5))
+    y = cpu.conv_forward(x, w, b, 1, pad, relu)
+    assert still.any() and not still.all()
+    np.testing.assert_array_equal(y[still], np.broadcast_to(np.maximum(b, 0) if relu else b, y[still].shape))
