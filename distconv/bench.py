@@ -202,6 +202,7 @@ def scaling(argv: Sequence[str]) -> int:
     parser.add_argument("--data", default="digits", help="as in distconv.train (default: digits)")
     parser.add_argument("--model", default="deepconvnet", help=f"{', '.join(MODELS)}, or your own")
     parser.add_argument("--wire", default="float16", help=f"of {', '.join(WIRES)} (default: float16)")
+    parser.add_argument("--device", choices=DEVICES, default="auto", help="as in distconv.train (default: auto)")
     parser.add_argument("--png", type=Path, metavar="FILE", help="draw it there too")
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)  # this is one of the jobs
@@ -219,7 +220,8 @@ def scaling(argv: Sequence[str]) -> int:
         return int(flags.batch_size) * (P if flags.weak else 1)
 
     def settings(P: int) -> Config:
-        return Config(data=flags.data, model=flags.model, wire=flags.wire, batch_size=batch_size(P), epochs=1)
+        names = ("data", "model", "wire", "device")
+        return Config(**{name: getattr(flags, name) for name in names}, batch_size=batch_size(P), epochs=1)
 
     if flags.worker:
         with ranks.start() as world:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from distconv.benchmarks import rank_list
 from distconv.comm import world as ranks
-from distconv.config import MODELS, Config, Parser
+from distconv.config import DEVICES, MODELS, Config, Parser
 from distconv.errors import UsageError
 from distconv.launcher import refuse_to_nest, run_job
 
@@ -38,10 +38,12 @@ def main(argv: Sequence[str]) -> int:
         "bits after training. Starts mpirun by itself. Exit code 1 if a bound is broken.",
         epilog="examples:\n"
         "  python -m distconv.prove\n"
-        "  python -m distconv.prove --ranks 1,3,7 --model simpleconvnet --data mnist --json",
+        "  python -m distconv.prove --ranks 1,3,7 --model simpleconvnet --data mnist --json\n"
+        "  python -m distconv.prove --device cuda",
     )
     parser.add_argument("--ranks", default="1,2,4", help="numbers of ranks, with commas (default: 1,2,4)")
-    parser.add_argument("--wires", default=",".join(BOUNDS), help="wires, with commas (default: all)")
+    parser.add_argument("--wires", help="wires, with commas (default: all; float64 is for the CPU only)")
+    parser.add_argument("--device", choices=DEVICES, default="cpu", help="as in distconv.train (default: cpu)")
     parser.add_argument(
         "--model", default="deepconvnet", help=f"as in distconv.train: {', '.join(MODELS)}, or your own"
     )
@@ -52,12 +54,14 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--write", type=Path, help=argparse.SUPPRESS)  # this is the job that writes the reference
     parser.add_argument("--compare", type=Path, help=argparse.SUPPRESS)  # this is a job that is held against it
     flags = parser.parse_args(argv)
-    wires, numbers = flags.wires.split(","), rank_list(flags.ranks)
-    if not set(wires) <= set(BOUNDS):
-        raise UsageError(f"--wires {flags.wires}: expected some of {','.join(BOUNDS)}")
+    possible = [wire for wire in BOUNDS if flags.device == "cpu" or wire != "float64"]
+    wires, numbers = flags.wires.split(",") if flags.wires else possible, rank_list(flags.ranks)
+    if not set(wires) <= set(possible):
+        raise UsageError(f"--wires {flags.wires}: expected some of {','.join(possible)}")
     if flags.batch_size < max(numbers):
         raise UsageError(f"--batch-size {flags.batch_size} with {max(numbers)} ranks: give every rank an image or more")
-    common = {"data": flags.data, "model": flags.model, "batch_size": flags.batch_size, "seed": flags.seed}
+    names = ("data", "model", "batch_size", "seed", "device")
+    common = {name: getattr(flags, name) for name in names}
     settings = [Config(epochs=1, eval_samples=1, wire=wire, **common) for wire in wires]
 
     if flags.write or flags.compare:

@@ -29,6 +29,7 @@ class RunLog:
         self.speaks = speaks
         self.file: IO[str] | None = None
         self.bar: Any = None
+        self.draws = speaks and on_a_terminal()
         self.last_line = time.monotonic()
 
     def say(self, text: str) -> None:
@@ -76,7 +77,7 @@ class RunLog:
         """Show how far the run is: a bar on a terminal, else a line about every ten seconds."""
         if not self.speaks:
             return
-        if self.bar is None and on_a_terminal():
+        if self.bar is None and self.draws:
             self.bar = tqdm(total=steps, initial=step - 1, unit="step", dynamic_ncols=True, leave=False)
         if self.bar is not None:
             self.bar.set_description(f"epoch {epoch}/{epochs}", refresh=False)

@@ -35,6 +35,7 @@ def main(argv: Sequence[str]) -> int:
 
 def train(settings: Config, world: ranks.World, stop: StopRequest) -> int:
     """The whole run on this rank; returns the exit code."""
+    from distconv.comm.placement import place
     from distconv.inputs import load_dataset
     from distconv.kernels.compiled import MUST_COMPILE
     from distconv.loop import EpochRecord, StepRecord, StopRecord
@@ -45,13 +46,14 @@ def train(settings: Config, world: ranks.World, stop: StopRequest) -> int:
     world.agree("the command line or the version", f"{__version__} {settings.toml()}", "start all ranks alike")
     with world.together():
         check_settings(settings, world)
+    placed = place(world, settings.device, settings.precision)  # before anything is fetched
     log = RunLog(world.rank == 0)
     if MUST_COMPILE:
         log.say("compiling the kernels, once for this version of distconv on this machine: some 10 to 20 s")
     dataset, data_name = load_dataset(settings.data, world, log.say)
     if settings.limit_train:
         dataset = dataset.limited(settings.limit_train)
-    run = build_run(settings, dataset, world, log.say)
+    run = build_run(settings, dataset, world, log.say, placed)
     out = make_folder(settings, world)
     world.error_folder = out / "errors"
     checkpoint = resume(run, out, log)

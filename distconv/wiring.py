@@ -11,7 +11,7 @@ import numpy as np
 from distconv.comm.exchange import choose
 from distconv.comm.half import WIRES, Wire
 from distconv.comm.on_gpu import choose_on_gpu
-from distconv.comm.placement import place
+from distconv.comm.placement import Placement, place
 from distconv.comm.probe import WireProbe
 from distconv.comm.world import World
 from distconv.config import Config
@@ -28,16 +28,23 @@ from distconv.nn.parameters import Parameters
 from distconv.run import Run
 
 
-def build_run(settings: Config, dataset: Dataset, world: World, say: Callable[[str], None] = lambda line: None) -> Run:
+def build_run(
+    settings: Config,
+    dataset: Dataset,
+    world: World,
+    say: Callable[[str], None] = lambda line: None,
+    placed: Placement | None = None,
+) -> Run:
     """The run at its start, rank 0's first weights on all ranks; collective. say prints a line for the user.
 
-    Raises UsageError for a model, a device or an exchange that cannot be, MismatchError where the ranks' code differs.
+    placed: where this rank computes, if that was found out before. Raises UsageError for a model, a device or an
+    exchange that cannot be, MismatchError where the ranks' code differs.
     """
     run = unplaced_run(settings, dataset, world)
-    found = place(world, settings.device, settings.precision)
-    if found.line:
-        say(found.line)
-    return on_cpu(run) if found.ordinal is None else on_gpu(run, Cuda(found.ordinal, say), found.shared)
+    placed = placed or place(world, settings.device, settings.precision)
+    if placed.line:
+        say(placed.line)
+    return on_cpu(run) if placed.ordinal is None else on_gpu(run, Cuda(placed.ordinal, say), placed.shared)
 
 
 def unplaced_run(settings: Config, dataset: Dataset, world: World) -> Run:
@@ -60,10 +67,6 @@ def on_cpu(run: Run) -> Run:
     with run.world.together():
         if settings.exchange in ("nccl", "cuda-mpi"):
             raise UsageError(f"--exchange {settings.exchange} joins GPUs, but these ranks compute on the CPU: use auto")
-        if settings.precision != "float32":
-            raise UsageError(
-                f"--precision {settings.precision} is for GPUs, but these ranks compute on the CPU: use float32"
-            )
     with run.world.together():  # collective inside too, but where it raises it does so on all ranks
         run.exchange = choose(run.world, run.parameters.size, settings.wire, settings.exchange)
     compile_kernels(run)

@@ -31,10 +31,10 @@ def place(
     """The place of this rank for `--device auto|cpu|cuda`; collective.
 
     All ranks compute on GPUs, or none does: auto takes them where every rank sees one. Raises UsageError, on all ranks
-    alike, where cuda is asked for and cannot be, or the GPU is too old for the precision.
+    alike, where cuda is asked for and cannot be, or where there is no GPU for the precision, or too old a one.
     """
     if device == "cpu":
-        return Placement(None)
+        return _on_cpu(world, precision)
     gpus: Sequence[cuda.Visible] = ()
     problem = ""
     try:
@@ -48,7 +48,8 @@ def place(
             if device == "cuda" and world.rank == rank:
                 raise UsageError(f"--device cuda: {reason}; or use --device cpu")
         no_cupy_anywhere = all(cuda.NOT_INSTALLED in text for text in problems)  # the usual machine without a GPU
-        return Placement(None, line="" if no_cupy_anywhere else f"computing on the CPU, as on rank {rank} {reason}")
+        line = "" if no_cupy_anywhere else f"computing on the CPU, as on rank {rank} {reason}"
+        return _on_cpu(world, precision, line)
 
     ordinal = world.local_rank % len(gpus)
     mine = gpus[ordinal]
@@ -68,3 +69,10 @@ def place(
     if shared:
         line += "; ranks that share a GPU take turns on it: as many ranks as GPUs are faster"
     return Placement(ordinal, shared, line)
+
+
+def _on_cpu(world: World, precision: str, line: str = "") -> Placement:
+    with world.together():
+        if precision != "float32":
+            raise UsageError(f"--precision {precision} is for GPUs, but these ranks compute on the CPU: use float32")
+    return Placement(None, line=line)
