@@ -5,6 +5,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
+
+from distconv.errors import UsageError
+from distconv.prove import main
 from tests import jobs
 
 RANK_DEPENDENT = """
@@ -56,3 +60,8 @@ def test_mistakes_are_one_sentence() -> None:
         assert result.returncode == 2 and result.stderr.count("\n") == 1 and part in result.stderr
     nested = jobs.run(2, "-m", "distconv.prove")
     assert nested.returncode == 1 and "without mpirun" in nested.stderr
+
+
+def test_float64_is_proved_on_the_cpu_only() -> None:
+    with pytest.raises(UsageError, match="--wires float64: expected some of float32,float16,bfloat16"):
+        main(["--device", "cuda", "--wires", "float64"])
