@@ -59,13 +59,13 @@ def conv_backward(
     """The adjoint of conv_forward: write dw (3, 3, C, F) and db (F,), return dx (N, H, W, C) if it is wanted."""
     C, F = w.shape[2:]
     few, v, m = _room(y.shape, C)
-    turned = (GG @ w.reshape(9, C * F)).reshape(36, C, F).transpose(0, 2, 1)
+    turned = GG @ w.reshape(9, C, F).transpose(0, 2, 1).reshape(9, F * C)  # turned while it is small
     du = np.zeros((36, C * F), np.float32)
     db[...] = 0
     dx = np.empty(x.shape if wants_dx else (0, 0, 0, 0), np.float32)
     floor = np.float32(0.0 if relu else np.nan)
     x, y, dy = (np.ascontiguousarray(array) for array in (x, y, dy))
-    _backward(x, y, dy, np.ascontiguousarray(turned), pad, floor, few, v, m, du, db, dx, wants_dx)
+    _backward(x, y, dy, turned, pad, floor, few, v, m, du, db, dx, wants_dx)
     np.matmul(GG.T, du, out=dw.reshape(9, C * F))
     return dx if wants_dx else None
 
