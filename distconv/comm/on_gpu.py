@@ -103,7 +103,7 @@ class Transport(Protocol):
         ...
 
     def gather(self, mine: Array, gathered: Array) -> None:
-        """mine (nbytes,) of every rank becomes a row of gathered (P, nbytes)."""
+        """mine (nbytes,), which is this rank's row of gathered (P, nbytes), becomes that row on every rank."""
         ...
 
 
@@ -113,14 +113,11 @@ class Alone:
     name = "one rank"
     needs_no_host = True
 
-    def __init__(self, device: Any) -> None:
-        self.device = device
-
     def scatter(self, outgoing: Array, received: Array) -> None:
         pass
 
     def gather(self, mine: Array, gathered: Array) -> None:
-        self.device.copy(gathered, mine)
+        pass
 
 
 class CudaMpi:
@@ -129,8 +126,8 @@ class CudaMpi:
     name = "MPI, from GPU to GPU"
     needs_no_host = False
 
-    def __init__(self, comm: MPI.Comm, device: Any) -> None:
-        self.comm, self.device = comm, device
+    def __init__(self, world: World, device: Any) -> None:
+        self.comm, self.in_place, self.device = world.comm, world.in_place, device
 
     def scatter(self, outgoing: Array, received: Array) -> None:
         self.device.synchronize()  # MPI does not know the stream
@@ -138,7 +135,7 @@ class CudaMpi:
 
     def gather(self, mine: Array, gathered: Array) -> None:
         self.device.synchronize()
-        self.comm.Allgather(mine, gathered)
+        self.comm.Allgather(self.in_place, gathered)
 
 
 class OnGpu:
@@ -157,7 +154,7 @@ class OnGpu:
         nbytes = self.wire.nbytes(self.part)
         self.stride = nbytes // 2  # of 16 bits
         self.outgoing, self.received, self.gathered = (device.zeros((P, nbytes), np.uint8) for _ in range(3))
-        self.mine = device.zeros(nbytes, np.uint8)
+        self.mine = self.gathered[comm.rank]
         self.bad_here = device.pinned(8)
         self.bytes_sent = (P - 1) * (2 * nbytes + HEADER.itemsize)
 
@@ -201,9 +198,9 @@ def choose_on_gpu(world: World, gpu: Gpu, size: int, wire: str, kind: str, share
         problem = _first(world, _needs_halves(wire) or cuda_aware_mpi())
         if problem:
             raise UsageError(f"--exchange cuda-mpi: {problem}; use --exchange auto")
-        return OnGpu(world.comm, gpu, size, CudaMpi(world.comm, gpu.device))
+        return OnGpu(world.comm, gpu, size, CudaMpi(world, gpu.device))
     if kind == "auto" and world.size == 1 and wire == "float16":
-        return OnGpu(world.comm, gpu, size, Alone(gpu.device))
+        return OnGpu(world.comm, gpu, size, Alone())
     if kind in ("auto", "nccl"):
         found = by_nccl(world, gpu, size, wire, shared)
         if isinstance(found, OnGpu):

@@ -63,13 +63,14 @@ class World:
     """The ranks of a job. A context manager: what is raised inside ends the job on all ranks.
 
     rank, size: in the job; local_rank, local_size: among the ranks of this host, whose communicator is local; hosts:
-    how many there are; threads: whether another thread than the first may send.
+    how many there are; threads: whether another thread than the first may send; in_place: MPI's word for "no buffer".
     error_folder: where a failing rank leaves its report, once there is such a folder.
     """
 
     def __init__(self, comm: Any, library: str) -> None:
         self.comm = comm
         self.library = library
+        self.in_place = _MPI().IN_PLACE
         self.threads = bool(_MPI().Query_thread() >= _MPI().THREAD_SERIALIZED)
         self.rank: int = comm.rank
         self.size: int = comm.size

@@ -235,7 +235,7 @@ class Nccl:
         self.library.groupEnd()
 
     def gather(self, mine: Array, gathered: Array) -> None:
-        """mine (nbytes,) of every rank becomes a row of gathered (P, nbytes)."""
+        """mine (nbytes,), this rank's row of gathered (P, nbytes), becomes that row on every rank."""
         self.communicator.allGather(
             mine.data.ptr, gathered.data.ptr, mine.nbytes, self.library.NCCL_UINT8, self.stream.ptr
         )

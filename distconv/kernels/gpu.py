@@ -22,7 +22,7 @@ from distconv.kernels.cuda import Array, Defines
 PRECISIONS = ("float32", "tf32", "float16", "bfloat16")  # of the products' factors; sums are in float32
 CAPABILITY = {"float32": 0, "tf32": 80, "float16": 75, "bfloat16": 80}  # that the GPU must have
 PASSES = {"forward": 0, "input": 1, "filters": 2}  # the enum of convolution.cu, where the precisions follow
-DEPTH_STEP = 16  # BK there
+DEPTH_STEP, FINISH_OUTPUTS = 16, 32  # BK and OUTPUTS there
 ENOUGH_BLOCKS = 256  # to keep some 130 multiprocessors busy; fixed, as it decides the order of sums
 THREADS = 256  # of a block, where nothing else is said
 BLOCK = 256  # numbers that share an exponent on the wire
@@ -86,8 +86,10 @@ class Convolution:
 
     def tile(self, which: str) -> tuple[int, int]:
         """Rows and columns of the product that a block of threads computes; a warp on tensor cores does 32 x 16."""
-        columns = self.product(which, 1)[1]
-        return (128, 16) if columns <= 16 else (64, 32) if columns <= 32 else (64, 64)
+        rows, columns, _ = self.product(which, 1)
+        if columns <= 16:  # only dw, of few rows, has not as many as there are pixels
+            return (128 if which != "filters" else 64 if rows > 32 else 32), 16
+        return (64, 32) if columns <= 32 else (64, 64)
 
 
 class Gpu:
@@ -183,7 +185,7 @@ class Gpu:
         if slices > 1:
             outputs = -(-rows // (4 if shape.pooled and which == "forward" else 1)) * columns
             finish = self.device.function(source("convolution"), "finish", defines)
-            grid = (-(-outputs // THREADS), 1, 1)
+            grid = (-(-outputs // FINISH_OUTPUTS), 1, 1)
             finish(grid, THREADS, partial, bias, out, db, winner, np.int32(rows), np.int32(slices))
 
     def max_pool_forward(self, x: Array, K: int, stride: int, pad: int) -> tuple[Array, Array]:

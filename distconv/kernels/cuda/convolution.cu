@@ -277,15 +277,28 @@ extern "C" __global__ void __launch_bounds__(BM * BN / 16) product(
     }
 }
 
-// Add up the slices, in order, and write the result. A thread for each column of each row, or window, of the product.
-extern "C" __global__ void finish(const float *partial, const float *bias, float *out, float *db,
-                                  unsigned char *winner, int rows, int slices) {
-    int i = blockIdx.x * blockDim.x + threadIdx.x;
-    int row = i / COLUMNS * ROWS_AT_ONCE, column = i % COLUMNS;
-    if (row >= rows) return;
+constexpr int OUTPUTS = 32, PARTS = 8;  // of a block of `finish`: the threads of a warp have an output each
+
+// Add up the slices and write the result: a warp its part of the slices, in order, then the first warp the parts. A
+// block for every OUTPUTS columns of the rows, or windows, of the product.
+extern "C" __global__ void __launch_bounds__(OUTPUTS *PARTS) finish(const float *partial, const float *bias, float *out,
+                                                                    float *db, unsigned char *winner, int rows,
+                                                                    int slices) {
+    __shared__ float sums[ROWS_AT_ONCE][PARTS][OUTPUTS];
+    int lane = threadIdx.x % OUTPUTS, part = threadIdx.x / OUTPUTS, i = blockIdx.x * OUTPUTS + lane;
+    int row = i / COLUMNS * ROWS_AT_ONCE, column = i % COLUMNS, many = (slices + PARTS - 1) / PARTS;
+    for (int r = 0; r < ROWS_AT_ONCE; r++) {
+        float sum = 0;
+        if (row < rows)
+            for (int s = part * many; s < min(slices, (part + 1) * many); s++)
+                sum += partial[(s * rows + row + r) * COLUMNS + column];
+        sums[r][part][lane] = sum;
+    }
+    __syncthreads();
+    if (part > 0 || row >= rows) return;
     write(Results{bias, out, db, winner}, row, column, [&](int r, int c) {
         float sum = 0;
-        for (int s = 0; s < slices; s++) sum += partial[(s * rows + r) * COLUMNS + c];
+        for (int p = 0; p < PARTS; p++) sum += sums[r - row][p][lane];
         return sum;
     });
 }
