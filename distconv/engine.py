@@ -18,6 +18,7 @@ from distconv.comm.buckets import Buckets
 from distconv.comm.exchange import Headers
 from distconv.comm.on_gpu import GpuExchange
 from distconv.data.dataset import Bytes, pixels
+from distconv.errors import DistconvError
 from distconv.kernels import cpu
 from distconv.kernels.cpu import Array
 from distconv.kernels.gpu import FINITE, Gpu
@@ -190,7 +191,13 @@ class GpuEngine:
         self.kernels.device.copy(self.bad_here, self.bad)
 
     def _run(self, key: Any, work: Callable[[], None]) -> None:
-        self.kernels.device.replayed(key, work)
+        try:
+            self.kernels.device.replayed(key, work)
+        except MemoryError as error:
+            raise DistconvError(
+                f"the GPU has too little memory for this rank's share of a step ({error}): use a smaller --batch-size, "
+                f"or more ranks on GPUs of their own"
+            ) from None
         self.kernels.device.synchronize()
 
     def classify(self, model: Layer, parameters: Parameters, images: Bytes) -> NDArray[np.int64]:

@@ -263,6 +263,13 @@ class Emulator:
         array[...] = 0
         return array
 
+    def contiguous(self, array: NDArray[Any]) -> NDArray[Any]:
+        if array.flags.c_contiguous and allocation_of(array):
+            return array
+        device = self.empty(array.shape, array.dtype)
+        self.do(lambda: np.copyto(device, array))
+        return device
+
     def address(self, array: NDArray[Any]) -> int:
         return array.ctypes.data
 

@@ -100,6 +100,10 @@ class Cuda:
         memory[...] = 0
         return memory
 
+    def contiguous(self, array: Array) -> Array:
+        """The array, or a copy whose numbers follow one another."""
+        return self.cupy.ascontiguousarray(array)
+
     def address(self, array: Array) -> int:
         """Of an array on the device."""
         return int(array.data.ptr)

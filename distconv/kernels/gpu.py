@@ -99,13 +99,23 @@ class Gpu:
         self.device, self.precision = device, precision
         self.no_floats, self.no_bytes = device.zeros(4, np.float32), device.zeros(4, np.uint8)
 
-    def launch(self, file: str, name: str, count: int, *arguments: Any, threads: int = THREADS) -> None:
-        """Start a kernel with a thread for each of `count` numbers; Python's integers and floats become 32 bits."""
+    def launch(self, file: str, name: str, count: int, *arguments: Any) -> None:
+        """Start a kernel with a thread for each of `count` numbers; Python's integers and floats become 32 bits.
+
+        An array of which a layer of a user's own has made a view that is not contiguous is copied.
+        """
         if count > MOST:
             raise ValueError(f"{name}: {count:,} numbers are more than a kernel can count: use a smaller batch")
         if count > 0:
             kernel = self.device.function(source(file), name)
-            kernel((-(-count // threads), 1, 1), threads, *map(_narrow, arguments))
+            kernel((-(-count // THREADS), 1, 1), THREADS, *map(self._argument, arguments))
+
+    def _argument(self, argument: Any) -> Any:
+        if isinstance(argument, int):
+            return np.int32(argument)
+        if isinstance(argument, float):
+            return np.float32(argument)
+        return argument if isinstance(argument, np.generic) else self.device.contiguous(argument)
 
     def conv_forward(self, x: Array, w: Array, b: Array, stride: int, pad: int, relu: bool) -> Array:
         """As in kernels/cpu.py."""
@@ -176,7 +186,9 @@ class Gpu:
         per_slice = -(-depth // (slices * DEPTH_STEP)) * DEPTH_STEP
         slices = -(-depth // per_slice)
         partial = self.device.empty(slices * rows * columns, np.float32) if slices > 1 else self.no_floats
-        x, w, dy, y, bias, db = (self.no_floats if a is None else a for a in (x, w, dy, y, bias, db))
+        x, w, dy, y, bias, db = (
+            self.no_floats if a is None else self.device.contiguous(a) for a in (x, w, dy, y, bias, db)
+        )
         won, winner = (self.no_bytes if a is None else a for a in (won, winner))
         defines = shape.defines(which, self.precision, self.device.address(w) % 16 == 0)
         product = self.device.function(source("convolution"), "product", defines)
@@ -250,7 +262,7 @@ class Gpu:
         self.launch("layers", "begin_step", max(x.size, 1), *arguments)
         return x, chosen
 
-    def pixels(self, images: Any, dtype: Any = np.float32) -> Array:
+    def pixels(self, images: Any) -> Array:
         """Bytes (N, ...) of the host as numbers from 0 to 1 on the device."""
         there = self.device.upload(images)
         return self._like(there, lambda x: self.launch("layers", "pixels", x.size, there, x, x.size))
@@ -265,9 +277,3 @@ class Gpu:
 def _convolution(x: tuple[int, ...], w: tuple[int, ...], stride: int, pad: int, relu: bool) -> Convolution:
     (_, H, W, C), (K, _, _, F) = x, w
     return Convolution(H, W, C, F, K, stride, pad, relu)
-
-
-def _narrow(argument: Any) -> Any:
-    if isinstance(argument, int):
-        return np.int32(argument)
-    return np.float32(argument) if isinstance(argument, float) else argument

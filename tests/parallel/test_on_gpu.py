@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 import os
 import pickle
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
+from numpy.typing import DTypeLike
 
 from distconv import loop
 from distconv.comm import placement
@@ -20,11 +21,12 @@ from distconv.comm.world import World
 from distconv.config import Config
 from distconv.data.dataset import Dataset
 from distconv.data.shard import split
-from distconv.errors import UsageError
+from distconv.errors import DistconvError, UsageError
 from distconv.kernels.cpu import Array
 from distconv.kernels.cuda import NOT_INSTALLED, Visible
 from distconv.kernels.gpu import FINITE, Gpu
-from distconv.nn.layers import Affine, Chain, Conv, Dropout, Layer, MaxPool
+from distconv.nn.layers import Affine, Backward, Chain, Context, Conv, Dropout, Layer, MaxPool, ReLU
+from distconv.nn.parameters import Parameters, Shape, Specs, Views
 from distconv.run import Run
 from distconv.wiring import on_cpu, on_gpu, unplaced_run
 from tests.emulator import Emulator, available
@@ -332,6 +334,58 @@ def test_a_step_that_is_not_finite_changes_nothing(world: World, folder: Path, k
     run.engine.push(run)
     record = next(records)
     assert isinstance(record, loop.StepRecord) and not record.skipped
+
+
+def test_a_gpu_without_memory_for_a_step_is_one_sentence(world: World, folder: Path) -> None:
+    class Small(Emulator):
+        def empty(self, shape: int | Sequence[int], dtype: DTypeLike) -> Array:
+            if np.prod(shape) > 50:
+                raise MemoryError("out of memory allocating 512 bytes")
+            return super().empty(shape, dtype)
+
+    run = on_gpu(unplaced_run(SETTINGS, dataset(), world), Emulator(folder), shared=False)
+    run.engine.kernels.device.empty = Small(folder).empty
+    with pytest.raises(DistconvError, match=r"too little memory .*512 bytes.*smaller --batch-size"):
+        run.engine.gradient(run, np.arange(8 // world.size), 8, step=0)
+
+
+def test_a_network_of_a_users_own_may_branch_and_join(world: World, folder: Path) -> None:
+    """Its gradients reach the layers as views that are not contiguous."""
+
+    @dataclasses.dataclass(frozen=True)
+    class Branches:
+        left: Layer
+        right: Layer
+
+        def shapes(self, input_shape: Shape) -> tuple[Shape, Specs]:
+            (a, left), (b, right) = self.left.shapes(input_shape), self.right.shapes(input_shape)
+            return (*a[:2], a[2] + b[2]), {"left": left, "right": right}
+
+        def forward(self, x: Array, params: Views, context: Context) -> tuple[Array, Backward]:
+            left, back_left = self.left.forward(x, params["left"], context.within("left"))
+            right, back_right = self.right.forward(x, params["right"], context.within("right"))
+            F = left.shape[3]
+
+            def backward(dy: Array, grads: Views, wants_dx: bool) -> Array:
+                dx = back_left(dy[..., :F], grads["left"], True)
+                return dx + back_right(dy[..., F:], grads["right"], True)
+
+            return np.concatenate([left, right], axis=3), backward
+
+    model = Chain(Branches(Conv(3, pad=1, relu=True), Conv(2, size=1)), ReLU(), MaxPool(), Affine(3))
+    parameters = Parameters(model.shapes((6, 8, 1))[1])
+    parameters.initialize(0)
+    x, dy = np.random.default_rng(0).standard_normal((2, 6, 8, 1)).astype(np.float32), np.ones((2, 3), np.float32)
+    y, backward = model.forward(x, parameters.values, Context(training=True))
+    backward(dy, parameters.grads, False)
+
+    gpu = Gpu(Emulator(folder))
+    values = parameters.nested(gpu.device.upload(parameters.vector))
+    gradient = gpu.device.empty(parameters.size, np.float32)
+    there, backward = model.forward(gpu.device.upload(x), values, Context(training=True, kernels=gpu))
+    backward(gpu.device.upload(dy), parameters.nested(gradient), False)
+    np.testing.assert_allclose(there, y, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(gradient, parameters.gradient, rtol=1e-4, atol=1e-5)
 
 
 def test_what_the_gpu_tells_of_the_first_step_is_exact(world: World, folder: Path) -> None:
