@@ -44,7 +44,10 @@ def build_run(
     placed = placed or place(world, settings.device, settings.precision)
     if placed.line:
         say(placed.line)
-    return on_cpu(run) if placed.ordinal is None else on_gpu(run, Cuda(placed.ordinal, say), placed.shared)
+    if placed.ordinal is None:
+        return on_cpu(run)
+    say("preparing the GPU's kernels; the first time on a machine they are compiled, in a minute or less")
+    return on_gpu(run, Cuda(placed.ordinal, say), placed.shared)
 
 
 def unplaced_run(settings: Config, dataset: Dataset, world: World) -> Run:
