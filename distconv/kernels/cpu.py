@@ -18,6 +18,7 @@ from numpy.lib.stride_tricks import as_strided
 from numpy.typing import DTypeLike, NDArray
 
 from distconv.kernels import philox
+from distconv.kernels.loss import softmax_cross_entropy as compiled_loss
 
 Array = NDArray[Any]
 PATCH_BYTES = 1 << 20  # about a core's L2 cache; 0.5 to 4 MiB measured within a few per cent of each other
@@ -224,9 +225,8 @@ def scale(x: Array, factor: float) -> Array:
 
 def dropout(x: Array, ratio: float, key: tuple[int, int], step: int, samples: NDArray[np.integer[Any]]) -> Array:
     """x (N, ...) with each number replaced by 0 with probability `ratio`; of a sample, key and step always the same."""
-    words = philox.random_words(key, step, samples, math.prod(x.shape[1:]))
-    y: Array = x * (words >= np.uint64(round(ratio * 2**32))).reshape(x.shape)
-    return y
+    flat = x.reshape(len(x), math.prod(x.shape[1:]))
+    return philox.drop(flat, round(ratio * 2**32), key, step, samples).reshape(x.shape)
 
 
 def softmax_cross_entropy(scores: Array, labels: NDArray[np.integer[Any]], batch: int = 1) -> tuple[float, Array]:
@@ -234,12 +234,8 @@ def softmax_cross_entropy(scores: Array, labels: NDArray[np.integer[Any]], batch
 
     scores (N, F), labels (N,) integers in [0, F). The loss is summed in float64.
     """
-    shifted = scores - scores.max(axis=1, keepdims=True, initial=-np.inf)
-    dscores = np.exp(shifted)
-    total = dscores.sum(axis=1, keepdims=True)
-    rows = np.arange(len(labels))
-    loss = float(np.sum(np.log(total[:, 0]) - shifted[rows, labels], dtype=np.float64))
-    dscores /= total
-    dscores[rows, labels] -= 1
-    dscores /= batch
+    dscores = np.empty_like(scores)
+    loss = float(
+        compiled_loss(np.ascontiguousarray(scores), labels.astype(np.int64), scores.dtype.type(batch), dscores)
+    )
     return loss, dscores

@@ -39,6 +39,31 @@ def _rounds(counter: Any, k0: Any, k1: Any, words: Any) -> None:
         words[0, i], words[1, i], words[2, i], words[3, i] = c0, c1, c2, c3
 
 
+def drop(
+    x: NDArray[Any], threshold: int, key: tuple[int, int], step: int, samples: NDArray[np.integer[Any]]
+) -> NDArray[Any]:
+    """x (N, size) times 1 where the word of random_words(key, step, samples, size) is at least `threshold`, else 0."""
+    y = np.empty_like(x)
+    words = np.uint64(step & int(_WORD)), np.uint64(step >> 32), np.uint64(key[0]), np.uint64(key[1])
+    _drop(np.ascontiguousarray(x), np.uint64(threshold), *words, np.asarray(samples, np.uint64), y)
+    return y
+
+
+@compiled
+def _drop(x: Any, threshold: Any, low: Any, high: Any, k0: Any, k1: Any, samples: Any, y: Any) -> None:
+    N, size = x.shape
+    blocks = (size + 3) // 4
+    counter, words = np.empty((4, blocks), np.uint64), np.empty((4, blocks), np.uint64)
+    for n in range(N):
+        for block in range(blocks):
+            counter[0, block], counter[1, block] = np.uint64(block), samples[n]
+            counter[2, block], counter[3, block] = low, high
+        _rounds(counter, k0, k1, words)
+        for i in range(size):
+            kept = words[i % 4, i // 4] >= threshold
+            y[n, i] = x[n, i] * x.dtype.type(kept)
+
+
 def random_words(key: tuple[int, int], step: int, samples: NDArray[np.integer[Any]], count: int) -> NDArray[np.uint64]:
     """`count` random 32-bit words for each of the N global sample indices at a step -> (N, count)."""
     blocks = -(-count // 4)  # a counter gives four words

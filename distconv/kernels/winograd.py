@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from distconv.kernels.compiled import compiled
 from distconv.kernels.products import ROWS, product
+from distconv.kernels.still import fill_still
 from distconv.kernels.vector import LANES, Index, Pointer, Vector, emitted, scratch, zeros
 
 Array = NDArray[Any]
@@ -49,7 +50,6 @@ def conv_forward(x: Array, w: Array, b: Array, pad: int, relu: bool) -> Array:
     u = GG @ w.reshape(9, C * F)
     floor, x = np.float32(0.0 if relu else -np.inf), np.ascontiguousarray(x)
     _forward(x, u, b, pad, floor, few, v, m, y)
-    _fill_still(x.view(np.int64), b, pad, floor, y)
     return y
 
 
@@ -245,32 +245,7 @@ def _forward(x: Array, u: Array, b: Array, pad: int, floor: np.float32, few: int
                             m, t * F + f, m_stride, b, f, floor, y, n * OH * OW * F + f, 4 * i, 4 * j, OH, OW, F
                         )
                     t += 1
-
-
-@compiled
-def _fill_still(pairs: Array, b: Array, pad: int, floor: np.float32, y: Array) -> None:
-    """Write max(b, floor) where a window of x, given as the bits of its numbers by twos, holds nothing but zeros.
-
-    A tile that holds other windows too leaves rounding errors there in place of 0, and ReLU would let the gradient pass
-    where they are positive: with the biases of the start, in half of the background of an image.
-    """
-    N, H, W, half_C = pairs.shape
-    _, OH, OW, F = y.shape
-    flat = pairs.reshape(-1)
-    still = np.ones((H + 2 * pad, W + 2 * pad), np.bool_)  # the padding is
-    for n in range(N):
-        for h in range(H):
-            for w in range(W):
-                first = ((n * H + h) * W + w) * half_C
-                pixel, together = flat[first : first + half_C], np.int64(0)
-                for i in range(pixel.size):  # no early end: LLVM makes vectors of it
-                    together |= pixel[i]
-                still[h + pad, w + pad] = together & 0x7FFFFFFF7FFFFFFF == 0  # -0 is 0 too
-        for h in range(OH):
-            for w in range(OW):
-                if still[h + 1, w + 1] and still[h : h + 3, w : w + 3].all():
-                    for f in range(F):
-                        y[n, h, w, f] = floor if b[f] < floor else b[f]
+        fill_still(x[first : first + images], b, pad, floor, y[first : first + images])  # while they are in the cache
 
 
 @compiled

@@ -7,7 +7,6 @@ and returns dx. Activations live in that function, so a layer holds no state and
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import zlib
 from collections.abc import Callable, Iterable
@@ -43,7 +42,8 @@ class Context:
 
     def within(self, name: str) -> Context:
         """The same pass, seen by the layer called `name` inside this one."""
-        return dataclasses.replace(self, path=f"{self.path}.{name}")
+        path = f"{self.path}.{name}"  # dataclasses.replace would take 5 us, for each layer of each step
+        return Context(self.training, self.seed, self.step, self.samples, path, self.on_final, self.kernels)
 
     def drop(self, x: Array, ratio: float) -> Array:
         """x (N, ...) with each number replaced by 0 with that probability; in all calls of a layer the same ones."""
