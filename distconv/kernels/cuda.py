@@ -51,6 +51,15 @@ def visible() -> list[Visible]:
     return [Visible(p["name"].decode(), bytes(p["uuid"]).hex(), 10 * p["major"] + p["minor"]) for p in properties]
 
 
+@functools.cache
+def _stream(ordinal: int) -> Any:
+    """The one stream of all Cudas of a GPU, as CuPy starts every kernel in the thread's current stream."""
+    import cupy
+
+    with cupy.cuda.Device(ordinal):
+        return cupy.cuda.Stream(non_blocking=True)  # a blocking one cannot be recorded while others look at it
+
+
 @dataclass
 class _Recording:
     """Work that is done again and again: first plainly, then from its graph."""
@@ -72,7 +81,7 @@ class Cuda:
         self.cupy, self.say = cupy, say
         cupy.cuda.Device(ordinal).use()
         self.name = visible()[ordinal].name
-        self.stream = cupy.cuda.Stream(non_blocking=True)
+        self.stream = _stream(ordinal)
         self.stream.use()
         self.recordings: dict[Any, _Recording] = {}
         self.records = True
