@@ -26,10 +26,12 @@ def draw_curves(records: Sequence[Mapping[str, Any]], title: str, path: Path) ->
     for key, label, color in (("train_accuracy", "training", "tab:gray"), ("test_accuracy", "test", "tab:orange")):
         accuracy.plot(number, [record[key] for record in epochs], "o-", color=color, label=label)
     accuracy.set(title="accuracy (without dropout)", xlabel="epoch")
-    accuracy.yaxis.set_major_formatter(PercentFormatter(1))
+    accuracy.yaxis.set_major_formatter(PercentFormatter(1, decimals=2))
     accuracy.legend()
     for axes in (loss, accuracy):
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        if number:
+            axes.set_xlim(number[0] - 0.5, number[-1] + 0.5)  # a single epoch would get fractions of epochs beside it
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axes.grid(alpha=0.3)
     _save(figure, path)
 
@@ -96,14 +98,16 @@ def draw_step(steps: Sequence[tuple[int, Mapping[tuple[str, str], float]]], titl
     panels = figure.subplots(1, len(steps), sharey=True, squeeze=False)[0]
     for axes, (batch_size, parts) in zip(panels, steps, strict=True):
         names = list(dict.fromkeys(name for name, _ in parts))
+        total = 1e3 * sum(parts.values())
+        digits = 1 if total >= 10 else 3  # a GPU's steps take less than a millisecond
         left = [0.0] * len(names)
         for half, color in (("forward", "tab:blue"), ("backward", "tab:orange"), ("", "tab:gray")):
             width = [1e3 * parts.get((name, half), 0.0) for name in names]
             axes.barh(names, width, left=left, color=color, label=half or "neither")
             left = [start + length for start, length in zip(left, width, strict=True)]
         for name, end in zip(names, left, strict=True):
-            axes.annotate(f"{end:.1f}", (end, name), (3, 0), textcoords="offset points", va="center", fontsize=8)
-        axes.set(title=f"batch {batch_size}: {sum(left):.1f} ms a step on rank 0", xlabel="ms")
+            axes.annotate(f"{end:.{digits}f}", (end, name), (3, 0), textcoords="offset points", va="center", fontsize=8)
+        axes.set(title=f"batch {batch_size}: {total:.{digits}f} ms a step on rank 0", xlabel="ms")
         axes.set_xlim(right=1.12 * max(left))
         axes.margins(y=0.02)
         axes.grid(alpha=0.3, axis="x")
