@@ -1,4 +1,4 @@
-"""The arithmetic on a GPU: the functions of kernels/cpu.py on arrays of a device, by the CUDA kernels in kernels/cuda/.
+"""The arithmetic on a GPU: the functions of kernels/cpu.py on arrays of a device, by the kernels of cuda_source/.
 
 The shapes of a convolution are compiled into its kernels. Nothing here waits for the GPU but `argmax`, which a training
 step does not use, so a whole step can be recorded as a graph. All sums are made in a fixed order, so two runs give the
@@ -33,7 +33,7 @@ MOST = 2**31 - 1  # numbers of an array, as the kernels count in 32 bits
 @functools.cache
 def source(name: str) -> str:
     """A CUDA file of this package, with what all of them need before it."""
-    folder = Path(__file__).parent / "cuda"
+    folder = Path(__file__).parent / "cuda_source"
     return (folder / "arithmetic.cu").read_text() + (folder / f"{name}.cu").read_text()
 
 

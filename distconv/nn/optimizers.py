@@ -2,7 +2,7 @@
 
 In the formulas p is the vector of parameters, g its gradient, t the number of this step, counted from 1; all is
 element-wise. `state` holds what a checkpoint must keep besides p: the vectors v, h or m, all zero at the start. On a
-GPU, kernels/cuda/updates.cu does the same with the same scalars.
+GPU, kernels/cuda_source/updates.cu does the same with the same scalars.
 """
 
 from __future__ import annotations
