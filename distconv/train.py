@@ -177,6 +177,7 @@ def introduce(run: Run, out: Path, data_name: str, checkpoint: Checkpoint | None
         blas_threads=threads,
         wire=settings.wire,
         exchange=run.exchange.how,
+        bus_bytes=getattr(run.exchange, "bus_bytes", 0),  # of a step, between a GPU and its host
         model=settings.model,
         parameter_count=run.parameters.size,
         data=data_name,

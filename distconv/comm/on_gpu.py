@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 class GpuExchange(Protocol):
     """Sums vectors of one size, float32, on devices over the ranks."""
 
-    carrier: str
     wire: Wire
     how: str
     bytes_sent: int  # by this rank in one sum, to other ranks
@@ -52,7 +51,6 @@ class GpuExchange(Protocol):
 class Staged:
     """Through the host, by one of its exchanges."""
 
-    carrier = "staged"
     needs_no_host = False
 
     def __init__(self, gpu: Gpu, size: int, inner: Exchange) -> None:
@@ -141,7 +139,6 @@ class CudaMpi:
 class OnGpu:
     """Every rank exchanges halves with every rank, and owns a part of the vector, which its GPU adds up."""
 
-    carrier = "on-gpu"
     wire = WIRES["float16"]
     bus_bytes = 0  # through the host
 
@@ -207,7 +204,7 @@ def choose_on_gpu(world: World, gpu: Gpu, size: int, wire: str, kind: str, share
             return found
         if kind == "nccl":
             raise UsageError(f"--exchange nccl: {found}; use --exchange auto")
-    staged = Staged(gpu, size, choose(world, size, wire, "auto" if kind == "nccl" else kind))
+    staged = Staged(gpu, size, choose(world, size, wire, kind))
     if kind == "auto" and world.size > 1:
         staged.how += f", as NCCL cannot be used: {found}"
     return staged
