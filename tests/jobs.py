@@ -27,8 +27,10 @@ ENVIRONMENT = {
 class Job:
     """A running command and its descendants."""
 
-    def __init__(self, ranks: int, arguments: Sequence[str | Path], **environment: str) -> None:
-        launcher = [MPIRUN, "-n", str(ranks)] if ranks else []
+    def __init__(
+        self, ranks: int, arguments: Sequence[str | Path], flags: Sequence[str] = (), **environment: str
+    ) -> None:
+        launcher = [MPIRUN, *flags, "-n", str(ranks)] if ranks else []
         self.process = subprocess.Popen(
             [*launcher, sys.executable, *map(str, arguments)],
             cwd=ROOT,
@@ -65,10 +67,10 @@ class Job:
 
 
 def run(
-    ranks: int, *arguments: str | Path, seconds: float = 60, **environment: str
+    ranks: int, *arguments: str | Path, seconds: float = 60, flags: Sequence[str] = (), **environment: str
 ) -> subprocess.CompletedProcess[str]:
-    """Run `python arguments...` on so many ranks, without a launcher for 0; returns code and output."""
-    return Job(ranks, arguments, **environment).finish(seconds)
+    """Run `mpirun flags... python arguments...` on so many ranks, without mpirun for 0; returns code and output."""
+    return Job(ranks, arguments, flags, **environment).finish(seconds)
 
 
 def wait_until(happened: Callable[[], bool], job: Job, seconds: float = 60) -> None:

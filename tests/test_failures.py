@@ -34,11 +34,11 @@ def network(classes): return Failing(deepconvnet(classes))
 """
 
 
-def fail_on(rank: int, what: str, folder: Path, ranks: int = 3):  # type: ignore[no-untyped-def]
+def fail_on(rank: int, what: str, folder: Path, ranks: int = 3, flags: tuple[str, ...] = ()):  # type: ignore[no-untyped-def]
     """A run in which one rank does something bad in its fourth step."""
     (folder / "failing.py").write_text(FAILING.format(what=what))
     arguments = ("-m", "distconv.train", *QUICK, "--model", "failing:network", "--out", folder / "run")
-    return jobs.run(ranks, *arguments, PYTHONPATH=str(folder), FAILING_RANK=str(rank))
+    return jobs.run(ranks, *arguments, flags=flags, PYTHONPATH=str(folder), FAILING_RANK=str(rank))
 
 
 @pytest.mark.parametrize("rank", [0, 2])
@@ -63,6 +63,14 @@ def test_a_job_ends_within_five_seconds_of_a_failure(tmp_path: Path) -> None:
 def test_a_rank_that_leaves_alone_fails_the_job(tmp_path: Path, what: str) -> None:
     result = fail_on(1, what, tmp_path)
     assert result.returncode != 0
+    assert not (tmp_path / "run" / "DONE").exists()
+
+
+@pytest.mark.parametrize("what", ["os._exit(0)", "os._exit(3)"])
+def test_the_others_end_the_job_where_the_launcher_does_not_see_that_one_is_gone(tmp_path: Path, what: str) -> None:
+    result = fail_on(1, what, tmp_path, flags=("-disable-auto-cleanup",))  # what MPICH's does now and then by itself
+    assert result.returncode != 0
+    assert result.stderr.count("distconv: rank 1 of 3 ended without a word, and so ends the job") == 1
     assert not (tmp_path / "run" / "DONE").exists()
 
 

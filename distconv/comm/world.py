@@ -13,6 +13,7 @@ import json
 import os
 import socket
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -23,6 +24,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import threadpoolctl
 
 from distconv.comm.futex import Barrier
+from distconv.comm.watch import GRACE, Watch
 from distconv.errors import DistconvError, MismatchError
 from distconv.kernels.memory import keep_freed_memory
 
@@ -79,6 +81,7 @@ class World:
         self.local_size: int = self.local.size
         self.hosts = sum(comm.allgather(self.local_rank == 0))
         self.error_folder: Path | None = None
+        self.watch = Watch(self._neighbours(), self._lost)
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
@@ -118,6 +121,8 @@ class World:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if error is None or (isinstance(error, DistconvError) and error.everywhere):
+            self.watch.stop()
+            self.wait_on_host()  # nobody ends while another one still watches
             return  # `run` speaks and exits, on all ranks alike
         code = self._exit_code(error)
         self._report(error, code)
@@ -126,6 +131,22 @@ class World:
         if self.size > 1:
             self.comm.Abort(code)
         raise SystemExit(code)
+
+    def _neighbours(self) -> dict[int, int]:
+        """Process ids by rank: of the other ranks of this host, as far as they count processes as this one does."""
+        numbering = str(Path("/proc/self/ns/pid").readlink()) if sys.platform == "linux" else ""
+        found: list[tuple[str, int, int]] = self.local.allgather((numbering, self.rank, os.getpid()))
+        return {rank: process for other, rank, process in found if other == numbering and rank != self.rank}
+
+    def _lost(self, ended: list[int], alive: list[int]) -> None:
+        """End the job for want of ranks that are gone; in a thread of its own, as the main one may wait for them."""
+        if self.rank < min(alive, default=self.size):
+            who = f"rank{'s' * (len(ended) > 1)} {', '.join(map(str, ended))} of {self.size}"
+            sys.stderr.write(f"distconv: {who} ended without a word, and so ends the job\n")
+            sys.stderr.flush()
+        threading.Timer(GRACE, os._exit, (1,)).start()  # should the launcher not end this rank either
+        if _MPI().Query_thread() == _MPI().THREAD_MULTIPLE:
+            self.comm.Abort(1)
 
     @staticmethod
     def _exit_code(error: BaseException) -> int:
