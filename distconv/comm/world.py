@@ -140,7 +140,8 @@ class World:
 
     def _lost(self, ended: list[int], alive: list[int]) -> None:
         """End the job for want of ranks that are gone; in a thread of its own, as the main one may wait for them."""
-        if self.rank < min(alive, default=self.size):
+        told = self.error_folder is not None and self.error_folder.exists()
+        if not told and self.rank < min(alive, default=self.size):
             who = f"rank{'s' * (len(ended) > 1)} {', '.join(map(str, ended))} of {self.size}"
             sys.stderr.write(f"distconv: {who} ended without a word, and so ends the job\n")
             sys.stderr.flush()
