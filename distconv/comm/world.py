@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import threadpoolctl
 
 from distconv.comm.futex import Barrier
+from distconv.comm.turns import take_long_turns
 from distconv.comm.watch import GRACE, Watch
 from distconv.errors import DistconvError, MismatchError
 from distconv.kernels.memory import keep_freed_memory
@@ -201,6 +202,8 @@ def start() -> World:
 
         threadpoolctl.threadpool_limits(1)
     keep_freed_memory()
+    if cores_are_short(world.local):
+        take_long_turns()
     return world
 
 
