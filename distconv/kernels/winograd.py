@@ -60,7 +60,7 @@ def conv_backward(
     C, F = w.shape[2:]
     few, v, m = _room(y.shape, C)
     turned = GG @ w.reshape(9, C, F).transpose(0, 2, 1).reshape(9, F * C)  # turned while it is small
-    du = np.zeros((36, C * F), np.float32)
+    du = (np.empty if len(x) else np.zeros)((36, C * F), np.float32)  # the first round overwrites it
     db[...] = 0
     dx = np.empty(x.shape if wants_dx else (0, 0, 0, 0), np.float32)
     floor = np.float32(0.0 if relu else np.nan)
@@ -77,7 +77,8 @@ def _room(shape: tuple[int, ...], C: int) -> tuple[int, Array, Array]:
     """
     N, OH, OW, F = shape
     tiles = -(-OH // TILE) * -(-OW // TILE)
-    few = max(1, min(N, (CACHE + 2 * 36 * C * F) // (36 * tiles * (C + F))))
+    few = max(1, (CACHE + 2 * 36 * C * F) // (36 * tiles * (C + F)))
+    few = -(-N // -(-N // few)) if N else 1  # rounds of one length: a last short one would cost as much
     rows = -(-few * tiles // ROWS) * ROWS
     # An odd number of cache lines between the 36 elements of a tile, or they would all fall into the same few places.
     return few, np.empty((36, rows * C + LINE), np.float32), np.empty((36, rows * F + LINE), np.float32)
@@ -271,7 +272,7 @@ def _backward(
                         )
                     t += 1
         for p in range(36):
-            product(v, p * v_stride, 1, C, m, p * m_stride, F, du, p * C * F, F, C, F, tiles, 1)
+            product(v, p * v_stride, 1, C, m, p * m_stride, F, du, p * C * F, F, C, F, tiles, first > 0)
             if wants_dx:
                 product(
                     m,
