@@ -38,7 +38,7 @@ def conv_backward(
 
 
 def _padded(x: Array, pad: int) -> Array:
-    """x (N, H, W, 1) -> (N, H + 2 pad, W + 2 pad) with zeros around; np.pad takes as long as a convolution of 25 images."""
+    """x (N, H, W, 1) -> (N, H + 2 pad, W + 2 pad), zeros around; np.pad takes as long as a convolution of 25 images."""
     N, H, W, _ = x.shape
     padded = np.zeros((N, H + 2 * pad, W + 2 * pad), x.dtype)
     padded[:, pad : pad + H, pad : pad + W] = x[..., 0]
