@@ -11,7 +11,7 @@ from llvmlite import ir
 
 from distconv.kernels.vector import Index, Pointer, Vector, emitted, scratch, zeros
 
-TILE, PATCH = 4, 6
+TILE, PATCH, FILTER = 4, 6, 3
 
 
 def _input(d: list[Vector]) -> list[Vector]:
@@ -52,6 +52,22 @@ def _output_adjoint(y: list[Vector]) -> list[Vector]:
     s, d = y[0] + y[2], y[1] + y[3]
     t, e = y[2].times(4.0, y[0]), y[3].times(4.0, y[1])
     return [y[0], s + d, s - d, e.times(2.0, t), e.times(-2.0, t), y[3]]
+
+
+def _filter(g: list[Vector]) -> list[Vector]:
+    """G g: 3 -> 6."""
+    s, e, o = g[0] + g[2], g[0].times(1 / 24, g[2] * (1 / 6)), g[1] * (1 / 12)
+    return [g[0] * 0.25, (s + g[1]) * (-1 / 6), (s - g[1]) * (-1 / 6), e + o, e - o, g[2]]
+
+
+def _filter_adjoint(u: list[Vector]) -> list[Vector]:
+    """G' u: 6 -> 3."""
+    s, d, t, e = u[1] + u[2], u[1] - u[2], u[3] + u[4], u[3] - u[4]
+    return [
+        u[0].times(1 / 4, s.times(-1 / 6, t * (1 / 24))),
+        d.times(-1 / 6, e * (1 / 12)),
+        s.times(-1 / 6, t.times(1 / 6, u[5])),
+    ]
 
 
 def _both_ways(transform: Any, tile: list[list[Vector]]) -> list[list[Vector]]:
@@ -131,11 +147,23 @@ def input_tile_adjoint(
             place.store(place.load() + value)
 
 
-def _load_all(m: Pointer, stride: Index) -> list[list[Vector]]:
-    return [[(m + stride * (PATCH * i + j)).load() for j in range(PATCH)] for i in range(PATCH)]
+@emitted
+def filter_tile(builder: ir.IRBuilder, w: Pointer, at: Index, stride: Index, u: Pointer) -> None:
+    """u[36] = G w G' for the filters w[9]; all numbers of a filter are `stride` apart, before and after."""
+    _store_all(_both_ways(_filter, _load_all(w + at, stride, FILTER)), u + at, stride)
+
+
+@emitted
+def filter_tile_adjoint(builder: ir.IRBuilder, u: Pointer, at: Index, stride: Index, w: Pointer) -> None:
+    """w[9] = G' u G."""
+    _store_all(_both_ways(_filter_adjoint, _load_all(u + at, stride)), w + at, stride)
+
+
+def _load_all(m: Pointer, stride: Index, size: int = PATCH) -> list[list[Vector]]:
+    return [[(m + stride * (size * i + j)).load() for j in range(size)] for i in range(size)]
 
 
 def _store_all(tile: list[list[Vector]], v: Pointer, stride: Index) -> None:
     for i, row in enumerate(tile):
         for j, value in enumerate(row):
-            (v + stride * (PATCH * i + j)).store(value)
+            (v + stride * (len(row) * i + j)).store(value)

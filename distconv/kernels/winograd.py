@@ -16,25 +16,20 @@ from numpy.typing import NDArray
 from distconv.kernels.compiled import compiled
 from distconv.kernels.products import ROWS, product
 from distconv.kernels.still import fill_still
-from distconv.kernels.tiles import TILE, input_tile, input_tile_adjoint, output_tile, output_tile_adjoint
+from distconv.kernels.tiles import (
+    TILE,
+    filter_tile,
+    filter_tile_adjoint,
+    input_tile,
+    input_tile_adjoint,
+    output_tile,
+    output_tile_adjoint,
+)
 from distconv.kernels.vector import LANES
 
 Array = NDArray[Any]
 LINE = 16  # floats of a cache line
 CACHE = 1 << 17  # floats: half of a core's L2 cache to fill with tiles; 2^14 to 2^18 measured within 2 %
-G = np.array(
-    [
-        [1 / 4, 0, 0],
-        [-1 / 6, -1 / 6, -1 / 6],
-        [-1 / 6, 1 / 6, -1 / 6],
-        [1 / 24, 1 / 12, 1 / 6],
-        [1 / 24, -1 / 12, 1 / 6],
-        [0, 0, 1],
-    ]
-)
-GG = np.kron(G, G).astype(np.float32)  # (36, 9): both directions at once
-
-
 ONLY_FILTERS = False  # conv_backward knows dx too
 
 
@@ -46,8 +41,9 @@ def conv_forward(x: Array, w: Array, b: Array, pad: int, relu: bool) -> Array:
     (N, H, W, C), F = x.shape, w.shape[3]
     y = np.empty((N, H + 2 * pad - 2, W + 2 * pad - 2, F), np.float32)
     few, v, m = _room(y.shape, C)
-    u = GG @ w.reshape(9, C * F)
-    floor, x = np.float32(0.0 if relu else -np.inf), np.ascontiguousarray(x)
+    u = np.empty((36, C * F), np.float32)
+    floor, x, w = np.float32(0.0 if relu else -np.inf), np.ascontiguousarray(x), np.ascontiguousarray(w)
+    _filters(w, u)
     _forward(x, u, b, pad, floor, few, v, m, y)
     return y
 
@@ -58,14 +54,15 @@ def conv_backward(
     """The adjoint of conv_forward: write dw (3, 3, C, F) and db (F,), return dx (N, H, W, C) if it is wanted."""
     C, F = w.shape[2:]
     few, v, m = _room(y.shape, C)
-    turned = GG @ w.reshape(9, C, F).transpose(0, 2, 1).reshape(9, F * C)  # turned while it is small
+    turned = np.empty((36, F * C), np.float32)
+    _filters(np.ascontiguousarray(w.transpose(0, 1, 3, 2)), turned)
     du = (np.empty if len(x) else np.zeros)((36, C * F), np.float32)  # the first round overwrites it
     db[...] = 0
     dx = np.empty(x.shape if wants_dx else (0, 0, 0, 0), np.float32)
     floor = np.float32(0.0 if relu else np.nan)
     x, y, dy = (np.ascontiguousarray(array) for array in (x, y, dy))
     _backward(x, y, dy, turned, pad, floor, few, v, m, du, db, dx, wants_dx)
-    np.matmul(GG.T, du, out=dw.reshape(9, C * F))
+    _filters_adjoint(du, dw)
     return dx if wants_dx else None
 
 
@@ -84,14 +81,26 @@ def _room(shape: tuple[int, ...], C: int) -> tuple[int, Array, Array]:
 
 
 @compiled
+def _filters(w: Array, u: Array) -> None:
+    for at in range(0, u.shape[1], LANES):
+        filter_tile(w, at, u.shape[1], u)
+
+
+@compiled
+def _filters_adjoint(du: Array, dw: Array) -> None:
+    for at in range(0, du.shape[1], LANES):
+        filter_tile_adjoint(du, at, du.shape[1], dw)
+
+
+@compiled
 def _inputs(x: Array, first: int, images: int, pad: int, across: int, down: int, v: Array, stride: int) -> None:
     _, H, W, C = x.shape
     t = 0
     for n in range(first, first + images):
-        for i in range(down):
-            for j in range(across):
+        for h in range(-pad, TILE * down - pad, TILE):
+            for w in range(-pad, TILE * across - pad, TILE):
                 for c in range(0, C, LANES):
-                    input_tile(x, n * H * W * C + c, 4 * i - pad, 4 * j - pad, H, W, C, v, t * C + c, stride)
+                    input_tile(x, n * H * W * C + c, h, w, H, W, C, v, t * C + c, stride)
                 t += 1
 
 
@@ -104,19 +113,16 @@ def _forward(x: Array, u: Array, b: Array, pad: int, floor: np.float32, few: int
     for first in range(0, N, few):
         images = min(few, N - first)
         tiles = images * down * across
+        rows = (tiles + ROWS - 1) // ROWS * ROWS
         _inputs(x, first, images, pad, across, down, v, v_stride)
         for p in range(36):
-            product(
-                v, p * v_stride, C, 1, u, p * C * F, F, m, p * m_stride, F, (tiles + ROWS - 1) // ROWS * ROWS, F, C, 0
-            )
+            product(v, p * v_stride, C, 1, u, p * C * F, F, m, p * m_stride, F, rows, F, C, 0)
         t = 0
         for n in range(first, first + images):
-            for i in range(down):
-                for j in range(across):
+            for h in range(0, OH, TILE):
+                for w in range(0, OW, TILE):
                     for f in range(0, F, LANES):
-                        output_tile(
-                            m, t * F + f, m_stride, b, f, floor, y, n * OH * OW * F + f, 4 * i, 4 * j, OH, OW, F
-                        )
+                        output_tile(m, t * F + f, m_stride, b, f, floor, y, n * OH * OW * F + f, h, w, OH, OW, F)
                     t += 1
         fill_still(x[first : first + images], b, pad, floor, y[first : first + images])  # while they are in the cache
 
@@ -133,44 +139,27 @@ def _backward(
     for first in range(0, N, few):
         images = min(few, N - first)
         tiles = images * down * across
+        rows = (tiles + ROWS - 1) // ROWS * ROWS
         _inputs(x, first, images, pad, across, down, v, v_stride)
         t = 0
         for n in range(first, first + images):
-            for i in range(down):
-                for j in range(across):
+            for h in range(0, OH, TILE):
+                for w in range(0, OW, TILE):
                     for f in range(0, F, LANES):
-                        output_tile_adjoint(
-                            dy, y, floor, n * OH * OW * F + f, 4 * i, 4 * j, OH, OW, F, db, f, m, t * F + f, m_stride
-                        )
+                        at = n * OH * OW * F + f
+                        output_tile_adjoint(dy, y, floor, at, h, w, OH, OW, F, db, f, m, t * F + f, m_stride)
                     t += 1
         for p in range(36):
             product(v, p * v_stride, 1, C, m, p * m_stride, F, du, p * C * F, F, C, F, tiles, first > 0)
             if wants_dx:
-                product(
-                    m,
-                    p * m_stride,
-                    F,
-                    1,
-                    ut,
-                    p * C * F,
-                    C,
-                    v,
-                    p * v_stride,
-                    C,
-                    (tiles + ROWS - 1) // ROWS * ROWS,
-                    C,
-                    F,
-                    0,
-                )
+                product(m, p * m_stride, F, 1, ut, p * C * F, C, v, p * v_stride, C, rows, C, F, 0)
         if not wants_dx:
             continue
         dx[first : first + images] = 0
         t = 0
         for n in range(first, first + images):
-            for i in range(down):
-                for j in range(across):
+            for h in range(-pad, TILE * down - pad, TILE):
+                for w in range(-pad, TILE * across - pad, TILE):
                     for c in range(0, C, LANES):
-                        input_tile_adjoint(
-                            v, t * C + c, v_stride, dx, n * H * W * C + c, 4 * i - pad, 4 * j - pad, H, W, C
-                        )
+                        input_tile_adjoint(v, t * C + c, v_stride, dx, n * H * W * C + c, h, w, H, W, C)
                     t += 1
