@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
+import threading
+
 import pytest
 
-from distconv.comm.world import World
+from distconv.comm.turns import GET, TURN, Attributes, take_long_turns
+from distconv.comm.world import World, cores_are_short
 from distconv.errors import BadDataError, MismatchError
 
 
@@ -26,3 +30,20 @@ def test_ranks_that_disagree_are_named_on_all(world: World) -> None:
 
 def test_one_host_is_one_host(world: World) -> None:
     assert (world.hosts, world.local_size, world.local_rank) == (1, world.size, world.rank)
+
+
+def turn() -> int:
+    """Nanoseconds that this thread asks for."""
+    found = Attributes()
+    ctypes.CDLL(None).syscall(GET, 0, ctypes.byref(found), ctypes.sizeof(found), 0)
+    return int(found.runtime)
+
+
+def test_ranks_that_share_a_core_take_long_turns_and_others_do_not(world: World) -> None:
+    given: list[bool] = []
+    thread = threading.Thread(target=lambda: given.append(take_long_turns() and turn() == TURN))
+    thread.start()
+    thread.join()
+    if not given[0]:
+        pytest.skip("this system gives nobody long turns")
+    assert (turn() == TURN) == cores_are_short(world.local)
