@@ -9,6 +9,7 @@ import atexit
 import ctypes
 import functools
 import hashlib
+import os
 import re
 import shutil
 import subprocess
@@ -177,7 +178,9 @@ def signatures(source: str) -> dict[str, Signature]:
 
 @functools.cache
 def own_folder() -> Path:
-    """Where this process keeps what it compiled, until it ends."""
+    """Where this process keeps what it compiled, until it ends, or EMULATED_KERNELS for what others may use too."""
+    if "EMULATED_KERNELS" in os.environ:
+        return Path(os.environ["EMULATED_KERNELS"])
     folder = tempfile.mkdtemp(prefix="emulated_kernels_")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return Path(folder)
@@ -232,7 +235,7 @@ class Emulator:
     name = "emulated"
 
     def __init__(self, folder: Path | None = None) -> None:
-        """`folder`: where compiled kernels go, for processes that share them; else one that ends with this process."""
+        """`folder`: where compiled kernels go, for processes that share them; else own_folder()."""
         self.folder = folder
         self.tape: list[Callable[[], None]] | None = None  # that is being recorded
         self.tapes: dict[object, Any] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from tests import jobs
 @pytest.fixture(scope="module")
 def kernels(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where the jobs find what an earlier one has compiled for the emulated GPU."""
-    return tmp_path_factory.mktemp("kernels")
+    return Path(os.environ.get("EMULATED_KERNELS") or tmp_path_factory.mktemp("kernels"))
 
 
 @pytest.mark.timeout(300)
