@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distconv.comm.exchange import HEADER
+from distconv.comm.futex import Barrier
 from distconv.comm.world import World
 from distconv.data.dataset import Bytes
 from distconv.data.shard import epoch_order, shard, split
@@ -31,8 +32,8 @@ MOST_SKIPPED = 10  # steps in a row without a finite gradient
 class StepRecord:
     """One step. train_loss is the mean over the global batch, with dropout; seconds and bytes are rank 0's own.
 
-    compute: its gradient; wait: for the slowest rank; exchange: the rest of the exchange, in which all ranks take part;
-    wire_seconds_float32: such an exchange on a float32 wire, when it was last tried.
+    compute: its gradient; wait: for the slowest rank, or for a core that several ranks share; exchange: the rest of the
+    exchange, in which all ranks take part; wire_seconds_float32: such an exchange on a float32 wire, when last tried.
     """
 
     event: ClassVar[str] = "step"
@@ -138,9 +139,10 @@ def _step(run: Run, order: NDArray[np.int64], epoch: int, batch: int, stop: bool
     contribution = run.engine.contribution(run) if probing else None
     ready = time.perf_counter()
     header = np.array((run.step, len(mine), loss_sum, -1, stop, ready - run.exchanged), HEADER)
+    asleep = Barrier.asleep
     headers = run.engine.sum(run, header)
     run.exchanged = time.perf_counter()
-    wait = float(headers["busy_seconds"].max() - header["busy_seconds"])
+    wait = max(float(headers["busy_seconds"].max() - header["busy_seconds"]), Barrier.asleep - asleep)
     if contribution is not None:
         run.probe.compare(contribution, run.engine.total(run))
 

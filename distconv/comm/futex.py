@@ -12,7 +12,9 @@ import errno
 import os
 import platform
 import sys
+import time
 from collections.abc import Callable
+from typing import ClassVar
 
 LINE = 64  # bytes from one rank's word to the next: a cache line, so that no rank's store disturbs another's
 SYSTEM_CALL = {"x86_64": 202, "aarch64": 98}.get(platform.machine())
@@ -38,6 +40,8 @@ class Barrier:
     arrivals ahead of a rank that has not come, so another's word is this rank's last number, if the other has yet to
     come, or one or two more.
     """
+
+    asleep: ClassVar[float] = 0.0  # seconds that this process has slept in all its barriers
 
     def __init__(
         self, memory: memoryview, rank: int, size: int, fence: Callable[[], object], idle: Callable[[], object]
@@ -66,7 +70,10 @@ class Barrier:
         _futex(self.own, WAKE, EVERYONE)
         for other in self.others:
             while other.value == before:
-                if not _sleep_while(other, before):
+                began = time.perf_counter()
+                woken = _sleep_while(other, before)
+                Barrier.asleep += time.perf_counter() - began
+                if not woken:
                     self.idle()
         self.fence()
 
