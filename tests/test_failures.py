@@ -74,6 +74,21 @@ def test_the_others_end_the_job_where_the_launcher_does_not_see_that_one_is_gone
     assert not (tmp_path / "run" / "DONE").exists()
 
 
+LEAVING = """
+import os, time
+from distconv.comm.world import start
+with start() as world:
+    if world.rank == 1:
+        time.sleep(1)  # the others have no more to do
+        os._exit(3)
+"""
+
+
+def test_a_rank_that_is_lost_at_the_very_end_is_missed_too() -> None:
+    result = jobs.run(3, "-c", LEAVING, flags=("-disable-auto-cleanup",))
+    assert result.returncode != 0 and "rank 1 of 3 ended without a word" in result.stderr
+
+
 def test_a_mistake_of_a_users_module_keeps_its_traceback(tmp_path: Path) -> None:
     (tmp_path / "wrong.py").write_text("import no_such_module_of_mine\n")
     result = jobs.run(
@@ -227,15 +242,16 @@ from types import SimpleNamespace
 from distconv.comm import world as ranks
 
 MPI = ranks._MPI()
-with ranks.start() as world:
-    def allocate(*arguments, **named):
-        window = MPI.Win.Allocate_shared(*arguments, **named)
-        if world.rank == world.size - 1:
-            time.sleep(1)
-        return window
+world = ranks.start()  # without `with`, whose end waits for all ranks
 
-    ranks._MPI = lambda: SimpleNamespace(**{**vars(MPI), "Win": SimpleNamespace(Allocate_shared=allocate)})
-    ranks.share(world.comm, 64)
+def allocate(*arguments, **named):
+    window = MPI.Win.Allocate_shared(*arguments, **named)
+    if world.rank == world.size - 1:
+        time.sleep(1)
+    return window
+
+ranks._MPI = lambda: SimpleNamespace(**{**vars(MPI), "Win": SimpleNamespace(Allocate_shared=allocate)})
+ranks.share(world.comm, 64)
 """
 
 

@@ -35,6 +35,14 @@ def test_the_ended_and_the_living_are_told(monkeypatch: pytest.MonkeyPatch, proc
     assert told.get(timeout=20) == ([11], [10, 12])
 
 
+def test_one_that_has_ended_before_is_told_and_hides_no_other(monkeypatch: pytest.MonkeyPatch, processes) -> None:  # type: ignore[no-untyped-def]
+    monkeypatch.setattr(watch, "GRACE", 0)
+    told: Queue[tuple[list[int], list[int]]] = Queue()
+    processes[0].communicate()  # which waits for its end
+    watcher(processes, told)
+    assert told.get(timeout=20) == ([10], [11, 12])
+
+
 def test_after_stop_nothing_is_told(monkeypatch: pytest.MonkeyPatch, processes) -> None:  # type: ignore[no-untyped-def]
     monkeypatch.setattr(watch, "GRACE", 0)
     told: Queue[tuple[list[int], list[int]]] = Queue()

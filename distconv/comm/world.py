@@ -11,9 +11,9 @@ import contextlib
 import ctypes
 import json
 import os
+import signal
 import socket
 import sys
-import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -122,6 +122,7 @@ class World:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if error is None or (isinstance(error, DistconvError) and error.everywhere):
+            self.wait_on_host()
             self.watch.stop()
             self.wait_on_host()  # nobody ends while another one still watches
             return  # `run` speaks and exits, on all ranks alike
@@ -141,12 +142,14 @@ class World:
 
     def _lost(self, ended: list[int], alive: list[int]) -> None:
         """End the job for want of ranks that are gone; in a thread of its own, as the main one may wait for them."""
-        told = self.error_folder is not None and self.error_folder.exists()
-        if not told and self.rank < min(alive, default=self.size):
+        # A signal needs no lock of Python's, which MPI_Abort keeps, and a launcher that misses an exit code sees it.
+        signal.alarm(GRACE)
+        if self.rank > min(alive, default=self.size):
+            return  # that one speaks
+        if self.error_folder is None or not self.error_folder.exists():  # else they have spoken themselves
             who = f"rank{'s' * (len(ended) > 1)} {', '.join(map(str, ended))} of {self.size}"
             sys.stderr.write(f"distconv: {who} ended without a word, and so ends the job\n")
             sys.stderr.flush()
-        threading.Timer(GRACE, os._exit, (1,)).start()  # should the launcher not end this rank either
         if _MPI().Query_thread() == _MPI().THREAD_MULTIPLE:
             self.comm.Abort(1)
 

@@ -1,6 +1,6 @@
 """What Winograd's minimal filtering F(4x4, 3x3) does to one tile, and the adjoints of it, on vectors of channels.
 
-See kernels/winograd.py, which takes images and filters through them. Each function here becomes instructions within it.
+The functions under @emitted become instructions within the loops of kernels/winograd.py, which has the formulas.
 """
 
 from __future__ import annotations
@@ -149,13 +149,13 @@ def input_tile_adjoint(
 
 @emitted
 def filter_tile(builder: ir.IRBuilder, w: Pointer, at: Index, stride: Index, u: Pointer) -> None:
-    """u[36] = G w G' for the filters w[9]; all numbers of a filter are `stride` apart, before and after."""
+    """u (36, stride) = G w (9, stride) G' for the LANES filters from column `at` on."""
     _store_all(_both_ways(_filter, _load_all(w + at, stride, FILTER)), u + at, stride)
 
 
 @emitted
 def filter_tile_adjoint(builder: ir.IRBuilder, u: Pointer, at: Index, stride: Index, w: Pointer) -> None:
-    """w[9] = G' u G."""
+    """w (9, stride) = G' u (36, stride) G for the LANES filters from column `at` on."""
     _store_all(_both_ways(_filter_adjoint, _load_all(u + at, stride)), w + at, stride)
 
 

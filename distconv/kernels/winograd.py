@@ -74,7 +74,7 @@ def _room(shape: tuple[int, ...], C: int) -> tuple[int, Array, Array]:
     N, OH, OW, F = shape
     tiles = -(-OH // TILE) * -(-OW // TILE)
     few = max(1, (CACHE + 2 * 36 * C * F) // (36 * tiles * (C + F)))
-    few = -(-N // -(-N // few)) if N else 1  # rounds of one length: a last short one would cost as much
+    few = -(-N // -(-N // few)) if N else 1  # as many rounds, but even ones: a short one takes the filters through too
     rows = -(-few * tiles // ROWS) * ROWS
     # An odd number of cache lines between the 36 elements of a tile, or they would all fall into the same few places.
     return few, np.empty((36, rows * C + LINE), np.float32), np.empty((36, rows * F + LINE), np.float32)
