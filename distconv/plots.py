@@ -113,7 +113,7 @@ def draw_step(steps: Sequence[tuple[int, Mapping[tuple[str, str], float]]], titl
         axes.grid(alpha=0.3, axis="x")
         axes.set_axisbelow(True)
     panels[0].invert_yaxis()
-    panels[-1].legend(loc="lower right")
+    panels[-1].legend(loc="upper left", bbox_to_anchor=(1, 1))  # outside: any bar may be the long one
     _save(figure, path)
 
 
