@@ -148,15 +148,15 @@ def input_tile_adjoint(
 
 
 @emitted
-def filter_tile(builder: ir.IRBuilder, w: Pointer, at: Index, stride: Index, u: Pointer) -> None:
-    """u (36, stride) = G w (9, stride) G' for the LANES filters from column `at` on."""
-    _store_all(_both_ways(_filter, _load_all(w + at, stride, FILTER)), u + at, stride)
+def filter_tile(builder: ir.IRBuilder, w: Pointer, size: Index, at: Index, u: Pointer, stride: Index) -> None:
+    """u (36, stride) = G w (9, size) G' for the LANES filters from column `at` on."""
+    _store_all(_both_ways(_filter, _load_all(w + at, size, FILTER)), u + at, stride)
 
 
 @emitted
-def filter_tile_adjoint(builder: ir.IRBuilder, u: Pointer, at: Index, stride: Index, w: Pointer) -> None:
-    """w (9, stride) = G' u (36, stride) G for the LANES filters from column `at` on."""
-    _store_all(_both_ways(_filter_adjoint, _load_all(u + at, stride)), w + at, stride)
+def filter_tile_adjoint(builder: ir.IRBuilder, u: Pointer, stride: Index, at: Index, w: Pointer, size: Index) -> None:
+    """w (9, size) = G' u (36, stride) G for the LANES filters from column `at` on."""
+    _store_all(_both_ways(_filter_adjoint, _load_all(u + at, stride)), w + at, size)
 
 
 def _load_all(m: Pointer, stride: Index, size: int = PATCH) -> list[list[Vector]]:

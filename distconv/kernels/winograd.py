@@ -41,7 +41,7 @@ def conv_forward(x: Array, w: Array, b: Array, pad: int, relu: bool) -> Array:
     (N, H, W, C), F = x.shape, w.shape[3]
     y = np.empty((N, H + 2 * pad - 2, W + 2 * pad - 2, F), np.float32)
     few, v, m = _room(y.shape, C)
-    u = np.empty((36, C * F), np.float32)
+    u = np.empty((36, C * F + LINE), np.float32)
     floor, x, w = np.float32(0.0 if relu else -np.inf), np.ascontiguousarray(x), np.ascontiguousarray(w)
     _filters(w, u)
     _forward(x, u, b, pad, floor, few, v, m, y)
@@ -54,9 +54,9 @@ def conv_backward(
     """The adjoint of conv_forward: write dw (3, 3, C, F) and db (F,), return dx (N, H, W, C) if it is wanted."""
     C, F = w.shape[2:]
     few, v, m = _room(y.shape, C)
-    turned = np.empty((36, F * C), np.float32)
+    turned = np.empty((36, F * C + LINE), np.float32)
     _filters(np.ascontiguousarray(w.transpose(0, 1, 3, 2)), turned)
-    du = (np.empty if len(x) else np.zeros)((36, C * F), np.float32)  # the first round overwrites it
+    du = (np.empty if len(x) else np.zeros)((36, C * F + LINE), np.float32)  # the first round overwrites it
     db[...] = 0
     dx = np.empty(x.shape if wants_dx else (0, 0, 0, 0), np.float32)
     floor = np.float32(0.0 if relu else np.nan)
@@ -82,14 +82,16 @@ def _room(shape: tuple[int, ...], C: int) -> tuple[int, Array, Array]:
 
 @compiled
 def _filters(w: Array, u: Array) -> None:
-    for at in range(0, u.shape[1], LANES):
-        filter_tile(w, at, u.shape[1], u)
+    size = w.size // 9
+    for at in range(0, size, LANES):
+        filter_tile(w, size, at, u, u.shape[1])
 
 
 @compiled
 def _filters_adjoint(du: Array, dw: Array) -> None:
-    for at in range(0, du.shape[1], LANES):
-        filter_tile_adjoint(du, at, du.shape[1], dw)
+    size = dw.size // 9
+    for at in range(0, size, LANES):
+        filter_tile_adjoint(du, du.shape[1], at, dw, size)
 
 
 @compiled
@@ -109,14 +111,14 @@ def _forward(x: Array, u: Array, b: Array, pad: int, floor: np.float32, few: int
     N, C = x.shape[0], x.shape[3]
     _, OH, OW, F = y.shape
     down, across = (OH + 3) // 4, (OW + 3) // 4
-    v_stride, m_stride = v.shape[1], m.shape[1]
+    u_stride, v_stride, m_stride = u.shape[1], v.shape[1], m.shape[1]
     for first in range(0, N, few):
         images = min(few, N - first)
         tiles = images * down * across
         rows = (tiles + ROWS - 1) // ROWS * ROWS
         _inputs(x, first, images, pad, across, down, v, v_stride)
         for p in range(36):
-            product(v, p * v_stride, C, 1, u, p * C * F, F, m, p * m_stride, F, rows, F, C, 0)
+            product(v, p * v_stride, C, 1, u, p * u_stride, F, m, p * m_stride, F, rows, F, C, 0)
         t = 0
         for n in range(first, first + images):
             for h in range(0, OH, TILE):
@@ -135,7 +137,7 @@ def _backward(
     N, H, W, C = x.shape
     _, OH, OW, F = dy.shape
     down, across = (OH + 3) // 4, (OW + 3) // 4
-    v_stride, m_stride = v.shape[1], m.shape[1]
+    u_stride, v_stride, m_stride = ut.shape[1], v.shape[1], m.shape[1]
     for first in range(0, N, few):
         images = min(few, N - first)
         tiles = images * down * across
@@ -150,9 +152,9 @@ def _backward(
                         output_tile_adjoint(dy, y, floor, at, h, w, OH, OW, F, db, f, m, t * F + f, m_stride)
                     t += 1
         for p in range(36):
-            product(v, p * v_stride, 1, C, m, p * m_stride, F, du, p * C * F, F, C, F, tiles, first > 0)
+            product(v, p * v_stride, 1, C, m, p * m_stride, F, du, p * u_stride, F, C, F, tiles, first > 0)
             if wants_dx:
-                product(m, p * m_stride, F, 1, ut, p * C * F, C, v, p * v_stride, C, rows, C, F, 0)
+                product(m, p * m_stride, F, 1, ut, p * u_stride, C, v, p * v_stride, C, rows, C, F, 0)
         if not wants_dx:
             continue
         dx[first : first + images] = 0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import pickle
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -13,7 +12,6 @@ import pytest
 from numpy.typing import DTypeLike
 
 from distconv import loop
-from distconv.comm import placement
 from distconv.comm.exchange import HEADER, Flat
 from distconv.comm.half import WIRES
 from distconv.comm.on_gpu import CudaMpi, OnGpu, Staged, choose_on_gpu
@@ -23,13 +21,12 @@ from distconv.data.dataset import Dataset
 from distconv.data.shard import split
 from distconv.errors import DistconvError, UsageError
 from distconv.kernels.cpu import Array
-from distconv.kernels.cuda import NOT_INSTALLED, Visible
 from distconv.kernels.gpu import FINITE, Gpu
 from distconv.nn.layers import Affine, Backward, Chain, Context, Conv, Dropout, Layer, MaxPool, ReLU
 from distconv.nn.parameters import Parameters, Shape, Specs, Views
 from distconv.run import Run
 from distconv.wiring import on_cpu, on_gpu, unplaced_run
-from tests.emulator import Emulator, available
+from tests.emulator import Emulator, available, own_folder
 from tests.parallel.test_carriers import contribution, flat_model, header, through
 
 pytestmark = pytest.mark.skipif(not available(), reason="no g++ to build the kernels for the CPU")
@@ -77,10 +74,9 @@ class WithNccl(Emulator):
 
 
 @pytest.fixture(scope="module")
-def folder(world: World, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def folder(world: World) -> Iterator[Path]:
     """One for all ranks: what one has compiled, the others load."""
-    mine = os.environ.get("EMULATED_KERNELS") or tmp_path_factory.mktemp("kernels")
-    yield Path(world.comm.bcast(mine))
+    yield world.comm.bcast(own_folder())
     world.comm.Barrier()
 
 
@@ -195,54 +191,6 @@ def test_nccl_is_not_asked_where_ranks_share_a_gpu_or_the_wire_is_another(world:
 def test_an_mpi_that_does_not_take_addresses_of_a_gpu_is_given_none(world: World, gpu: Gpu) -> None:
     with pytest.raises(UsageError, match="--exchange cuda-mpi: this MPI"):
         choose_on_gpu(world, gpu, 3000, "float16", "cuda-mpi", shared=False)
-
-
-# where a rank computes
-
-
-def gpus(*uuids: str, capability: int = 90) -> list[Visible]:
-    return [Visible("NVIDIA Test", uuid, capability) for uuid in uuids]
-
-
-def test_a_rank_takes_the_gpu_of_its_place_on_the_host(world: World) -> None:
-    found = placement.place(world, "auto", "tf32", lambda: gpus("a", "b", "c"))
-    assert found.ordinal == world.local_rank % 3
-    assert found.shared == (world.size > 3)
-    assert ("take turns" in found.line) == found.shared
-    assert len(set(world.comm.allgather(found.line))) == 1
-
-
-def test_a_scheduler_that_shows_each_rank_a_gpu_of_its_own_is_understood(world: World) -> None:
-    assert placement.place(world, "cuda", "float32", lambda: gpus(f"gpu {world.rank}")) == placement.Placement(
-        0, False, placement.place(world, "cuda", "float32", lambda: gpus(f"gpu {world.rank}")).line
-    )
-    assert placement.place(world, "cuda", "float32", lambda: gpus("the only one")).shared == (world.size > 1)
-
-
-def test_all_ranks_compute_on_gpus_or_none_does(world: World) -> None:
-    def visible() -> list[Visible]:
-        if world.rank == world.size - 1:
-            raise RuntimeError("CUDA finds no GPU (no driver)")
-        return gpus("a", "b")
-
-    found = placement.place(world, "auto", "float32", visible)
-    assert found.ordinal is None
-    assert found.line == f"computing on the CPU, as on rank {world.size - 1} CUDA finds no GPU (no driver)"
-    with pytest.raises(UsageError, match="--device cuda: CUDA finds no GPU"):
-        placement.place(world, "cuda", "float32", visible)
-    assert placement.place(world, "cpu", "float32", visible).ordinal is None
-
-
-def test_a_machine_without_cupy_is_not_talked_about(world: World) -> None:
-    def visible() -> list[Visible]:
-        raise RuntimeError(NOT_INSTALLED)
-
-    assert placement.place(world, "auto", "float32", visible) == placement.Placement(None)
-
-
-def test_a_gpu_too_old_for_the_precision_is_a_usage_error(world: World) -> None:
-    with pytest.raises(UsageError, match=r"tf32: NVIDIA Test has compute capability 7.5, and 8.0 is needed"):
-        placement.place(world, "auto", "tf32", lambda: gpus("a", capability=75))
 
 
 # whole steps

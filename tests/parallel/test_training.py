@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
@@ -11,6 +11,7 @@ import pytest
 from distconv import config, loop
 from distconv.comm import buckets
 from distconv.comm.exchange import HEADER, choose
+from distconv.comm.futex import Barrier
 from distconv.comm.probe import WireProbe
 from distconv.comm.world import World
 from distconv.data import digits
@@ -159,3 +160,24 @@ def test_a_run_in_buckets_behind_the_backward_pass_trains_as_any(world: World, m
         losses.append([step.train_loss for step in loop.train(run, never) if isinstance(step, loop.StepRecord)])
         assert len(set(world.comm.allgather(run.parameters.digest()))) == 1
     np.testing.assert_allclose(*losses, rtol=1e-9)
+
+
+def test_the_time_asleep_in_the_exchange_is_a_wait(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    def slow(function: Callable[..., object]) -> Callable[..., object]:
+        def exchange(*arguments: object) -> object:
+            monkeypatch.setattr(Barrier, "asleep", Barrier.asleep + 1000)  # seconds, by the clock of sleep alone
+            return function(*arguments)
+
+        return exchange
+
+    run = make_run(world)
+    monkeypatch.setattr(run.exchange, "sum", slow(run.exchange.sum))
+    record = next(loop.train(run, lambda: False))
+    assert isinstance(record, loop.StepRecord)
+    assert record.wait_seconds >= 1000 and record.exchange_seconds == 0
+    assert 0 < record.wire_seconds_float32 < 1000
+
+    assert run.probe.exact is not None
+    monkeypatch.setattr(run.probe.exact, "sum", slow(run.probe.exact.sum))
+    run.probe.compare(run.parameters.gradient, run.parameters.gradient)
+    assert run.probe.seconds < 0  # the thousand are not in it
