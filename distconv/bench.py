@@ -11,10 +11,11 @@ from dataclasses import asdict
 from pathlib import Path
 
 from distconv.benchmarks import BITS_PER_SECOND, ELEMENTS, SECONDS, at_least_1, quantity, rank_list
-from distconv.comm import world as ranks
+from distconv.comm.start import run_command, start
+from distconv.comm.world import BLAS_THREADS, blas_threads
 from distconv.config import DEVICES, MODELS, PRECISIONS, WIRES, Config, Parser
 from distconv.errors import CannotCreateError, UsageError
-from distconv.launcher import refuse_to_nest
+from distconv.launcher import job_starter, refuse_to_nest
 
 
 def main(argv: Sequence[str]) -> int:
@@ -66,7 +67,7 @@ def step(argv: Sequence[str]) -> int:
     check_png(flags.png)
     one_blas_thread()
 
-    with ranks.start() as world, contextlib.ExitStack() as rivals:
+    with start() as world, contextlib.ExitStack() as rivals:
         from distconv.benchmarks import step as benchmark
         from distconv.comm.placement import place
         from distconv.runlog import RunLog
@@ -79,7 +80,7 @@ def step(argv: Sequence[str]) -> int:
                 raise UsageError(
                     f"--batch-size {sizes[0]} with {world.size} ranks: every rank needs at least one image"
                 )
-        log, threads = RunLog(world.rank == 0), ranks.blas_threads()
+        log, threads = RunLog(world.rank == 0), blas_threads()
         rival = None
         if flags.against:
             from distconv.benchmarks import torch_step
@@ -156,7 +157,7 @@ def exchange(argv: Sequence[str]) -> int:
     seconds = quantity("--seconds", flags.seconds, {"": 1, **SECONDS}, "30")
     at_least_1("--repeats", flags.repeats)
 
-    with ranks.start() as world:
+    with start() as world:
         from distconv.benchmarks import exchange as benchmark
         from distconv.runlog import RunLog
 
@@ -204,6 +205,7 @@ def scaling(argv: Sequence[str]) -> int:
     parser.add_argument("--wire", default="float16", help=f"of {', '.join(WIRES)} (default: float16)")
     parser.add_argument("--device", choices=DEVICES, default="auto", help="as in distconv.train (default: auto)")
     parser.add_argument("--png", type=Path, metavar="FILE", help="draw it there too")
+    parser.add_argument("--mpirun", metavar="COMMAND", help="what starts ranks, as 'srun --mpi=pmi2' (default: mpirun)")
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)  # this is one of the jobs
     flags = parser.parse_args(argv)
@@ -224,7 +226,7 @@ def scaling(argv: Sequence[str]) -> int:
         return Config(**{name: getattr(flags, name) for name in names}, batch_size=batch_size(P), epochs=1)
 
     if flags.worker:
-        with ranks.start() as world:
+        with start() as world:
             from distconv.benchmarks.scaling import work
 
             steps = work(settings(world.size), flags.steps, world)
@@ -233,6 +235,7 @@ def scaling(argv: Sequence[str]) -> int:
         return 0
 
     refuse_to_nest("bench scaling")
+    starter = job_starter(flags.mpirun)
     settings(1)  # raises for a value that cannot be before anything is started
     check_png(flags.png)
     one_blas_thread()
@@ -240,7 +243,7 @@ def scaling(argv: Sequence[str]) -> int:
     from distconv.runlog import RunLog
 
     arguments = ["-m", "distconv.bench", "scaling", *argv, "--worker"]
-    rungs = climb(numbers, batch_size, flags.wire, arguments, RunLog(True).say_aside)
+    rungs = climb(starter, numbers, batch_size, flags.wire, arguments, RunLog(True).say_aside)
     what = (
         f"weak scaling, batch {flags.batch_size} a rank" if flags.weak else f"strong scaling, batch {flags.batch_size}"
     )
@@ -326,7 +329,7 @@ def draw(path: Path, picture: Callable[[], None]) -> None:
 
 def one_blas_thread() -> None:
     """For this process, before NumPy is loaded, unless the user asks for more: one alone would take all cores."""
-    if not any(os.environ.get(name) for name in ranks.BLAS_THREADS):
+    if not any(os.environ.get(name) for name in BLAS_THREADS):
         os.environ["OMP_NUM_THREADS"] = "1"
 
 
@@ -340,4 +343,4 @@ BENCHMARKS: dict[str, Callable[[Sequence[str]], int]] = {
 
 
 if __name__ == "__main__":
-    ranks.run(main)
+    run_command(main)

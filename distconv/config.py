@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from distconv.comm.world import launcher_rank
+from distconv.comm.launched import launcher_rank
 from distconv.errors import MissingInputError, UsageError
 from distconv.factory import is_factory
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 
-from distconv.comm import world as ranks
+from distconv.comm.start import run_command, start
 from distconv.config import Parser, add_model_arguments
 
 PRECISIONS = ("float64", "float32", "float16")
@@ -25,7 +25,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
     arguments = parser.parse_args(argv)
 
-    with ranks.start() as world:
+    with start() as world:
         from distconv import inputs
         from distconv.loop import count_correct
         from distconv.runlog import RunLog
@@ -44,4 +44,4 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    ranks.run(main)
+    run_command(main)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from distconv.comm.world import LAUNCHER_RANK, LAUNCHER_SIZE
-from distconv.errors import DistconvError
+from distconv.comm.launched import in_a_job, in_an_allocation
+from distconv.comm.roll_call import own_name_resolves
+from distconv.errors import DistconvError, UsageError
 
 # Open MPI refuses root and more ranks than cores unless told otherwise; other MPIs know none of these.
 PERMISSIONS = {
@@ -31,16 +34,34 @@ def mpirun() -> str:
 
 def refuse_to_nest(command: str) -> None:
     """Raise DistconvError where this process is itself a rank: MPI jobs do not start one another."""
-    if any(name in os.environ for name in (*LAUNCHER_RANK, *LAUNCHER_SIZE)):
+    if in_a_job():
         raise DistconvError(f"{command} starts mpirun by itself: run it without mpirun, on one process")
 
 
-def run_job(ranks: int, arguments: Sequence[str], seconds: float) -> str:
+def job_starter(command: str | None) -> list[str]:
+    """The words that start ranks, to which `-n 4` is appended: command, as `srun --mpi=pmi2`, or else our mpirun.
+
+    Raises UsageError for a command that is not there, DistconvError where there is no mpirun or none can work.
+    """
+    if command is not None:
+        words = shlex.split(command)
+        if not words or not shutil.which(words[0]):
+            raise UsageError(f"--mpirun {command}: there is no such command; give one as 'srun --mpi=pmi2'")
+        return words
+    if in_an_allocation() and not own_name_resolves():
+        raise DistconvError(
+            f"this host's own name {socket.gethostname()} has no address, so other hosts cannot answer its mpirun: "
+            "put it into /etc/hosts"
+        )
+    return [mpirun()]
+
+
+def run_job(starter: Sequence[str], ranks: int, arguments: Sequence[str], seconds: float) -> str:
     """Run `python arguments...` on so many ranks and return its standard output.
 
     Raises DistconvError with what the job said where it fails or takes longer than `seconds`.
     """
-    command = [mpirun(), "-n", str(ranks), sys.executable, *arguments]
+    command = [*starter, "-n", str(ranks), sys.executable, *arguments]
     with subprocess.Popen(
         command,
         env={**os.environ, **PERMISSIONS},

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from distconv.comm import world as ranks
+from distconv.comm.start import run_command, start
 from distconv.config import Parser, add_model_arguments
 from distconv.errors import CannotCreateError
 
@@ -24,7 +24,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--png", type=Path, default=Path("misclassified.png"), metavar="FILE", help="where to draw")
     arguments = parser.parse_args(argv)
 
-    with ranks.start() as world:
+    with start() as world:
         import numpy as np
 
         from distconv import inputs
@@ -53,4 +53,4 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    ranks.run(main)
+    run_command(main)

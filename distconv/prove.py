@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distconv.benchmarks import rank_list
-from distconv.comm import world as ranks
+from distconv.comm.start import run_command, start
 from distconv.config import DEVICES, MODELS, Config, Parser
 from distconv.errors import UsageError
-from distconv.launcher import refuse_to_nest, run_job
+from distconv.launcher import job_starter, refuse_to_nest, run_job
 
 if TYPE_CHECKING:
+    from distconv.comm.world import World
     from distconv.kernels.cpu import Array
     from distconv.run import Run
 
@@ -50,6 +51,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--data", default="digits", help="as in distconv.train (default: digits)")
     parser.add_argument("--batch-size", type=int, default=37, help="of the whole job; 37 is shared out unevenly")
     parser.add_argument("--seed", type=int, default=0, help="of weights, order and dropout (default: 0)")
+    parser.add_argument("--mpirun", metavar="COMMAND", help="what starts ranks, as 'srun --mpi=pmi2' (default: mpirun)")
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
     parser.add_argument("--write", type=Path, help=argparse.SUPPRESS)  # this is the job that writes the reference
     parser.add_argument("--compare", type=Path, help=argparse.SUPPRESS)  # this is a job that is held against it
@@ -65,21 +67,22 @@ def main(argv: Sequence[str]) -> int:
     settings = [Config(epochs=1, eval_samples=1, wire=wire, **common) for wire in wires]
 
     if flags.write or flags.compare:
-        with ranks.start() as world:
+        with start() as world:
             work(settings, flags.write or flags.compare, bool(flags.write), world)
         return 0
 
     refuse_to_nest("prove")
+    starter = job_starter(flags.mpirun)
     table = Table(flags.json)
     with tempfile.TemporaryDirectory() as folder:
-        run_job(1, ["-m", "distconv.prove", *argv, "--write", folder], SECONDS)
+        run_job(starter, 1, ["-m", "distconv.prove", *argv, "--write", folder], SECONDS)
         for P in numbers:
-            for line in run_job(P, ["-m", "distconv.prove", *argv, "--compare", folder], SECONDS).splitlines():
+            for line in run_job(starter, P, ["-m", "distconv.prove", *argv, "--compare", folder], SECONDS).splitlines():
                 table.show(json.loads(line))
     return table.verdict()
 
 
-def work(settings: list[Config], folder: Path, writes: bool, world: ranks.World) -> None:
+def work(settings: list[Config], folder: Path, writes: bool, world: World) -> None:
     """One job: write the gradients of one rank, or print a row for each wire that tells how far these ranks' are."""
     import numpy as np
 
@@ -159,4 +162,4 @@ class Table:
 
 
 if __name__ == "__main__":
-    ranks.run(main)
+    run_command(main)

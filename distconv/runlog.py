@@ -15,7 +15,7 @@ from typing import IO, Any
 
 from tqdm import tqdm
 
-from distconv.comm.world import mute_stdout
+from distconv.comm.start import mute_stdout
 from distconv.errors import StorageError
 
 SECONDS_BETWEEN_LINES = 10.0  # of progress, where there is no terminal

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import platform
 import shutil
-import signal
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distconv import __version__, config, errors
-from distconv.comm import world as ranks
+from distconv.comm.launched import launcher_rank
+from distconv.comm.start import run_command, start
+from distconv.comm.world import World, blas_threads
 from distconv.config import Config
+from distconv.stopping import StopRequest
 
 if TYPE_CHECKING:
     from distconv.checkpoint import Checkpoint
@@ -25,15 +29,15 @@ if TYPE_CHECKING:
 def main(argv: Sequence[str]) -> int:
     settings, print_only = config.from_command_line(argv)
     if print_only:
-        if ranks.launcher_rank() == 0:
+        if launcher_rank() == 0:
             print(settings.toml(), end="")
         return 0
     stop = StopRequest()
-    with ranks.start() as world:
+    with start() as world:
         return train(settings, world, stop)
 
 
-def train(settings: Config, world: ranks.World, stop: StopRequest) -> int:
+def train(settings: Config, world: World, stop: StopRequest) -> int:
     """The whole run on this rank; returns the exit code."""
     from distconv.comm.placement import place
     from distconv.inputs import load_dataset
@@ -46,7 +50,8 @@ def train(settings: Config, world: ranks.World, stop: StopRequest) -> int:
     world.agree("the command line or the version", f"{__version__} {settings.toml()}", "start all ranks alike")
     with world.together():
         check_settings(settings, world)
-    placed = place(world, settings.device, settings.precision)  # before anything is fetched
+    out = choose_folder(settings, world)  # tried before anything is fetched or compiled
+    placed = place(world, settings.device, settings.precision)
     log = RunLog(world.rank == 0)
     if MUST_COMPILE:
         log.say("compiling the kernels, once for this version of distconv on this machine: some 10 to 20 s")
@@ -54,7 +59,7 @@ def train(settings: Config, world: ranks.World, stop: StopRequest) -> int:
     if settings.limit_train:
         dataset = dataset.limited(settings.limit_train)
     run = build_run(settings, dataset, world, log.say, placed)
-    out = make_folder(settings, world)
+    make_folder(out, world)
     world.error_folder = out / "errors"
     checkpoint = resume(run, out, log)
     with world.together():
@@ -64,6 +69,7 @@ def train(settings: Config, world: ranks.World, stop: StopRequest) -> int:
     introduce(run, out, data_name, checkpoint, log)
 
     saver = Saver(run, out / "checkpoints", data_name, log)
+    stop.can_save = True
     for record in records(run, stop.requested):
         fields = {f.name: getattr(record, f.name) for f in dataclasses.fields(record) if f.metadata.get("log", True)}
         log.write(record.event, **fields)
@@ -92,7 +98,7 @@ def train(settings: Config, world: ranks.World, stop: StopRequest) -> int:
     return finish(run, out, log)
 
 
-def check_settings(settings: Config, world: ranks.World) -> None:
+def check_settings(settings: Config, world: World) -> None:
     """What can be known only with the ranks and the machine at hand. Raises UsageError."""
     if settings.batch_size < world.size:
         raise errors.UsageError(
@@ -101,8 +107,11 @@ def check_settings(settings: Config, world: ranks.World) -> None:
         )
 
 
-def make_folder(settings: Config, world: ranks.World) -> Path:
-    """The folder of the run; never one that holds another run's files. Raises CannotCreateError on all ranks."""
+def choose_folder(settings: Config, world: World) -> Path:
+    """The folder of the run, which can be made; never one that holds another run's files.
+
+    Leaves nothing behind. Raises CannotCreateError on all ranks.
+    """
     out: Path = world.comm.bcast(Path(settings.out) if settings.out else new_folder(settings.model))
     with world.together():
         if world.rank == 0:
@@ -111,14 +120,33 @@ def make_folder(settings: Config, world: ranks.World) -> Path:
                 raise errors.CannotCreateError(
                     f"--out {out} holds a run already: with --resume {settings.resume} give a folder of its own"
                 )
+            new = [folder for folder in (out, *out.parents) if not folder.exists()]
+            try:
+                out.mkdir(parents=True, exist_ok=True)
+                with tempfile.TemporaryFile(dir=out):
+                    pass
+            except OSError as error:
+                raise cannot_be_written(out, error) from None
+            finally:
+                for folder in new:
+                    with contextlib.suppress(OSError):
+                        folder.rmdir()
+    return out
+
+
+def make_folder(out: Path, world: World) -> None:
+    """Make the folder of the run, without reports of an earlier failure. Raises CannotCreateError on all ranks."""
+    with world.together():
+        if world.rank == 0:
             try:
                 (out / "checkpoints").mkdir(parents=True, exist_ok=True)
                 shutil.rmtree(out / "errors", ignore_errors=True)
             except OSError as error:
-                raise errors.CannotCreateError(
-                    f"--out {out} cannot be written ({error.strerror}): give a folder that can be"
-                ) from None
-    return out
+                raise cannot_be_written(out, error) from None
+
+
+def cannot_be_written(out: Path, error: OSError) -> errors.CannotCreateError:
+    return errors.CannotCreateError(f"--out {out} cannot be written ({error.strerror}): give a folder that can be")
 
 
 def new_folder(model: str) -> Path:
@@ -155,7 +183,7 @@ def introduce(run: Run, out: Path, data_name: str, checkpoint: Checkpoint | None
     import numpy as np
 
     world, dataset, settings = run.world, run.dataset, run.config
-    threads = ranks.blas_threads()
+    threads = blas_threads()
     where = f"{run.engine.device} in {settings.precision}"
     if run.engine.device == "cpu":
         where = f"cpu with {threads} BLAS thread{'s' * (threads > 1)} a rank"
@@ -272,24 +300,5 @@ class Saver:
             self.due = time.monotonic() + run.config.checkpoint_seconds
 
 
-class StopRequest:
-    """Turns the first SIGTERM, SIGINT or SIGUSR1 into a request to stop after this step; a second one acts as usual."""
-
-    SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-
-    def __init__(self) -> None:
-        self.received = False
-        for number in self.SIGNALS:
-            signal.signal(number, self._note)
-
-    def requested(self) -> bool:
-        return self.received
-
-    def _note(self, number: int, frame: Any) -> None:
-        self.received = True
-        for other in self.SIGNALS:
-            signal.signal(other, signal.SIG_DFL)
-
-
 if __name__ == "__main__":
-    ranks.run(main)
+    run_command(main)

@@ -111,10 +111,10 @@ def compile_kernels(run: Run) -> None:
 def one_of_a_host_first(world: World) -> Iterator[None]:
     """Run a part on one rank of each host, then on the others: what one has compiled, the others find in the cache."""
     if world.local_rank != 0:
-        world.wait_on_host()
+        world.wait(on_host=True)
     yield
     if world.local_rank == 0:
-        world.wait_on_host()
+        world.wait(on_host=True)
 
 
 def compile_wire(wire: Wire) -> None:

@@ -24,7 +24,7 @@ from distconv.benchmarks.step import (
     table,
     where,
 )
-from distconv.comm.world import start
+from distconv.comm.start import start
 from distconv.config import Config
 from distconv.engine import GpuEngine
 from distconv.errors import UsageError

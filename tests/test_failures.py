@@ -19,7 +19,7 @@ QUICK = ("--data", "digits", "--limit-train", "150", "--batch-size", "32", "--ev
 
 FAILING = """
 import os, sys
-from distconv.comm.world import launcher_rank
+from distconv.comm.launched import launcher_rank
 from distconv.nn.networks import deepconvnet
 
 class Failing:
@@ -76,7 +76,7 @@ def test_the_others_end_the_job_where_the_launcher_does_not_see_that_one_is_gone
 
 LEAVING = """
 import os, time
-from distconv.comm.world import start
+from distconv.comm.start import start
 with start() as world:
     if world.rank == 1:
         time.sleep(1)  # the others have no more to do
@@ -239,10 +239,11 @@ def test_nan_in_the_learning_ends_the_run_and_names_the_rank(tmp_path: Path) -> 
 LATE = """
 import time
 from types import SimpleNamespace
-from distconv.comm import world as ranks
+from distconv.comm import start, world as ranks
 
-MPI = ranks._MPI()
-world = ranks.start()  # without `with`, whose end waits for all ranks
+world = start.start()  # without `with`, whose end waits for all ranks
+
+MPI = ranks.load_mpi()
 
 def allocate(*arguments, **named):
     window = MPI.Win.Allocate_shared(*arguments, **named)
@@ -250,7 +251,7 @@ def allocate(*arguments, **named):
         time.sleep(1)
     return window
 
-ranks._MPI = lambda: SimpleNamespace(**{**vars(MPI), "Win": SimpleNamespace(Allocate_shared=allocate)})
+ranks.load_mpi = lambda: SimpleNamespace(**{**vars(MPI), "Win": SimpleNamespace(Allocate_shared=allocate)})
 ranks.share(world.comm, 64)
 """
 

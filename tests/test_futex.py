@@ -27,7 +27,8 @@ QUICK = (
 
 WAITING = """
 import os, pathlib, signal
-from distconv.comm.world import share, start
+from distconv.comm.start import start
+from distconv.comm.world import share
 
 with start() as world:
     memory, barrier = share(world.comm, 64)

@@ -15,7 +15,8 @@ import pytest
 
 from distconv import loop
 from distconv.comm.on_gpu import OnGpu, choose_on_gpu
-from distconv.comm.world import World, start
+from distconv.comm.start import start
+from distconv.comm.world import World
 from distconv.config import Config
 from distconv.data.dataset import Dataset
 from distconv.kernels import cuda

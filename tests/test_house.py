@@ -19,7 +19,7 @@ FLOORS = (
     ("train", "evaluate", "misclassified", "prove", "bench"),  # the commands, which nobody imports
     ("benchmarks",),
     ("inputs", "wiring"),
-    ("loop", "checkpoint", "runlog", "plots", "pickled", "launcher"),
+    ("loop", "checkpoint", "runlog", "plots", "pickled", "launcher", "stopping"),
     ("engine",),
     ("run",),
     ("config",),

@@ -14,7 +14,7 @@ EXCHANGES = """
 import sys
 import numpy as np
 from distconv.comm.exchange import HEADER, choose
-from distconv.comm.world import start
+from distconv.comm.start import start
 
 wire, kind = sys.argv[1:]
 with start() as world:

@@ -85,6 +85,7 @@ def work(settings: Config, steps: int, world: World) -> list[Step]:
 
 
 def climb(
+    starter: Sequence[str],
     numbers: Sequence[int],
     batch_size: Callable[[int], int],
     wire: str,
@@ -100,7 +101,7 @@ def climb(
     for done in range(ROUNDS):
         for P in numbers:
             note(f"round {done + 1} of {ROUNDS}, {P} rank{'s' * (P > 1)}")
-            steps[P] += [Step(**json.loads(line)) for line in run_job(P, arguments, SECONDS).splitlines()]
+            steps[P] += [Step(**json.loads(line)) for line in run_job(starter, P, arguments, SECONDS).splitlines()]
     fewest = numbers[0]
     base = batch_size(fewest) / _median(steps[fewest], "step_seconds") / fewest
     return [_rung(P, batch_size(P), wire, steps[P], base) for P in numbers]

@@ -1,8 +1,8 @@
-"""The ranks: start MPI, agree, and end the job together. The only file that imports mpi4py.
+"""The ranks of a job: they agree, and end together. The only file that imports mpi4py.
 
 With plain MPI a rank that raises leaves the others waiting in a collective for ever. So everything after MPI's start
-happens inside `with start() as world:`, which ends all ranks when one of them fails, and errors that every rank meets
-alike are gathered by `together` and reported once.
+happens inside `with start() as world:` (start.py), which ends all ranks when one of them fails, and errors that every
+rank meets alike are gathered by `together` and reported once.
 """
 
 from __future__ import annotations
@@ -16,50 +16,19 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, NoReturn
-
-import threadpoolctl
+from typing import TYPE_CHECKING, Any
 
 from distconv.comm.futex import Barrier
-from distconv.comm.turns import take_long_turns
 from distconv.comm.watch import GRACE, Watch
 from distconv.errors import DistconvError, MismatchError
-from distconv.kernels.memory import keep_freed_memory
 
 if TYPE_CHECKING:
     from mpi4py import MPI
 
-LAUNCHER_RANK = ("PMI_RANK", "OMPI_COMM_WORLD_RANK", "PMIX_RANK", "SLURM_PROCID")
-LAUNCHER_SIZE = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE")
 BLAS_THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "BLIS_NUM_THREADS")
-
-
-def launcher_rank() -> int:
-    """This process's rank as the launcher's environment has it, before MPI is started; 0 without a launcher."""
-    return next((int(os.environ[name]) for name in LAUNCHER_RANK if os.environ.get(name, "").isdigit()), 0)
-
-
-def run(command: Callable[[Sequence[str]], int]) -> NoReturn:
-    """Run a command and exit with its code; a DistconvError becomes one sentence, said once for all ranks."""
-    try:
-        code = command(sys.argv[1:])
-    except DistconvError as error:
-        # Raised before MPI started, or on all ranks: either way every rank is here, and one speaks.
-        if launcher_rank() == 0:
-            print(f"distconv: {error}", file=sys.stderr, flush=True)
-        code = error.exit_code
-    except BrokenPipeError:
-        mute_stdout()
-        code = 1
-    sys.exit(code)
-
-
-def mute_stdout() -> None:
-    """Send what is still printed to nowhere: its reader has left, as in `... | head`."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 class World:
@@ -73,11 +42,11 @@ class World:
     def __init__(self, comm: Any, library: str) -> None:
         self.comm = comm
         self.library = library
-        self.in_place = _MPI().IN_PLACE
-        self.threads = bool(_MPI().Query_thread() >= _MPI().THREAD_SERIALIZED)
+        self.in_place = load_mpi().IN_PLACE
+        self.threads = bool(load_mpi().Query_thread() >= load_mpi().THREAD_SERIALIZED)
         self.rank: int = comm.rank
         self.size: int = comm.size
-        self.local = comm.Split_type(_MPI().COMM_TYPE_SHARED)
+        self.local = comm.Split_type(load_mpi().COMM_TYPE_SHARED)
         self.local_rank: int = self.local.rank
         self.local_size: int = self.local.size
         self.hosts = sum(comm.allgather(self.local_rank == 0))
@@ -109,9 +78,9 @@ class World:
             failure.everywhere = True
             raise failure
 
-    def wait_on_host(self) -> None:
-        """A barrier for the ranks of this host that leaves the cores to those that still work."""
-        request = self.local.Ibarrier()
+    def wait(self, on_host: bool = False) -> None:
+        """A barrier for all ranks, or those of this host, that leaves the cores to those that still work."""
+        request = (self.local if on_host else self.comm).Ibarrier()
         while not request.Test():
             time.sleep(0.005)
 
@@ -122,9 +91,9 @@ class World:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if error is None or (isinstance(error, DistconvError) and error.everywhere):
-            self.wait_on_host()
+            self.wait()  # srun -K ends the others once the first has left with an exit code, and one may still write
             self.watch.stop()
-            self.wait_on_host()  # nobody ends while another one still watches
+            self.wait()  # nobody ends while another one still watches
             return  # `run` speaks and exits, on all ranks alike
         code = self._exit_code(error)
         self._report(error, code)
@@ -150,7 +119,7 @@ class World:
             who = f"rank{'s' * (len(ended) > 1)} {', '.join(map(str, ended))} of {self.size}"
             sys.stderr.write(f"distconv: {who} ended without a word, and so ends the job\n")
             sys.stderr.flush()
-        if _MPI().Query_thread() == _MPI().THREAD_MULTIPLE:
+        if load_mpi().Query_thread() == load_mpi().THREAD_MULTIPLE:
             self.comm.Abort(1)
 
     @staticmethod
@@ -184,46 +153,51 @@ class World:
             sys.stderr.write(text + job)
 
 
-def start() -> World:
-    """Start MPI, one BLAS thread a rank where ranks share a host, and return the ranks of this job.
-
-    Raises DistconvError where no MPI library can be loaded or the launcher belongs to another one.
-    """
-    MPI = _MPI()
-    vendor, version = MPI.get_vendor()
-    world = World(MPI.COMM_WORLD.Dup(), f"{vendor} {'.'.join(map(str, version))}")
-    expected = next((os.environ[name] for name in LAUNCHER_SIZE if os.environ.get(name, "").isdigit()), None)
-    if world.size == 1 and expected not in (None, "1"):
-        failure = DistconvError(
-            f"the launcher started {expected} processes, but {world.library} sees each of them alone: "
-            f"use the mpirun of {vendor} that belongs to this Python environment"
-        )
-        failure.everywhere = True
-        raise failure
-    if world.local_size > 1 and not any(os.environ.get(name) for name in BLAS_THREADS):
-        import numpy  # noqa: F401 (a limit reaches only libraries that are loaded)
-
-        threadpoolctl.threadpool_limits(1)
-    keep_freed_memory()
-    if cores_are_short(world.local):
-        take_long_turns()
-    return world
-
-
 def blas_threads() -> int:
     """Threads that a matrix product of this process uses."""
+    import threadpoolctl
+
     return max((pool["num_threads"] for pool in threadpoolctl.threadpool_info()), default=1)
 
 
-def _MPI() -> Any:
+def load_mpi() -> Any:
+    """mpi4py's module. MPI itself is not started by that. Raises DistconvError where there is no MPI library."""
     try:
+        import mpi4py
+
+        mpi4py.rc.initialize, mpi4py.rc.finalize = False, True
         from mpi4py import MPI
-    except (ImportError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    except (Exception, SystemExit) as error:  # whatever a broken installation does
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise DistconvError(
             f"no MPI library can be loaded ({reason}): pip install mpich, or load the MPI module of your cluster"
         ) from None
     return MPI
+
+
+def init_mpi() -> None:
+    """MPI_Init_thread, which returns when all ranks have come. Other threads of Python run meanwhile.
+
+    mpi4py's own Init_thread lets none run, so nobody could look for the ranks that do not come.
+    """
+    MPI = load_mpi()
+    call = next((library.MPI_Init_thread for library in _mpi_libraries() if hasattr(library, "MPI_Init_thread")), None)
+    if call is None:
+        MPI.Init_thread(MPI.THREAD_MULTIPLE)
+        return
+    if call(None, None, MPI.THREAD_MULTIPLE, ctypes.byref(ctypes.c_int())):
+        raise DistconvError("MPI could not be started: run python -m distconv.doctor")
+    for comm in (MPI.COMM_WORLD, MPI.COMM_SELF):
+        comm.Set_errhandler(MPI.ERRORS_RETURN)  # as mpi4py does, which makes exceptions of them
+
+
+def _mpi_libraries() -> Iterator[ctypes.CDLL]:
+    """The libraries of MPI that this process has loaded."""
+    with contextlib.suppress(OSError):
+        maps = Path("/proc/self/maps").read_text().split()
+        for path in dict.fromkeys(word for word in maps if Path(word).name.startswith("libmpi")):
+            with contextlib.suppress(OSError):
+                yield ctypes.CDLL(path)
 
 
 def cuda_aware_mpi() -> str | None:
@@ -231,13 +205,11 @@ def cuda_aware_mpi() -> str | None:
 
     A library that does not take them ends in a segmentation fault, so one that does not answer counts as one.
     """
-    with contextlib.suppress(OSError):
-        maps = Path("/proc/self/maps").read_text().split()
-        for path in dict.fromkeys(word for word in maps if Path(word).name.startswith("libmpi")):
-            with contextlib.suppress(OSError, AttributeError):
-                if ctypes.CDLL(path).MPIX_Query_cuda_support():
-                    return None
-                return "this MPI says that it takes no addresses of a GPU"
+    for library in _mpi_libraries():
+        with contextlib.suppress(AttributeError):
+            if library.MPIX_Query_cuda_support():
+                return None
+            return "this MPI says that it takes no addresses of a GPU"
     return "this MPI does not say whether it takes addresses of a GPU"
 
 
@@ -247,7 +219,7 @@ def share(comm: MPI.Comm, nbytes: int) -> tuple[memoryview, Callable[[], None]] 
     Returns it with a barrier, after which all ranks see what each has written before it; or None where the ranks are
     not on one host with room for it. It lasts as long as the process. nbytes is a multiple of 8.
     """
-    MPI = _MPI()
+    MPI = load_mpi()
     local = comm.Split_type(MPI.COMM_TYPE_SHARED)
     # Containers often have a small /dev/shm, and to write beyond its end is a bus error, not an exception.
     store = os.statvfs("/dev/shm") if Path("/dev/shm").is_dir() else None

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from distconv.comm.world import World, start
+from distconv.comm.start import start
+from distconv.comm.world import World
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,87 @@
+"""Who of this host's ranks is there while MPI starts.
+
+A rank waits in MPI_Init until all ranks have come. MPICH's launcher and srun do not tell it that one of them has ended
+before, with an exit code and without a word: the others would wait for ever. So each rank looks around while it waits.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+from distconv.comm.launched import Launched
+
+LAUNCHERS = ("hydra", "prte", "orte", "mpirun", "mpiexec", "slurmstepd", "srun", "pals", "flux")  # as processes
+LOOK = 0.5  # seconds between looks
+MISSED = 4  # looks in a row without a rank; a launcher starts all of a host within this time
+SAY = 10.0  # seconds after which a user is told who is waited for
+LIMIT = 300.0  # seconds after which nobody waits any more; a large job on a slow file system may need minutes
+
+
+@contextlib.contextmanager
+def roll_call(told: Launched, end: Callable[[str], object], limit: float = LIMIT) -> Iterator[None]:
+    """Run a part that starts MPI; call end, in another thread, with the reason why this can never succeed."""
+    over = threading.Event()
+    if not told.alone:
+        threading.Thread(target=_watch, args=(told, end, limit, over), daemon=True).start()
+    try:
+        yield
+    finally:
+        over.set()
+
+
+def _watch(told: Launched, end: Callable[[str], object], limit: float, over: threading.Event) -> None:
+    began, missed, seen, said = time.monotonic(), 0, set[int](), False
+    while not over.wait(LOOK):
+        waited, here = time.monotonic() - began, ranks_here(told)
+        missed = missed + 1 if here and (seen - here or len(here) < (told.local_size or 0)) else 0
+        seen |= here
+        who = f"ranks {_listed(here or {told.rank})} of {told.size} are here on {socket.gethostname()}"
+        if missed == MISSED:
+            lost = seen - here or (set(range(told.size)) - here if told.local_size == told.size else set())
+            named = f"rank {_listed(lost)} of {told.size}" if lost else "a rank of this host"
+            end(f"{named} ended before MPI had started, and so ends the job")
+        elif waited > limit:
+            end(f"MPI has not started within {limit:.0f} s: {who}, others have not come{_name_problem()}")
+        elif waited > SAY and not said and told.rank == min(here, default=told.rank):
+            said = True
+            os.write(2, f"distconv: waiting for MPI to start; {who}{_name_problem()}\n".encode())
+
+
+def ranks_here(told: Launched) -> set[int]:
+    """The ranks of this job whose processes are alive on this host; none where that cannot be seen."""
+    try:
+        import psutil  # seldom needed
+
+        above = psutil.Process().parents()
+        launcher = next(process for process in above if process.name().startswith(LAUNCHERS))
+        found = set()
+        for process in launcher.children(recursive=True):
+            with contextlib.suppress(psutil.Error):
+                found.add(int(process.environ().get(told.rank_name, "")))
+    except (ImportError, StopIteration, psutil.Error, OSError):
+        return set()
+    return found
+
+
+def own_name_resolves() -> bool:
+    """Whether this host finds an address for its own name, which launchers give to the other hosts."""
+    try:
+        return bool(socket.getaddrinfo(socket.gethostname(), None))
+    except OSError:
+        return False
+
+
+def _name_problem() -> str:
+    if own_name_resolves():
+        return ""
+    return f"; this host's own name {socket.gethostname()} has no address: put it into /etc/hosts"
+
+
+def _listed(ranks: set[int]) -> str:
+    shown = ", ".join(map(str, sorted(ranks)[:8]))
+    return shown + ", ..." * (len(ranks) > 8)

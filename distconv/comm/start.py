@@ -1,0 +1,233 @@
+"""From a command line to the ranks of a job, and what can go wrong before there are any.
+
+Until MPI has started, a rank can tell the others nothing, and a launcher may not see that it has ended. So a rank that
+fails early brings its failure to the others, once MPI is up; where MPI cannot be had, it speaks and ends by a signal,
+which every launcher sees.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import os
+import signal
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from distconv.comm.launched import Launched, launched, launcher_rank
+from distconv.comm.roll_call import LIMIT, roll_call
+from distconv.comm.turns import take_long_turns
+from distconv.comm.watch import GRACE
+from distconv.comm.world import BLAS_THREADS, World, cores_are_short, init_mpi, load_mpi
+from distconv.errors import DistconvError
+from distconv.kernels.memory import keep_freed_memory
+
+# Bytes of /dev/shm that MPICH 5.0.2 needs for so many ranks of a host. With less it ends in a segmentation fault or a
+# bus error: measured with 1, 2, 4, 8 and 16 ranks.
+SHARED_BYTES, SHARED_BYTES_OF_A_RANK, SHARED_BYTES_ALONE = 8 << 20, 6 << 20, 4 << 20
+
+
+def run_command(command: Callable[[Sequence[str]], int], argv: Sequence[str] | None = None) -> NoReturn:
+    """Run a command and exit with its code; a DistconvError becomes one sentence, said once for all ranks."""
+    try:
+        code = command(sys.argv[1:] if argv is None else argv)
+    except DistconvError as error:
+        if not error.everywhere and not launched().alone:
+            error = tell_the_others(error)
+        if launcher_rank() == 0:
+            print(f"distconv: {error}", file=sys.stderr, flush=True)
+        code = error.exit_code
+    except BrokenPipeError:
+        mute_stdout()
+        code = 1
+    except (Exception, SystemExit) as error:  # never from within a world, which ends the job itself
+        harmless = isinstance(error, SystemExit) and error.code in (0, None)  # after --help, say
+        if harmless or launched().alone:
+            raise
+        traceback.print_exc()
+        code = tell_the_others(DistconvError(f"{type(error).__name__}: {error}")).exit_code
+    sys.exit(code)
+
+
+def mute_stdout() -> None:
+    """Send what is still printed to nowhere: its reader has left, as in `... | head`."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def start(failure: DistconvError | None = None, limit: float = LIMIT) -> World:
+    """Start MPI, one BLAS thread a rank where ranks share a host, and return the ranks of this job.
+
+    failure: what this rank met before; all ranks raise it. limit: seconds that MPI may take to start. Raises
+    DistconvError where no MPI library can be loaded, or the launcher belongs to another one, or it would crash.
+    """
+    told = launched()
+    check_shared_memory(told)
+    if reading_is_refused():
+        switch_off_cma()
+    MPI = load_mpi()
+    if not MPI.Is_initialized():
+        check_protocol(MPI, told)
+        with roll_call(told, end_alone, limit):
+            init_mpi()
+    vendor, version = MPI.get_vendor()
+    world = World(MPI.COMM_WORLD.Dup(), f"{vendor} {'.'.join(map(str, version))}")
+    with contextlib.ExitStack() as failing:
+        failing.push(world)  # what is raised from here on ends the job
+        check_size(world, told, vendor)
+        share_failure(world, failure)
+        if world.local_size > 1 and not any(os.environ.get(name) for name in BLAS_THREADS):
+            import numpy  # noqa: F401 (a limit reaches only libraries that are loaded)
+            import threadpoolctl
+
+            threadpoolctl.threadpool_limits(1)
+        keep_freed_memory()
+        if cores_are_short(world.local):
+            take_long_turns()
+        failing.pop_all()
+    return world
+
+
+def check_shared_memory(told: Launched) -> None:
+    """Raise DistconvError where MPICH would crash for want of room in /dev/shm.
+
+    Only the first rank of a host looks, before it lets the others take their part.
+    """
+    if told.launcher == "prrte" or told.local_rank > 0 or not Path("/dev/shm").is_dir():
+        return  # Open MPI looks itself, and goes on without
+    ranks = told.local_size or 1
+    needed = SHARED_BYTES + ranks * SHARED_BYTES_OF_A_RANK if ranks > 1 else SHARED_BYTES_ALONE
+    store = os.statvfs("/dev/shm")
+    if (free := store.f_bavail * store.f_frsize) < needed:
+        raise DistconvError(
+            f"/dev/shm has {free >> 20} MiB left, and MPI needs {needed >> 20} for {ranks} rank{'s' * (ranks > 1)}: "
+            "give a container a larger one (docker run --shm-size 256m), or remove what dead jobs have left there"
+        )
+
+
+def reading_is_refused() -> bool:
+    """Whether this system refuses process_vm_readv(2), as docker does by default; tried on this process itself."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if not hasattr(libc, "process_vm_readv"):
+        return False
+    ours, copy = (ctypes.create_string_buffer(8) for _ in range(2))
+    there, here = ((ctypes.c_size_t * 2)(ctypes.addressof(buffer), 8) for buffer in (ours, copy))  # struct iovec
+    read = libc.process_vm_readv(os.getpid(), here, 1, there, 1, 0)
+    return bool(read < 0 and ctypes.get_errno() in (errno.EPERM, errno.ENOSYS))
+
+
+def switch_off_cma() -> None:
+    """Have MPI copy through shared memory: it would else abort at the first large message between ranks of a host."""
+    os.environ.setdefault("MPIR_CVAR_CH4_CMA_ENABLE", "0")  # MPICH
+    os.environ.setdefault("OMPI_MCA_smsc", "^cma")  # Open MPI 5
+    os.environ.setdefault("OMPI_MCA_btl_vader_single_copy_mechanism", "none")  # Open MPI 4
+
+
+def check_protocol(MPI: Any, told: Launched) -> None:
+    """Raise DistconvError where srun's plugin and the MPI library are known not to understand each other.
+
+    MPI_Init would end the process, or start it alone.
+    """
+    by_srun = "SLURM_STEP_NUM_TASKS" in os.environ and "MPI_LOCALNRANKS" not in os.environ
+    if told.alone or not by_srun or told.launcher == "prrte":
+        return
+    pmix, pmi = "PMIX_NAMESPACE" in os.environ, "PMI_RANK" in os.environ
+    vendor = MPI.get_vendor()[0]
+    if vendor == "MPICH" and pmix and not pmi and "pmix" not in MPI.Get_library_version().lower():
+        given = "--mpi=pmix"
+    elif vendor == "Open MPI" and pmi and not pmix:
+        given = "--mpi=pmi2"
+    else:
+        return
+    raise _on_all_ranks(f"srun {given} does not suit {vendor}: {_how_to_start(vendor, 'srun')}")
+
+
+def check_size(world: World, told: Launched, vendor: str) -> None:
+    """Raise DistconvError where MPI sees fewer ranks than the launcher has started."""
+    if world.size != told.size and not told.alone:
+        sees = "each of them alone" if world.size == 1 else f"{world.size}"
+        by = "srun" if "SLURM_STEP_NUM_TASKS" in os.environ and "MPI_LOCALNRANKS" not in os.environ else told.launcher
+        raise _on_all_ranks(
+            f"the launcher started {told.size} processes, but {world.library} sees {sees}: {_how_to_start(vendor, by)}"
+        )
+
+
+def _how_to_start(vendor: str, launcher: str) -> str:
+    if launcher == "srun":
+        flag = "--mpi=pmix" if vendor == "Open MPI" else "--mpi=pmi2"
+        return f"start it by srun {flag}, or in a batch script by the mpirun of {vendor} without srun"
+    return f"use the mpirun of {vendor} that belongs to this Python environment"
+
+
+def _on_all_ranks(sentence: str) -> DistconvError:
+    failure = DistconvError(sentence)
+    failure.everywhere = True
+    return failure
+
+
+def share_failure(world: World, failure: DistconvError | None) -> None:
+    """Raise on all ranks what one of them has met before MPI started; collective."""
+    met = world.comm.allgather((failure, socket.gethostname()))
+    rank = next((r for r, (of_one, _) in enumerate(met) if of_one is not None), None)
+    if rank is None:
+        return
+    first, host = met[rank]
+    if any(str(of_one) != str(first) for of_one, _ in met):
+        first.args = (f"rank {rank} of {world.size} on {host}: {first}",)
+    first.everywhere = True
+    raise first
+
+
+def tell_the_others(failure: DistconvError) -> DistconvError:
+    """Bring what this rank met before MPI started to all ranks; returns what they raise.
+
+    Where MPI cannot be started, ends this process by a signal.
+    """
+    try:
+        start(failure)
+    except DistconvError as shared:
+        if not shared.everywhere:
+            end_alone(str(shared))
+        return shared
+    raise AssertionError("start raises what it is given")
+
+
+def end_alone(sentence: str) -> NoReturn:
+    """Say why this rank cannot go on, and end it by a signal; in any thread."""
+    told = launched()
+    who = "" if told.alone else f"rank {told.rank} of {told.size} on {socket.gethostname()} cannot start: "
+    speak(f"{who}{sentence}")
+    os.kill(os.getpid(), signal.SIGKILL)
+    raise SystemExit(1)
+
+
+def speak(sentence: str) -> None:
+    """Say the sentence, if no other rank of this host has spoken so; it may be the last that this rank says."""
+    voice = socket.socket(socket.AF_UNIX)
+    try:
+        voice.bind(f"\0distconv-{os.getuid()}-{os.getppid()}")  # taken until this process ends: the first one speaks
+    except OSError:
+        time.sleep(GRACE)
+        return
+    if launched().rank > 0:
+        time.sleep(GRACE / 2)  # rank 0 of another host, if it fails alike, speaks for all and ends the job
+    os.write(2, f"distconv: {sentence}\n".encode())  # another thread may hold sys.stderr
+    _VOICES.append(voice)
+    time.sleep(GRACE / 4)
+
+
+_VOICES: list[socket.socket] = []  # a socket that nobody holds would be closed, and its name free
+
+
+def end_job(code: int) -> NoReturn:
+    """End all ranks with an exit code; in any thread."""
+    MPI = load_mpi() if "mpi4py.MPI" in sys.modules else None
+    if MPI and MPI.Is_initialized() and not MPI.Is_finalized() and MPI.Query_thread() == MPI.THREAD_MULTIPLE:
+        signal.alarm(GRACE)  # where MPI is stuck
+        MPI.COMM_WORLD.Abort(code)
+    os._exit(code)
