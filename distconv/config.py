@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import json
 import math
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -199,6 +200,8 @@ class Parser(argparse.ArgumentParser):
         known = " ".join(self._option_string_actions)
         words = [word.rstrip(":") for word in message.split()]
         wrong = next((word for word in words if word.startswith("--") and word not in known.split()), "")
+        if choice := re.search(r"invalid choice: '(.*)' \(choose from (.*)\)", message):
+            wrong, known = choice[1], choice[2].replace("'", "")
         raise UsageError(f"{message}{_nearest(wrong, known)}; {self.prog} --help lists the flags")
 
     def print_help(self, file: Any = None) -> None:

@@ -16,8 +16,8 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # From the roof down: who stands on a floor may use what lies below, and a folder's files one another.
 FLOORS = (
-    ("train", "evaluate", "misclassified", "prove", "bench"),  # the commands, which nobody imports
-    ("benchmarks",),
+    ("train", "evaluate", "misclassified", "prove", "bench", "doctor", "__main__"),  # commands, which nobody imports
+    ("benchmarks", "checkup"),
     ("inputs", "wiring"),
     ("loop", "checkpoint", "runlog", "plots", "pickled", "launcher", "stopping"),
     ("engine",),
@@ -66,7 +66,9 @@ def part_of(module: str) -> str | None:
 
 def broken_rules(source: str, name: str) -> list[str]:
     """What a file, by its path within the package, imports against the rules."""
-    tree, mine, broken = ast.parse(source), Path(name).parts[0].removesuffix(".py"), []
+    parts = Path(name).parts
+    mine = (parts[-1] if parts[-1] == "__main__.py" else parts[0]).removesuffix(".py")  # of a room, too, a command
+    tree, broken = ast.parse(source), []
     for module, line in imports(tree):
         part = part_of(module)
         if part is None or part == mine:

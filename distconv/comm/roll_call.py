@@ -23,18 +23,29 @@ LIMIT = 300.0  # seconds after which nobody waits any more; a large job on a slo
 
 
 @contextlib.contextmanager
-def roll_call(told: Launched, end: Callable[[str], object], limit: float = LIMIT) -> Iterator[None]:
-    """Run a part that starts MPI; call end, in another thread, with the reason why this can never succeed."""
+def roll_call(
+    told: Launched, end: Callable[[str], object], limit: float = LIMIT, absent: Callable[[], str] | None = None
+) -> Iterator[None]:
+    """Run a part that starts MPI; call end, in another thread, with the reason why this can never succeed.
+
+    limit: seconds after which it counts as such; absent: tells then who has not come.
+    """
     over = threading.Event()
     if not told.alone:
-        threading.Thread(target=_watch, args=(told, end, limit, over), daemon=True).start()
+        threading.Thread(target=_watch, args=(told, end, limit, absent, over), daemon=True).start()
     try:
         yield
     finally:
         over.set()
 
 
-def _watch(told: Launched, end: Callable[[str], object], limit: float, over: threading.Event) -> None:
+def _watch(
+    told: Launched,
+    end: Callable[[str], object],
+    limit: float,
+    absent: Callable[[], str] | None,
+    over: threading.Event,
+) -> None:
     began, missed, seen, said = time.monotonic(), 0, set[int](), False
     while not over.wait(LOOK):
         waited, here = time.monotonic() - began, ranks_here(told)
@@ -46,7 +57,8 @@ def _watch(told: Launched, end: Callable[[str], object], limit: float, over: thr
             named = f"rank {_listed(lost)} of {told.size}" if lost else "a rank of this host"
             end(f"{named} ended before MPI had started, and so ends the job")
         elif waited > limit:
-            end(f"MPI has not started within {limit:.0f} s: {who}, others have not come{_name_problem()}")
+            missing = absent() if absent else f"{who}, others have not come"
+            end(f"MPI has not started within {limit:.0f} s: {missing}{_name_problem()}")
         elif waited > SAY and not said and told.rank == min(here, default=told.rank):
             said = True
             os.write(2, f"distconv: waiting for MPI to start; {who}{_name_problem()}\n".encode())

@@ -60,11 +60,11 @@ def mute_stdout() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def start(failure: DistconvError | None = None, limit: float = LIMIT) -> World:
+def start(failure: DistconvError | None = None, limit: float = LIMIT, absent: Callable[[], str] | None = None) -> World:
     """Start MPI, one BLAS thread a rank where ranks share a host, and return the ranks of this job.
 
-    failure: what this rank met before; all ranks raise it. limit: seconds that MPI may take to start. Raises
-    DistconvError where no MPI library can be loaded, or the launcher belongs to another one, or it would crash.
+    failure: what this rank met before; all ranks raise it. limit, absent: see roll_call. Raises DistconvError where no
+    MPI library can be loaded, or the launcher belongs to another one, or it would crash.
     """
     told = launched()
     check_shared_memory(told)
@@ -73,7 +73,7 @@ def start(failure: DistconvError | None = None, limit: float = LIMIT) -> World:
     MPI = load_mpi()
     if not MPI.Is_initialized():
         check_protocol(MPI, told)
-        with roll_call(told, end_alone, limit):
+        with roll_call(told, end_alone, limit, absent):
             init_mpi()
     vendor, version = MPI.get_vendor()
     world = World(MPI.COMM_WORLD.Dup(), f"{vendor} {'.'.join(map(str, version))}")
@@ -200,7 +200,7 @@ def tell_the_others(failure: DistconvError) -> DistconvError:
 def end_alone(sentence: str) -> NoReturn:
     """Say why this rank cannot go on, and end it by a signal; in any thread."""
     told = launched()
-    who = "" if told.alone else f"rank {told.rank} of {told.size} on {socket.gethostname()} cannot start: "
+    who = "" if told.alone else f"rank {told.rank} of {told.size} on {socket.gethostname()}: "
     speak(f"{who}{sentence}")
     os.kill(os.getpid(), signal.SIGKILL)
     raise SystemExit(1)

@@ -93,34 +93,44 @@ def offline() -> bool:
 
 
 def obtain() -> Path:
-    """The folder with MNIST, fetched into the cache first if it has to be; one process at a time does that.
+    """The folder with MNIST, fetched into the cache first if it has to be. Raises what `find` and `fetch` raise."""
+    return find() or fetch()
+
+
+def fetch() -> Path:
+    """Bring what lacks of MNIST into DISTCONV_DATA_DIR, or else the user's cache; one process at a time does that.
 
     Raises DownloadError where no mirror answers, MissingInputError where DISTCONV_OFFLINE=1 forbids to ask,
-    CannotCreateError where the cache cannot be written.
+    CannotCreateError where the folder cannot be written, BadDataError where DISTCONV_DATA_DIR holds other files.
     """
-    if found := find():
-        return found
-    cache = cache_folder()
+    chosen = os.environ.get("DISTCONV_DATA_DIR")
+    folder = Path(chosen) if chosen else cache_folder()
+    problems = {file: problem for file in FILES if (problem := _problem(folder, file))}
+    if not problems:
+        return folder
+    for file, problem in problems.items():
+        if chosen and _existing(folder, file):
+            raise problem  # a user's own file is not replaced
     if offline():
         raise MissingInputError(
-            f"MNIST is not in {cache} and DISTCONV_OFFLINE forbids to fetch it: set DISTCONV_DATA_DIR to a folder "
+            f"MNIST is not in {folder} and DISTCONV_OFFLINE forbids to fetch it: set DISTCONV_DATA_DIR to a folder "
             f"with {', '.join(FILES)} (plain or .gz), or use --data digits"
         )
     import filelock  # slow to import, seldom needed
 
     try:
-        cache.mkdir(parents=True, exist_ok=True)
-        with filelock.FileLock(cache / "lock", timeout=LOCK_SECONDS):
-            for file in FILES:
-                if _problem(cache, file):
-                    _fetch(file, cache)
+        folder.mkdir(parents=True, exist_ok=True)
+        with filelock.FileLock(folder / "lock", timeout=LOCK_SECONDS):
+            for file in problems:
+                if _problem(folder, file):
+                    _fetch(file, folder)
     except filelock.Timeout:
-        raise DownloadError(f"another process has held {cache / 'lock'} for {LOCK_SECONDS:.0f} s: end it") from None
+        raise DownloadError(f"another process has held {folder / 'lock'} for {LOCK_SECONDS:.0f} s: end it") from None
     except OSError as error:
         raise CannotCreateError(
-            f"{cache} cannot be written ({error}): set XDG_CACHE_HOME or DISTCONV_DATA_DIR"
+            f"{folder} cannot be written ({error}): set XDG_CACHE_HOME or DISTCONV_DATA_DIR"
         ) from None
-    return cache
+    return folder
 
 
 def load() -> Dataset:

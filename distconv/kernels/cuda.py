@@ -51,6 +51,21 @@ def visible() -> list[Visible]:
     return [Visible(p["name"].decode(), bytes(p["uuid"]).hex(), 10 * p["major"] + p["minor"]) for p in properties]
 
 
+def versions() -> tuple[str, str]:
+    """Of CUDA as the driver has it, and of NCCL, or why there is none."""
+    import cupy
+
+    driver = cupy.cuda.runtime.driverGetVersion()
+    try:
+        from cupy.cuda import nccl
+
+        number = nccl.get_version() if nccl.available else 0
+    except ImportError:
+        number = 0
+    named = f"{number // 10000}.{number // 100 % 100}.{number % 100}" if number else "not installed"
+    return f"CUDA {driver // 1000}.{driver // 10 % 100}", named
+
+
 @functools.cache
 def _stream(ordinal: int) -> Any:
     """The one stream of all Cudas of a GPU, as CuPy starts every kernel in the thread's current stream."""

@@ -1,0 +1,180 @@
+"""`python -m distconv.doctor`: what would go wrong on these hosts. Flags -> checks -> printing."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from distconv.comm.launched import Launched, launched
+from distconv.comm.start import end_alone, end_job, run_command, start
+from distconv.config import Parser
+
+if TYPE_CHECKING:
+    from distconv.checkup.checks import Finding
+    from distconv.checkup.facts import Facts
+    from distconv.comm.world import World
+
+SECONDS = 10.0  # that all of it may take
+SECONDS_TO_START = 7.0  # of them for MPI
+SECONDS_TO_ANSWER = 8.0  # after the start, until every rank has told its facts
+STALE = 60.0  # seconds after which a rank on the list belongs to an earlier job
+VERDICTS = {"ok": "ready", "slow": "runs, but not as well as it could", "fault": "not ready"}
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = Parser(
+        prog="python -m distconv.doctor",
+        description="Look for what would go wrong with a job on these hosts: programs that differ, cores, memory, "
+        "disks, GPUs,\nclocks, and an exchange that is checked and timed. Start it as you start the training. It ends "
+        "within 10 s.",
+        epilog="examples:\n"
+        "  python -m distconv.doctor                    # this host\n"
+        "  mpirun -n 4 python -m distconv.doctor        # the ranks and hosts of a job\n"
+        "  srun --mpi=pmi2 python -m distconv.doctor --json\n\n"
+        "Exit code 0: all is well; 1: something is wrong (fault) or slower than it need be (slow).\n"
+        "--json: check status (ok, slow, fault) found advice, a line each; the last check is the verdict.",
+    )
+    parser.add_argument("--json", action="store_true", help="one JSON object a line")
+    flags = parser.parse_args(argv)
+
+    began = time.monotonic()
+    told = launched()
+    with attendance(told) as absent:
+        world = start(limit=SECONDS_TO_START, absent=absent)
+    with world, time_limit("gathering facts") as now_at:
+        findings = examine(world, began, now_at, flags.json)
+        worst = max((finding.status for finding in findings), key=list(VERDICTS).index)
+        worst = world.comm.bcast(worst)
+        if world.rank == 0:
+            named = ", ".join(finding.check for finding in findings if finding.status == worst and worst != "ok")
+            verdict = VERDICTS[worst] + f": {named}" * bool(named)
+            if flags.json:
+                print(json.dumps({"check": "verdict", "status": worst, "found": verdict, "advice": ""}), flush=True)
+            else:
+                print(verdict, flush=True)
+    return int(worst != "ok")
+
+
+def examine(world: World, began: float, now_at: list[str], as_json: bool) -> list[Finding]:
+    """All findings, shown one by one as they are made, on rank 0; others return one that is no finding."""
+    from distconv.checkup.checks import CHECKS, clocks, ok
+    from distconv.checkup.facts import gather_facts
+
+    findings: list[Finding] = []
+
+    def show(finding: Finding) -> None:
+        findings.append(finding)
+        if world.rank > 0:
+            return
+        if as_json:
+            print(json.dumps(asdict(finding)), flush=True)
+        else:
+            print(f"{finding.status:<6}{finding.check:<15}{finding.found}", flush=True)
+            if finding.advice:
+                print(f"{'':<21}-> {finding.advice}", flush=True)
+
+    hosts = world.comm.allgather(socket.gethostname())
+    facts = gather_facts(world)
+    everyone = collect(world, facts, hosts, began)
+    if world.rank == 0:
+        for check in CHECKS:
+            show(check(everyone))
+    healthy = world.comm.bcast(all(f.status != "fault" or f.check != "versions" for f in findings))
+    if not healthy:
+        return findings or [ok("versions", "")]
+    from distconv.checkup import trials
+
+    now_at[0] = "comparing clocks"
+    skews = trials.clock_skews(world)
+    if world.rank == 0:
+        show(clocks(skews, everyone))
+    now_at[0] = "the exchange"
+    show(trials.exchange(world))
+    if launched().launcher == "":
+        show(trials.mpirun(SECONDS - 1 - (time.monotonic() - began)))
+    return findings
+
+
+def collect(world: World, facts: Facts, hosts: Sequence[str], began: float) -> list[Facts]:
+    """The facts of all ranks, on rank 0; ends the job where one does not tell them in time, and names it."""
+    if world.rank > 0:
+        world.comm.send(facts, dest=0)
+        return []
+    told = {0: facts}
+    while len(told) < world.size:
+        if world.comm.iprobe():
+            answer = world.comm.recv()
+            told[answer["rank"]] = answer
+        elif time.monotonic() - began > SECONDS_TO_ANSWER:
+            silent = [f"rank {rank} on {hosts[rank]}" for rank in range(world.size) if rank not in told]
+            print(f"not ready: no answer from {', '.join(silent[:8])}: look at that host", flush=True)
+            end_job(1)
+        else:
+            time.sleep(0.005)
+    return [told[rank] for rank in range(world.size)]
+
+
+@contextlib.contextmanager
+def time_limit(part: str) -> Iterator[list[str]]:
+    """End the job where a part does not come to its end in time. Yields where the name of the part can be changed."""
+    now_at = [part]
+    timer = threading.Timer(
+        SECONDS - 1,
+        lambda: end_alone(f"{now_at[0]} has not come to its end within {SECONDS - 1:.0f} s: a rank is stuck"),
+    )
+    timer.daemon = True
+    timer.start()
+    try:
+        yield now_at
+    finally:
+        timer.cancel()
+
+
+@contextlib.contextmanager
+def attendance(told: Launched) -> Iterator[Callable[[], str]]:
+    """A list of the ranks that have come, in a folder that the hosts of a cluster mostly share: the user's cache.
+
+    Yields what tells who has not. MPI cannot tell, as it has not started.
+    """
+    import platformdirs
+
+    job = [os.environ.get(name, "") for name in ("SLURM_JOB_ID", "SLURM_STEP_ID", "PMIX_NAMESPACE", "PWD")]
+    key = hashlib.sha256("\0".join([*job, str(told.size)]).encode()).hexdigest()[:12]
+    folder = Path(platformdirs.user_cache_dir("distconv")) / "doctor" / key
+    mine = folder / f"rank-{told.rank}"
+    with contextlib.suppress(OSError):  # nobody is on a list that cannot be written
+        folder.mkdir(parents=True, exist_ok=True)
+        mine.write_text(socket.gethostname())
+        for path in folder.parent.glob("*/rank-*"):
+            if path.stat().st_mtime < mine.stat().st_mtime - STALE:
+                path.unlink()
+
+    def absent() -> str:
+        came: dict[int, str] = {}
+        with contextlib.suppress(OSError):
+            came = {int(path.name.partition("-")[2]): path.read_text() for path in folder.glob("rank-*")}
+        here = ", ".join(f"rank {rank} on {host}" for rank, host in sorted(came.items())[:8])
+        missing = [str(rank) for rank in range(told.size) if rank not in came]
+        if not came or not missing:
+            return "others have not come"
+        return f"rank {', '.join(missing[:8])} has not come, while {here} wait: look at the host of the missing one"
+
+    try:
+        yield absent
+    finally:
+        with contextlib.suppress(OSError):
+            mine.unlink()
+            folder.rmdir()
+
+
+if __name__ == "__main__":
+    run_command(main)
