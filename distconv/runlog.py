@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
-import os
 import statistics
 import sys
 import time
@@ -15,11 +15,11 @@ from typing import IO, Any
 
 from tqdm import tqdm
 
+from distconv.comm.launched import PROCESSES, parents
 from distconv.comm.start import mute_stdout
 from distconv.errors import StorageError
 
 SECONDS_BETWEEN_LINES = 10.0  # of progress, where there is no terminal
-LAUNCHERS = ("mpirun", "mpiexec", "hydra", "prte", "orte", "srun")
 
 
 class RunLog:
@@ -133,18 +133,12 @@ def on_a_terminal() -> bool:
     """Whether a person watches: standard error is a terminal, or that of the launcher that forwards it is."""
     if sys.stderr.isatty():
         return True
-    process = os.getppid()
-    try:
-        while process > 1:
-            status = Path(f"/proc/{process}/stat").read_text()
-            name, _, after = status.partition("(")[2].rpartition(")")
-            if not name.startswith(LAUNCHERS):
-                return False
+    for process, name in parents():
+        if not name.startswith(PROCESSES):
+            break
+        with contextlib.suppress(OSError):  # a launcher of another user
             if str(Path(f"/proc/{process}/fd/2").readlink()).startswith(("/dev/pts/", "/dev/tty")):
                 return True
-            process = int(after.split()[1])  # the parent
-    except (OSError, ValueError):
-        pass  # no /proc, or a launcher of another user
     return False
 
 

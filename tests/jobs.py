@@ -13,6 +13,7 @@ import psutil
 
 ROOT = Path(__file__).parent.parent
 MPIRUN = str(Path(sys.executable).parent / "mpirun")
+OPEN_MPI = "Open MPI" in subprocess.run([MPIRUN, "--version"], capture_output=True, text=True).stdout
 ENVIRONMENT = {
     **os.environ,
     "DISTCONV_OFFLINE": "1",
@@ -25,14 +26,15 @@ ENVIRONMENT = {
 
 
 class Job:
-    """A running command and its descendants."""
+    """A running command and its descendants. ranks: 0 for Python without mpirun; None: arguments are the command."""
 
     def __init__(
-        self, ranks: int, arguments: Sequence[str | Path], flags: Sequence[str] = (), **environment: str
+        self, ranks: int | None, arguments: Sequence[str | Path], flags: Sequence[str] = (), **environment: str
     ) -> None:
         launcher = [MPIRUN, *flags, "-n", str(ranks)] if ranks else []
+        python = [] if ranks is None else [sys.executable]
         self.process = subprocess.Popen(
-            [*launcher, sys.executable, *map(str, arguments)],
+            [*launcher, *python, *map(str, arguments)],
             cwd=ROOT,
             env={**ENVIRONMENT, **environment},
             stdin=subprocess.DEVNULL,
@@ -67,10 +69,16 @@ class Job:
 
 
 def run(
-    ranks: int, *arguments: str | Path, seconds: float = 60, flags: Sequence[str] = (), **environment: str
+    ranks: int | None, *arguments: str | Path, seconds: float = 60, flags: Sequence[str] = (), **environment: str
 ) -> subprocess.CompletedProcess[str]:
-    """Run `mpirun flags... python arguments...` on so many ranks, without mpirun for 0; returns code and output."""
+    """Run `mpirun flags... python arguments...`; see Job. Returns code and output."""
     return Job(ranks, arguments, flags, **environment).finish(seconds)
+
+
+def pair(bad: int, wrong: Sequence[str], right: Sequence[str]) -> list[str]:
+    """The command that starts two ranks, of which rank bad runs another program."""
+    first, second = (wrong, right) if bad == 0 else (right, wrong)
+    return [MPIRUN, "-n", "1", *first, ":", "-n", "1", *second]
 
 
 def wait_until(happened: Callable[[], bool], job: Job, seconds: float = 60) -> None:

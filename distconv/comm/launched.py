@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
+
+PROCESSES = ("hydra", "prte", "orte", "mpirun", "mpiexec", "slurmstepd", "srun", "pals", "flux")  # names of launchers
 
 
 class Names(NamedTuple):
@@ -76,6 +81,24 @@ def launcher_rank() -> int:
     """This process's rank as a launcher's environment has it, where it tells no size, too; 0 without a launcher."""
     names = [*(every.rank for every in LAUNCHERS), "PMIX_RANK"]
     return next((rank for name in names if (rank := _number(name)) is not None), 0)
+
+
+def parents() -> Iterator[tuple[int, str]]:
+    """Id and name of the process that has started this one, of the one that has started that, and so on.
+
+    None where there is no /proc, or from a process of another user on.
+    """
+    process = os.getppid()
+    with contextlib.suppress(OSError, ValueError):
+        while process > 0:
+            name, _, after = Path(f"/proc/{process}/stat").read_text().partition("(")[2].rpartition(")")
+            yield process, name
+            process = int(after.split()[1])
+
+
+def launcher_process() -> int | None:
+    """The launcher's process on this host, by its id, which is the same for the ranks of a job; None if not seen."""
+    return next((process for process, name in parents() if name.startswith(PROCESSES)), None)
 
 
 def in_a_job() -> bool:

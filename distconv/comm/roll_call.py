@@ -13,9 +13,8 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 
-from distconv.comm.launched import Launched
+from distconv.comm.launched import Launched, launcher_process
 
-LAUNCHERS = ("hydra", "prte", "orte", "mpirun", "mpiexec", "slurmstepd", "srun", "pals", "flux")  # as processes
 LOOK = 0.5  # seconds between looks
 MISSED = 4  # looks in a row without a rank; a launcher starts all of a host within this time
 SAY = 10.0  # seconds after which a user is told who is waited for
@@ -66,16 +65,16 @@ def _watch(
 
 def ranks_here(told: Launched) -> set[int]:
     """The ranks of this job whose processes are alive on this host; none where that cannot be seen."""
+    if (launcher := launcher_process()) is None:
+        return set()
+    found = set[int]()
     try:
         import psutil  # seldom needed
 
-        above = psutil.Process().parents()
-        launcher = next(process for process in above if process.name().startswith(LAUNCHERS))
-        found = set()
-        for process in launcher.children(recursive=True):
-            with contextlib.suppress(psutil.Error):
+        for process in psutil.Process(launcher).children(recursive=True):
+            with contextlib.suppress(ValueError, psutil.Error):
                 found.add(int(process.environ().get(told.rank_name, "")))
-    except (ImportError, StopIteration, psutil.Error, OSError):
+    except (ImportError, OSError, psutil.Error):
         return set()
     return found
 

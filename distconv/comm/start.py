@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import fcntl
 import os
 import signal
 import socket
@@ -20,7 +21,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from distconv.comm.launched import Launched, launched, launcher_rank
+from distconv.comm.launched import Launched, launched, launcher_process, launcher_rank
 from distconv.comm.roll_call import LIMIT, roll_call
 from distconv.comm.turns import take_long_turns
 from distconv.comm.watch import GRACE
@@ -28,9 +29,10 @@ from distconv.comm.world import BLAS_THREADS, World, cores_are_short, init_mpi, 
 from distconv.errors import DistconvError
 from distconv.kernels.memory import keep_freed_memory
 
-# Bytes of /dev/shm that MPICH 5.0.2 needs for so many ranks of a host. With less it ends in a segmentation fault or a
-# bus error: measured with 1, 2, 4, 8 and 16 ranks.
-SHARED_BYTES, SHARED_BYTES_OF_A_RANK, SHARED_BYTES_ALONE = 8 << 20, 6 << 20, 4 << 20
+# Bytes of /dev/shm that MPICH 5.0.2 needs for so many ranks of a host, and for few. With less it ends in a segmentation
+# fault or a bus error, or goes on, by chance: measured with 1, 2, 4, 8 and 16 ranks.
+SHARED_BYTES, SHARED_BYTES_OF_A_RANK, LEAST_SHARED_BYTES = 8 << 20, 6 << 20, 20 << 20
+UNMAPPED_USERS = ["0", "0", str(2**32 - 1)]  # what /proc/self/uid_map says outside of user namespaces
 
 
 def run_command(command: Callable[[Sequence[str]], int], argv: Sequence[str] | None = None) -> NoReturn:
@@ -63,18 +65,24 @@ def mute_stdout() -> None:
 def start(failure: DistconvError | None = None, limit: float = LIMIT, absent: Callable[[], str] | None = None) -> World:
     """Start MPI, one BLAS thread a rank where ranks share a host, and return the ranks of this job.
 
-    failure: what this rank met before; all ranks raise it. limit, absent: see roll_call. Raises DistconvError where no
-    MPI library can be loaded, or the launcher belongs to another one, or it would crash.
+    failure: what this rank met before; all ranks raise it. limit, absent: see roll_call. Raises DistconvError where the
+    launcher belongs to another library, and in a process alone where MPI cannot be had; a rank among others that cannot
+    have it ends by a signal.
     """
     told = launched()
-    check_shared_memory(told)
-    if reading_is_refused():
+    if reading_is_refused() or in_a_user_namespace():
         switch_off_cma()
-    MPI = load_mpi()
-    if not MPI.Is_initialized():
-        check_protocol(MPI, told)
-        with roll_call(told, end_alone, limit, absent):
-            init_mpi()
+    try:
+        MPI = load_mpi()
+        if not MPI.Is_initialized():
+            check_protocol(MPI, told)
+            check_shared_memory(MPI, told)
+            with roll_call(told, end_alone, limit, absent):
+                init_mpi()
+    except DistconvError as error:
+        if error.everywhere or told.alone:
+            raise
+        end_alone(str(error))
     vendor, version = MPI.get_vendor()
     world = World(MPI.COMM_WORLD.Dup(), f"{vendor} {'.'.join(map(str, version))}")
     with contextlib.ExitStack() as failing:
@@ -93,21 +101,30 @@ def start(failure: DistconvError | None = None, limit: float = LIMIT, absent: Ca
     return world
 
 
-def check_shared_memory(told: Launched) -> None:
+def check_shared_memory(MPI: Any, told: Launched) -> None:
     """Raise DistconvError where MPICH would crash for want of room in /dev/shm.
 
-    Only the first rank of a host looks, before it lets the others take their part.
+    The first rank of a host to come measures, as those that have started MPI have taken their part. Until it knows, and
+    where there is too little until it has ended the job, the others wait for its lock.
     """
-    if told.launcher == "prrte" or told.local_rank > 0 or not Path("/dev/shm").is_dir():
+    if MPI.get_vendor()[0] == "Open MPI" or not Path("/dev/shm").is_dir():
         return  # Open MPI looks itself, and goes on without
-    ranks = told.local_size or 1
-    needed = SHARED_BYTES + ranks * SHARED_BYTES_OF_A_RANK if ranks > 1 else SHARED_BYTES_ALONE
-    store = os.statvfs("/dev/shm")
-    if (free := store.f_bavail * store.f_frsize) < needed:
-        raise DistconvError(
-            f"/dev/shm has {free >> 20} MiB left, and MPI needs {needed >> 20} for {ranks} rank{'s' * (ranks > 1)}: "
-            "give a container a larger one (docker run --shm-size 256m), or remove what dead jobs have left there"
-        )
+    shared = os.open("/dev/shm", os.O_RDONLY)
+    for _ in range(300):
+        with contextlib.suppress(BlockingIOError):
+            fcntl.flock(shared, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        time.sleep(0.01)
+    if claim("measured"):
+        ranks, store = told.local_size or 1, os.fstatvfs(shared)
+        room, needed = store.f_bavail * store.f_frsize, SHARED_BYTES + ranks * SHARED_BYTES_OF_A_RANK
+        if room < max(needed, LEAST_SHARED_BYTES):
+            raise DistconvError(
+                f"/dev/shm has {room >> 20} MiB left, and MPI may need {max(needed, LEAST_SHARED_BYTES) >> 20} for "
+                f"{ranks} rank{'s' * (ranks > 1)}: give a container more (docker run --shm-size 256m), or remove "
+                "what dead jobs have left there"
+            )
+    os.close(shared)
 
 
 def reading_is_refused() -> bool:
@@ -121,6 +138,13 @@ def reading_is_refused() -> bool:
     return bool(read < 0 and ctypes.get_errno() in (errno.EPERM, errno.ENOSYS))
 
 
+def in_a_user_namespace() -> bool:
+    """Whether ranks may be in user namespaces of their own, as in Apptainer's containers, and refuse one another."""
+    with contextlib.suppress(OSError):
+        return Path("/proc/self/uid_map").read_text().split() != UNMAPPED_USERS
+    return False
+
+
 def switch_off_cma() -> None:
     """Have MPI copy through shared memory: it would else abort at the first large message between ranks of a host."""
     os.environ.setdefault("MPIR_CVAR_CH4_CMA_ENABLE", "0")  # MPICH
@@ -129,36 +153,40 @@ def switch_off_cma() -> None:
 
 
 def check_protocol(MPI: Any, told: Launched) -> None:
-    """Raise DistconvError where srun's plugin and the MPI library are known not to understand each other.
+    """Raise DistconvError where the launcher and the MPI library are known not to understand each other.
 
     MPI_Init would end the process, or start it alone.
     """
-    by_srun = "SLURM_STEP_NUM_TASKS" in os.environ and "MPI_LOCALNRANKS" not in os.environ
-    if told.alone or not by_srun or told.launcher == "prrte":
+    if told.alone:
         return
     pmix, pmi = "PMIX_NAMESPACE" in os.environ, "PMI_RANK" in os.environ
     vendor = MPI.get_vendor()[0]
     if vendor == "MPICH" and pmix and not pmi and "pmix" not in MPI.Get_library_version().lower():
-        given = "--mpi=pmix"
-    elif vendor == "Open MPI" and pmi and not pmix:
-        given = "--mpi=pmi2"
+        speaks, knows = "PMIx", "PMI"
+    elif vendor == "Open MPI" and by_srun() and pmi and not pmix:
+        speaks, knows = "PMI", "PMIx"
     else:
         return
-    raise _on_all_ranks(f"srun {given} does not suit {vendor}: {_how_to_start(vendor, 'srun')}")
+    raise _on_all_ranks(f"the launcher speaks {speaks}, and this {vendor} only {knows}: {_how_to_start(vendor)}")
+
+
+def by_srun() -> bool:
+    """Whether srun has started this rank itself, rather than the daemons of an mpirun."""
+    started = {"MPI_LOCALNRANKS", "OMPI_COMM_WORLD_SIZE"} & os.environ.keys()
+    return "SLURM_STEP_NUM_TASKS" in os.environ and not started
 
 
 def check_size(world: World, told: Launched, vendor: str) -> None:
     """Raise DistconvError where MPI sees fewer ranks than the launcher has started."""
     if world.size != told.size and not told.alone:
         sees = "each of them alone" if world.size == 1 else f"{world.size}"
-        by = "srun" if "SLURM_STEP_NUM_TASKS" in os.environ and "MPI_LOCALNRANKS" not in os.environ else told.launcher
         raise _on_all_ranks(
-            f"the launcher started {told.size} processes, but {world.library} sees {sees}: {_how_to_start(vendor, by)}"
+            f"the launcher started {told.size} processes, but {world.library} sees {sees}: {_how_to_start(vendor)}"
         )
 
 
-def _how_to_start(vendor: str, launcher: str) -> str:
-    if launcher == "srun":
+def _how_to_start(vendor: str) -> str:
+    if by_srun():
         flag = "--mpi=pmix" if vendor == "Open MPI" else "--mpi=pmi2"
         return f"start it by srun {flag}, or in a batch script by the mpirun of {vendor} without srun"
     return f"use the mpirun of {vendor} that belongs to this Python environment"
@@ -184,15 +212,10 @@ def share_failure(world: World, failure: DistconvError | None) -> None:
 
 
 def tell_the_others(failure: DistconvError) -> DistconvError:
-    """Bring what this rank met before MPI started to all ranks; returns what they raise.
-
-    Where MPI cannot be started, ends this process by a signal.
-    """
+    """Bring what this rank met before MPI started to all ranks; returns what they raise."""
     try:
         start(failure)
     except DistconvError as shared:
-        if not shared.everywhere:
-            end_alone(str(shared))
         return shared
     raise AssertionError("start raises what it is given")
 
@@ -208,20 +231,30 @@ def end_alone(sentence: str) -> NoReturn:
 
 def speak(sentence: str) -> None:
     """Say the sentence, if no other rank of this host has spoken so; it may be the last that this rank says."""
-    voice = socket.socket(socket.AF_UNIX)
-    try:
-        voice.bind(f"\0distconv-{os.getuid()}-{os.getppid()}")  # taken until this process ends: the first one speaks
-    except OSError:
+    if not claim("spoken"):
         time.sleep(GRACE)
         return
     if launched().rank > 0:
         time.sleep(GRACE / 2)  # rank 0 of another host, if it fails alike, speaks for all and ends the job
     os.write(2, f"distconv: {sentence}\n".encode())  # another thread may hold sys.stderr
-    _VOICES.append(voice)
     time.sleep(GRACE / 4)
 
 
-_VOICES: list[socket.socket] = []  # a socket that nobody holds would be closed, and its name free
+def claim(right: str) -> bool:
+    """Whether this is the first rank of its job on this host that claims the right; it keeps it until it ends."""
+    holder = socket.socket(socket.AF_UNIX)
+    try:
+        holder.bind(
+            f"\0distconv-{right}-{os.getuid()}-{launcher_process()}"
+        )  # a name that no file has, and one process
+    except OSError:
+        holder.close()
+        return False
+    _CLAIMS.append(holder)
+    return True
+
+
+_CLAIMS: list[socket.socket] = []  # a socket that nobody refers to would be closed, and its name free
 
 
 def end_job(code: int) -> NoReturn:

@@ -1,0 +1,104 @@
+"""A stop asked for at any time: one request however often it is signalled, and at once where nothing can be lost."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from distconv.checkpoint import find_checkpoints
+from tests import jobs
+
+LONG = (
+    "--data",
+    "digits",
+    "--batch-size",
+    "100",
+    "--epochs",
+    "500",
+    "--checkpoint-seconds",
+    "600",
+    "--eval-samples",
+    "9",
+)
+# To its mpirun; Open MPI's kills the ranks a quarter of a second after SIGTERM or Ctrl-C.
+STOPS = [signal.SIGUSR1] if jobs.OPEN_MPI else [signal.SIGTERM, signal.SIGUSR1]
+
+
+@pytest.mark.parametrize("number", STOPS)
+def test_two_signals_of_one_request_leave_a_checkpoint_and_code_75(tmp_path: Path, number: signal.Signals) -> None:
+    out = tmp_path / "run"
+    job = jobs.Job(2, ["-m", "distconv.train", *LONG, "--out", out])
+    metrics = out / "metrics.jsonl"
+    jobs.wait_until(lambda: metrics.exists() and '"step"' in metrics.read_text(), job)
+    job.process.send_signal(number)
+    time.sleep(0.02)  # as Slurm does at a time limit
+    job.process.send_signal(number)
+    result = job.finish(20)
+    assert result.returncode == 75, result.stderr
+    assert "stopped on request after step" in result.stdout
+    assert len(find_checkpoints(out / "checkpoints")) == 1
+
+
+@pytest.mark.parametrize("number", STOPS)
+def test_a_stop_during_the_first_compilation_acts_within_five_seconds(tmp_path: Path, number: signal.Signals) -> None:
+    out = tmp_path / "run"
+    job = jobs.Job(2, ["-m", "distconv.train", *LONG, "--out", out], NUMBA_CACHE_DIR=str(tmp_path))
+    jobs.wait_until(lambda: any(tmp_path.rglob("*.nbc")), job)  # the first of some twenty kernels
+    asked = time.monotonic()
+    job.process.send_signal(number)
+    result = job.finish(20)
+    assert time.monotonic() - asked < 5  # a promise to users
+    assert result.returncode == 75, result.stderr
+    assert result.stderr.count("stopped on request before the first step") == 1
+    assert not (out / "DONE").exists()
+
+
+def test_a_stop_before_all_ranks_have_come_acts_too(tmp_path: Path) -> None:
+    train = [sys.executable, "-m", "distconv.train", *LONG, "--out", str(tmp_path / "run")]
+    job = jobs.Job(None, jobs.pair(1, ["sleep", "60"], train))
+    rank_0 = next_python(job)
+    jobs.wait_until(lambda: "libmpi" in Path(f"/proc/{rank_0}/maps").read_text(), job)
+    job.process.send_signal(signal.SIGUSR1)
+    assert job.finish(10).returncode != 0
+
+
+def next_python(job: jobs.Job) -> int:
+    jobs.wait_until(lambda: bool(job.ranks()), job)
+    return job.ranks()[0].pid
+
+
+PERSON = """
+import os, signal, sys, time
+from distconv.stopping import StopRequest
+stop = StopRequest()
+stop.can_save = True
+for number in map(int, sys.argv[1:]):
+    os.kill(os.getpid(), number)
+print("requested" if stop.requested() else "not", flush=True)
+"""
+
+
+@pytest.mark.parametrize(
+    ("signals", "ends_by"),
+    [
+        ([signal.SIGINT], 0),
+        ([signal.SIGINT, signal.SIGINT], signal.SIGINT),  # a person who presses Ctrl-C again means it
+        ([signal.SIGTERM] * 3, 0),
+        ([signal.SIGUSR1, signal.SIGTERM, signal.SIGTERM, signal.SIGINT], 0),
+        ([signal.SIGTERM, signal.SIGINT, signal.SIGINT], signal.SIGINT),
+    ],
+)
+def test_only_a_second_ctrl_c_acts_at_once(signals: list[signal.Signals], ends_by: int) -> None:
+    result = jobs.run(0, "-c", PERSON, *(str(int(number)) for number in signals), seconds=20)
+    assert result.returncode == -ends_by
+    assert ("requested" in result.stdout) is not bool(ends_by)
+
+
+def test_the_same_request_much_later_acts(monkeypatch: pytest.MonkeyPatch) -> None:
+    later = PERSON.replace("stop.can_save", "import distconv.stopping as s; s.ONE_REQUEST = 0.0; stop.can_save")
+    result = jobs.run(0, "-c", later, str(int(signal.SIGTERM)), str(int(signal.SIGTERM)), seconds=20)
+    assert result.returncode == -signal.SIGTERM
