@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 SECONDS = 10.0  # that all of it may take
 SECONDS_TO_START = 7.0  # of them for MPI
 SECONDS_TO_ANSWER = 8.0  # after the start, until every rank has told its facts
-STALE = 60.0  # seconds after which a rank on the list belongs to an earlier job
 VERDICTS = {"ok": "ready", "slow": "runs, but not as well as it could", "fault": "not ready"}
 
 
@@ -151,17 +150,23 @@ def attendance(told: Launched) -> Iterator[Callable[[], str]]:
     key = hashlib.sha256("\0".join([*job, str(told.size)]).encode()).hexdigest()[:12]
     folder = Path(platformdirs.user_cache_dir("distconv")) / "doctor" / key
     mine = folder / f"rank-{told.rank}"
+    began = 0.0
     with contextlib.suppress(OSError):  # nobody is on a list that cannot be written
         folder.mkdir(parents=True, exist_ok=True)
         mine.write_text(socket.gethostname())
-        for path in folder.parent.glob("*/rank-*"):
-            if path.stat().st_mtime < mine.stat().st_mtime - STALE:
-                path.unlink()
+        began = mine.stat().st_mtime
+    still_here = threading.Timer(
+        SECONDS_TO_START - 1, mine.touch
+    )  # else a rank of a job that was killed looks the same
+    still_here.daemon = True
+    still_here.start()
 
     def absent() -> str:
-        came: dict[int, str] = {}
+        came = {}
         with contextlib.suppress(OSError):
-            came = {int(path.name.partition("-")[2]): path.read_text() for path in folder.glob("rank-*")}
+            for path in folder.glob("rank-*"):
+                if path.stat().st_mtime > began - 1:
+                    came[int(path.name.partition("-")[2])] = path.read_text()
         here = ", ".join(f"rank {rank} on {host}" for rank, host in sorted(came.items())[:8])
         missing = [str(rank) for rank in range(told.size) if rank not in came]
         if not came or not missing:
@@ -171,6 +176,7 @@ def attendance(told: Launched) -> Iterator[Callable[[], str]]:
     try:
         yield absent
     finally:
+        still_here.cancel()
         with contextlib.suppress(OSError):
             mine.unlink()
             folder.rmdir()

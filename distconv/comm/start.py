@@ -110,12 +110,14 @@ def check_shared_memory(MPI: Any, told: Launched) -> None:
     if MPI.get_vendor()[0] == "Open MPI" or not Path("/dev/shm").is_dir():
         return  # Open MPI looks itself, and goes on without
     shared = os.open("/dev/shm", os.O_RDONLY)
-    for _ in range(300):
+    for look in range(300):
         with contextlib.suppress(BlockingIOError):
             fcntl.flock(shared, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if look > 50:
+                time.sleep(GRACE / 2)  # the rank that had it so long has refused, and its end is that of the job
             break
         time.sleep(0.01)
-    if claim("measured"):
+    if told.alone or claim("measured"):
         ranks, store = told.local_size or 1, os.fstatvfs(shared)
         room, needed = store.f_bavail * store.f_frsize, SHARED_BYTES + ranks * SHARED_BYTES_OF_A_RANK
         if room < max(needed, LEAST_SHARED_BYTES):
