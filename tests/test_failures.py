@@ -157,6 +157,7 @@ def test_bad_data_is_exit_code_65_and_one_sentence(tmp_path: Path, case: str) ->
         (["--data", "/there/is/none"], 66, ["/there/is/none"]),
         (["--resume", "/there/is/none"], 66, ["/there/is/none"]),
         (["--out", "/proc/nothing"], 73, ["/proc/nothing"]),
+        (["--out", "/proc/nothing", "--data", "/there/is/none"], 73, ["/proc/nothing"]),  # before anything takes long
         (["--data", "mnist"], 66, ["DISTCONV_OFFLINE", "DISTCONV_DATA_DIR"]),
     ],
 )

@@ -20,6 +20,7 @@ import pytest
 import requests  # noqa: F401 (now, not when a mirror's time already runs)
 
 from distconv.data import mnist
+from distconv.data.__main__ import main as fetch_main
 from distconv.errors import BadDataError, CannotCreateError, DownloadError, MissingInputError
 from tests import files
 from tests.files import NAMES, Mirror, Request, assert_holds, idx_bytes, small_set, write_set
@@ -202,6 +203,25 @@ def test_a_bad_mirror_is_passed_over_and_leaves_nothing_behind(monkeypatch: pyte
             assert mnist.obtain() == mnist.cache_folder()
             assert first.asked == second.asked == [wanted]
     assert_cache_is_whole_and_tidy()
+
+
+def test_fetch_brings_what_lacks_to_the_folder_that_is_named_and_replaces_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = write_set(tmp_path / "mine", {name: SMALL[name] for name in NAMES[:2]})
+    monkeypatch.setenv("DISTCONV_DATA_DIR", str(folder))
+    with mirrors(monkeypatch, files.good) as (mirror,):
+        for _ in range(2):
+            assert fetch_main(["fetch", "mnist"]) == 0
+            assert capsys.readouterr().out == f"mnist is in {folder}\n"
+        assert sorted(mirror.asked) == sorted(f"{name}.gz" for name in NAMES[2:])
+    assert_holds(mnist.load(), SMALL)
+
+    another = idx_bytes(SMALL[NAMES[0]] ^ 1)
+    (folder / NAMES[0]).write_bytes(another)
+    with pytest.raises(BadDataError, match=NAMES[0]):
+        mnist.fetch()
+    assert (folder / NAMES[0]).read_bytes() == another
 
 
 @pytest.mark.parametrize("bad", files.BAD_ANSWERS)
