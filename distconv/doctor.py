@@ -155,6 +155,9 @@ def attendance(told: Launched) -> Iterator[Callable[[], str]]:
         folder.mkdir(parents=True, exist_ok=True)
         mine.write_text(socket.gethostname())
         began = mine.stat().st_mtime
+        for left in folder.parent.glob("*/rank-*"):  # by jobs that were killed
+            if left.stat().st_mtime < began - 60:
+                left.unlink()
     still_here = threading.Timer(
         SECONDS_TO_START - 1, mine.touch
     )  # else a rank of a job that was killed looks the same
