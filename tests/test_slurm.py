@@ -1,0 +1,119 @@
+"""On a real Slurm of two nodes: all ranks train together, launch/slurm.sbatch loses nothing, and mistakes are told."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests import jobs
+from tests.slurm import Slurm, edit, events, slurm, why_there_can_be_no_slurm
+
+REASON = why_there_can_be_no_slurm()
+pytestmark = pytest.mark.skipif(bool(REASON), reason=REASON)
+
+SCRIPT = jobs.ROOT / "launch" / "slurm.sbatch"
+OPEN_MPI = any(found.name == "openmpi" for found in importlib.metadata.distributions())
+SRUN = f"srun --mpi={'pmix' if OPEN_MPI else 'pmi2'} -K"
+TRAIN = "python -m distconv.train --data digits --limit-train 600 --batch-size 20 --eval-samples 40 --epochs"
+ONE_A_NODE = ("--nodes=2", "--ntasks-per-node=1")
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
+    with slurm(tmp_path_factory.mktemp("slurm")) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> object:
+    """What the parameters of a run are in the end that nobody stops."""
+    out = tmp_path_factory.mktemp("undisturbed") / "run"
+    assert jobs.run(2, *TRAIN.split()[1:], "4", "--out", out).returncode == 0
+    return events(out, "final")[0]["parameters_sha256"]
+
+
+def assert_all_trained_together(out: Path, ranks: int) -> None:
+    (start,) = events(out, "start")
+    assert (start["ranks"], start["hosts"]) == (ranks, 2)
+    assert (out / "DONE").exists()
+
+
+def test_srun_starts_one_training_of_all_ranks(cluster: Slurm, tmp_path: Path) -> None:
+    result = cluster.run(*SRUN.split(), "-N2", "-n4", *TRAIN.split(), "1", "--out", tmp_path / "run")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert_all_trained_together(tmp_path / "run", 4)
+
+
+def test_mpirun_takes_all_of_an_allocation(cluster: Slurm, tmp_path: Path) -> None:
+    job = cluster.submit(f"mpirun {TRAIN} 1 --out run", *ONE_A_NODE, f"--chdir={tmp_path}", "--output=log")
+    assert cluster.wait(job)["JobState"] == "COMPLETED", (tmp_path / "log").read_text()
+    assert_all_trained_together(tmp_path / "run", 2)
+
+
+def test_srun_that_tells_ranks_nothing_of_one_another_is_refused(cluster: Slurm, tmp_path: Path) -> None:
+    result = cluster.run("srun", "--mpi=none", "-n2", *TRAIN.split(), "1", "--out", tmp_path / "run")
+    assert result.returncode != 0
+    (sentence,) = [line for line in result.stderr.splitlines() if "distconv: " in line]
+    assert "--mpi" in sentence
+    assert not (tmp_path / "run").exists()
+
+
+def test_prove_works_in_a_batch_job(cluster: Slurm, tmp_path: Path) -> None:
+    prove = "python -m distconv.prove --ranks 1,2 --wires float16"
+    job = cluster.submit(prove, *ONE_A_NODE, f"--chdir={tmp_path}", "--output=log")
+    state = cluster.wait(job)["JobState"]
+    said = (tmp_path / "log").read_text()
+    assert state == "COMPLETED" and "the number of ranks does not change the run" in said, said
+
+
+def submit(cluster: Slurm, folder: Path, command: str) -> str:
+    """Submit the script as it is shipped, but for the two places that users edit."""
+    run = f'out=run\nrun=({SRUN} --gpu-bind=none {command} --out "$out")'
+    (folder / SCRIPT.name).write_text(edit(SCRIPT, "#SBATCH --nodes=2 --ntasks-per-node=1 --time=10", run))
+    return cluster.submit(folder / SCRIPT.name, f"--chdir={folder}")
+
+
+def the_signal_before_the_limit(cluster: Slurm, job: str) -> None:
+    cluster.run("scancel", "--batch", "--signal=USR1", job)
+
+
+def what_the_limit_does(cluster: Slurm, job: str) -> None:
+    for _ in range(2):
+        for rank in cluster.ranks():
+            rank.send_signal(signal.SIGTERM)
+        time.sleep(0.02)  # so long Slurm waits between the two
+
+
+def the_loss_of_a_rank(cluster: Slurm, job: str) -> None:
+    (second,) = [rank for rank in cluster.ranks() if rank.environ()["SLURM_PROCID"] == "1"]
+    second.kill()
+
+
+@pytest.mark.parametrize("happens", [the_signal_before_the_limit, what_the_limit_does, the_loss_of_a_rank])
+def test_the_shipped_script_brings_a_run_to_its_end_whatever_happens(
+    cluster: Slurm, undisturbed: object, tmp_path: Path, happens: Callable[[Slurm, str], None]
+) -> None:
+    out = tmp_path / "run"
+    job = submit(cluster, tmp_path, f"{TRAIN} 4 --checkpoint-seconds 0.1")
+    cluster.wait_until(lambda: len(events(out, "step")) > 4 and any((out / "checkpoints").iterdir()))
+    happens(cluster, job)
+    cluster.wait(job, "PENDING", seconds=30)  # a promise: a job does not wait for ever for a rank that is lost
+    assert not (out / "DONE").exists()
+    reached = len(events(out, "step"))
+    cluster.go_on(job)
+    assert cluster.wait(job)["JobState"] == "COMPLETED", (tmp_path / f"distconv-{job}.log").read_text()
+    _, again = events(out, "start")
+    lost = reached - int(str(again["resumed_step"]))
+    assert lost == 0 or happens is the_loss_of_a_rank
+    assert events(out, "final")[0]["parameters_sha256"] == undisturbed
+
+
+def test_the_shipped_script_does_not_repeat_a_failure(cluster: Slurm, tmp_path: Path) -> None:
+    job = submit(cluster, tmp_path, "python -m distconv.train --data /there/is/none")
+    ended = cluster.wait(job)
+    assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("FAILED", "66:0", "0")
