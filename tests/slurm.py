@@ -6,7 +6,6 @@ import json
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -21,7 +20,7 @@ from tests.jobs import ENVIRONMENT, ROOT
 TOOLS = ("sbatch", "srun", "scontrol", "slurmctld", "slurmd", "munged", "unshare", "nsenter", "ip")
 CONFIGURATION = """
 ClusterName=box
-SlurmctldHost={host}(127.0.0.1)
+SlurmctldHost=n0
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
@@ -44,25 +43,31 @@ SlurmctldPidFile={folder}/slurmctld.pid
 SlurmdPidFile={folder}/slurmd.%n.pid
 SlurmctldLogFile={folder}/slurmctld.log
 SlurmdLogFile={folder}/slurmd.%n.log
-NodeName=n[0-1] NodeHostname={host} NodeAddr=127.0.0.1 Port=[17000-17001] CPUs=2 State=UNKNOWN
+NodeName=n[0-1] CPUs=2 State=UNKNOWN
 PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 """
-# The first process of the namespaces: when its input ends, as it does with the tests, the kernel ends all the others.
+# Two hosts, each with its name, network and /dev/shm; files and cores are those of the machine. The first process
+# is that of host n0: when its input ends, as it does with the tests, the kernel ends all that was started in there.
 START = """
 cd "$1" || exit
-ip link set lo up
-# Slurm looks its own addresses up among those of the links, and the loopback does not count as one.
-ip link add eth0 type veth peer eth1 && ip addr add 10.0.0.1/24 dev eth0 && ip link set eth0 up && ip link set eth1 up
+hostname n0
 mount --bind hosts /etc/hosts
+mount -t tmpfs tmpfs /dev/shm
+ip link set lo up
 # --force, as pytest hides its folders from other users.
 munged --force --key-file="$1/munge.key" --socket="$1/munge.socket" --pid-file="$1/munged.pid" \
     --seed-file="$1/munge.seed" --log-file="$1/munged.log" || exit
+unshare --mount --uts --net sh -c '
+    hostname n1
+    mount -t tmpfs tmpfs /dev/shm
+    ip link set lo up
+    ip link add eth0 type veth peer name eth0 netns 1
+    ip addr add 10.0.0.2/24 dev eth0
+    ip link set eth0 up
+    nsenter --target 1 --net sh -c "ip addr add 10.0.0.1/24 dev eth0 && ip link set eth0 up"
+    slurmd -f "$1/slurm.conf" -N n1' sh "$1"
 slurmctld -c -f "$1/slurm.conf"
-for node in n0 n1; do
-    # The ranks of a node share the memory of that node, not of both.
-    unshare --mount --uts sh -c 'hostname "$2" && mount -t tmpfs tmpfs /dev/shm && slurmd -f "$1/slurm.conf" -N "$2"' \
-        sh "$1" $node
-done
+slurmd -f "$1/slurm.conf" -N n0
 for _ in $(seq 25); do
     [ "$(timeout 2 sinfo -h -N -o %T | grep -c idle)" = 2 ] && echo ready && break
     sleep 0.2
@@ -70,6 +75,7 @@ done
 exec >&-
 read -r _
 """
+NAMESPACES = ("unshare", "--mount", "--uts", "--pid", "--net", "--fork", "--kill-child", "--mount-proc")
 
 
 def why_there_can_be_no_slurm() -> str:
@@ -78,8 +84,7 @@ def why_there_can_be_no_slurm() -> str:
         return "needs Linux and root"
     if missing := [tool for tool in TOOLS if not shutil.which(tool)]:
         return f"needs {', '.join(missing)}: apt-get install slurm-wlm munge iproute2"
-    try_it = ["unshare", "--mount", "--pid", "--net", "--fork", "--mount-proc", "true"]
-    result = subprocess.run(try_it, capture_output=True, text=True)
+    result = subprocess.run([*NAMESPACES, "true"], capture_output=True, text=True)
     return f"namespaces are not permitted here: {result.stderr.strip()}" if result.returncode else ""
 
 
@@ -89,11 +94,13 @@ class Slurm:
     def __init__(self, folder: Path, init: psutil.Process) -> None:
         self.folder, self.init = folder, init
         self.environment = {**ENVIRONMENT, "SLURM_CONF": str(folder / "slurm.conf")}
-        # Ranks are started by `python`, as users do; sbatch hands PATH on.
-        self.environment["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+        self.environment["PATH"] = (
+            f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # as in an activated environment
+        )
+        del self.environment["PRTE_MCA_rmaps_default_mapping_policy"]  # with it, Open MPI puts all ranks on one node
 
     def command(self, *arguments: str | Path) -> list[str]:
-        inside = ["nsenter", "--target", str(self.init.pid), "--mount", "--pid", "--net"]
+        inside = ["nsenter", "--target", str(self.init.pid), "--mount", "--uts", "--pid", "--net"]
         return [*inside, "--wdns=" + str(ROOT), *map(str, arguments)]
 
     def start(self, *arguments: str | Path) -> subprocess.Popen[str]:
@@ -177,14 +184,12 @@ def slurm(folder: Path) -> Iterator[Slurm]:
     for name in ("state", "spool.n0", "spool.n1", "tmp.n0", "tmp.n1"):
         (folder / name).mkdir()
     folder.chmod(0o755)
-    host = socket.gethostname()
-    (folder / "slurm.conf").write_text(CONFIGURATION.format(host=host, folder=folder))
-    (folder / "hosts").write_text(f"127.0.0.1 localhost {host} n0 n1\n")
+    (folder / "slurm.conf").write_text(CONFIGURATION.format(folder=folder))
+    (folder / "hosts").write_text("127.0.0.1 localhost\n10.0.0.1 n0\n10.0.0.2 n1\n")
     (folder / "munge.key").write_bytes(os.urandom(1024))
     (folder / "munge.key").chmod(0o400)
-    unshare = ["unshare", "--mount", "--pid", "--net", "--fork", "--kill-child", "--mount-proc"]
     with subprocess.Popen(
-        [*unshare, "bash", "-c", START, "bash", folder],
+        [*NAMESPACES, "bash", "-c", START, "bash", folder],
         env={**ENVIRONMENT, "SLURM_CONF": str(folder / "slurm.conf")},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
@@ -198,13 +203,17 @@ def slurm(folder: Path) -> Iterator[Slurm]:
             process.kill()
 
 
-def edit(script: Path, *places: str) -> str:
-    """A script of launch/ with new text at the two places that users edit, from a line with EDIT to an empty one."""
+def edit(script: Path, *places: str | None) -> str:
+    """A script of launch/ with new text at the two places that users edit, from a line with EDIT to an empty one.
+
+    None keeps what is there.
+    """
     text = script.read_text()
-    found = re.findall(r"(?<=\n)# EDIT \d of 2: .*?\n(?=\n)", text, flags=re.DOTALL)
+    found = re.findall(r"^( *)(# EDIT \d of 2: .*?\n)(?=\n)", text, flags=re.DOTALL | re.MULTILINE)
     assert len(found) == 2, f"{script} has {len(found)} places to edit"
-    for old, new in zip(found, places, strict=True):
-        text = text.replace(old, f"{new}\n")
+    for (indent, old), new in zip(found, places, strict=True):
+        if new is not None:
+            text = text.replace(old, f"{new}\n".replace("\n", f"\n{indent}"))
     return text
 
 

@@ -116,4 +116,4 @@ def test_the_shipped_script_brings_a_run_to_its_end_whatever_happens(
 def test_the_shipped_script_does_not_repeat_a_failure(cluster: Slurm, tmp_path: Path) -> None:
     job = submit(cluster, tmp_path, "python -m distconv.train --data /there/is/none")
     ended = cluster.wait(job)
-    assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("FAILED", "66:0", "0")
+    assert (ended["JobState"], ended["Restarts"]) == ("FAILED", "0")
