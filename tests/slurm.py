@@ -119,7 +119,8 @@ class Slurm:
         try:
             out, err = process.communicate(timeout=seconds)
         except subprocess.TimeoutExpired:
-            process.terminate()
+            for started in [*psutil.Process(process.pid).children(recursive=True), process]:
+                started.kill()
             out, err = process.communicate()
             raise AssertionError(f"still running after {seconds} s: {arguments}\n{out}\n{err}\n{self.logs()}") from None
         return subprocess.CompletedProcess(process.args, process.returncode, out, err)
