@@ -30,8 +30,8 @@ BATCH = {  # a script, and how it says "again": a command that it runs, or an ex
 TRAINING = [*BATCH, "hosts.sh", "kubernetes-mpijob.yaml"]
 SHELL = sorted([*LAUNCH.glob("*.sh"), *LAUNCH.glob("*.sbatch"), ROOT / ".ci" / "run"])
 
-# Stands for a training that, in its first try, is done, comes further, gets nowhere or waits for USR1 to come further,
-# and ends with a code. Later tries get nowhere.
+# Stands for a training that, in its first try, gets nowhere, comes further, waits for USR1 to come further, or comes
+# further and is done, and ends with a code. Later tries get nowhere.
 TRAIN = """
 import pathlib, signal, sys, time
 what, code = sys.argv[1], int(sys.argv[2])
@@ -48,7 +48,7 @@ if what == "stops":
     time.sleep(0.2)  # a signal must not make the script forget this process
 if what == "done":
     pathlib.Path("run/DONE").touch()
-elif what != "nowhere" and first:
+if what != "nowhere" and first:
     (checkpoints / "step-0000000001.safetensors").touch()
 sys.exit(code)
 """
