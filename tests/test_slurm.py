@@ -19,7 +19,9 @@ pytestmark = pytest.mark.skipif(bool(REASON), reason=REASON)
 SCRIPT = jobs.ROOT / "launch" / "slurm.sbatch"
 OPEN_MPI = any(found.name == "openmpi" for found in importlib.metadata.distributions())
 SRUN = f"srun --mpi={'pmix' if OPEN_MPI else 'pmi2'} -K"
-TRAIN = "python -m distconv.train --data digits --limit-train 600 --batch-size 20 --eval-samples 40 --epochs"
+# A step takes longer than the 20 ms between the two signals of a time limit.
+TRAIN = "python -m distconv.train --data digits --limit-train 600 --batch-size 200 --eval-samples 40 --epochs"
+LONG = f"{TRAIN} 30"
 ONE_A_NODE = ("--nodes=2", "--ntasks-per-node=1")
 
 
@@ -27,7 +29,7 @@ ONE_A_NODE = ("--nodes=2", "--ntasks-per-node=1")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> object:
     """The digest of the parameters at the end of a run that nobody stops."""
     out = tmp_path_factory.mktemp("undisturbed") / "run"
-    assert jobs.run(2, *TRAIN.split()[1:], "4", "--out", out, seconds=100).returncode == 0
+    assert jobs.run(2, *LONG.split()[1:], "--out", out, seconds=100).returncode == 0
     return events(out, "final")[0]["parameters_sha256"]
 
 
@@ -102,7 +104,7 @@ def test_the_shipped_script_brings_a_run_to_its_end_whatever_happens(
     cluster: Slurm, undisturbed: object, tmp_path: Path, happens: Callable[[Slurm, str], None]
 ) -> None:
     out = tmp_path / "run"
-    job = submit(cluster, tmp_path, f"{TRAIN} 4 --checkpoint-seconds 0.1")
+    job = submit(cluster, tmp_path, f"{LONG} --checkpoint-seconds 0.1")
     cluster.wait_until(lambda: len(events(out, "step")) > 4 and any((out / "checkpoints").iterdir()))
     happens(cluster, job)
     cluster.wait(job, "PENDING", seconds=30)  # a promise: a job does not wait for ever for a rank that is lost
