@@ -44,7 +44,8 @@ checkpoints.mkdir(parents=True, exist_ok=True)
 if what == "stops":
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
     pathlib.Path("waits").touch()
-    signal.sigwait([signal.SIGUSR1])
+    if signal.sigtimedwait([signal.SIGUSR1], 20) is None:
+        sys.exit("nobody asked")
     time.sleep(0.2)  # a signal must not make the script forget this process
 if what == "done":
     pathlib.Path("run/DONE").touch()
