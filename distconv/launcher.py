@@ -16,11 +16,8 @@ from distconv.comm.roll_call import own_name_resolves
 from distconv.errors import DistconvError, UsageError
 
 # Open MPI refuses root and more ranks than cores unless told otherwise; other MPIs know none of these.
-PERMISSIONS = {
-    "OMPI_ALLOW_RUN_AS_ROOT": "1",
-    "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
-    "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
-}
+ROOT_MAY_RUN = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+MORE_RANKS_THAN_CORES = {"PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe"}
 
 
 def mpirun() -> str:
@@ -62,9 +59,11 @@ def run_job(starter: Sequence[str], ranks: int, arguments: Sequence[str], second
     Raises DistconvError with what the job said where it fails or takes longer than `seconds`.
     """
     command = [*starter, "-n", str(ranks), sys.executable, *arguments]
+    # In an allocation, Open MPI would put all ranks on its first host.
+    permissions = ROOT_MAY_RUN if in_an_allocation() else ROOT_MAY_RUN | MORE_RANKS_THAN_CORES
     with subprocess.Popen(
         command,
-        env={**os.environ, **PERMISSIONS},
+        env={**os.environ, **permissions},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

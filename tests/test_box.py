@@ -24,8 +24,8 @@ NAMESPACES = Path("/var/run/netns")
 EXAMPLE = """
 import socket
 from mpi4py import MPI
-from distconv.comm import world
-with world.start() as world:
+from distconv.comm.start import start
+with start() as world:
     mine = (socket.gethostname(), world.comm.Split_type(MPI.COMM_TYPE_SHARED).size, world.local_size, world.hosts)
     everyone = world.comm.gather(mine)
     if world.rank == 0:
