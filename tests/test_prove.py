@@ -65,3 +65,11 @@ def test_mistakes_are_one_sentence() -> None:
 def test_float64_is_proved_on_the_cpu_only() -> None:
     with pytest.raises(UsageError, match="--wires float64: expected some of float32,float16,bfloat16"):
         main(["--device", "cuda", "--wires", "float64"])
+
+
+def test_what_starts_ranks_may_be_named() -> None:
+    common = ("-m", "distconv.prove", "--ranks", "2", "--wires", "float16", "--model", "simpleconvnet")
+    named = jobs.run(0, *common, "--mpirun", f"env PROVED=1 {jobs.MPIRUN}", seconds=100)
+    assert named.returncode == 0 and "does not change the run" in named.stdout
+    wrong = jobs.run(0, *common, "--mpirun", "no-such-launcher --flag")
+    assert wrong.returncode == 2 and "--mpirun no-such-launcher --flag: there is no such command" in wrong.stderr

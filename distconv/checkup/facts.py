@@ -35,7 +35,6 @@ def gather_facts(world: World) -> Facts:
         "rank": world.rank,
         "host": socket.gethostname(),
         "launcher": launched().launcher or "none",
-        "ranks_of_host": world.local_size,
         "distconv": distconv.__version__,
         "code": code_digest(),
         "python": platform.python_version(),
@@ -124,18 +123,13 @@ def write_problem(folder: Path) -> str:
 
 
 def kernel_cache() -> Facts:
-    """Where compiled kernels lie, and whether they are there."""
+    """Whether compiled kernels are there, and why they cannot be kept, or nothing."""
     try:
         from distconv.kernels import compiled
     except Exception:  # no Numba, or a broken one: told as its version
-        return {"cache": None, "cache_free": None, "compiled": False, "cache_problem": ""}
-    cache = compiled.CACHE
-    return {
-        "cache": str(cache) if cache else None,
-        "cache_free": free_bytes(cache) if cache else None,
-        "compiled": not compiled.MUST_COMPILE,
-        "cache_problem": write_problem(cache) if cache else "it cannot be made",
-    }
+        return {"compiled": False, "cache_problem": ""}
+    problem = write_problem(compiled.CACHE) if compiled.CACHE else "it cannot be made"
+    return {"compiled": not compiled.MUST_COMPILE, "cache_problem": problem}
 
 
 def gpus() -> Facts:

@@ -246,9 +246,8 @@ def claim(right: str) -> bool:
     """Whether this is the first rank of its job on this host that claims the right; it keeps it until it ends."""
     holder = socket.socket(socket.AF_UNIX)
     try:
-        holder.bind(
-            f"\0distconv-{right}-{os.getuid()}-{launcher_process()}"
-        )  # a name that no file has, and one process
+        # A name that no file has, and only one process at a time.
+        holder.bind(f"\0distconv-{right}-{os.getuid()}-{launcher_process() or os.getppid()}")
     except OSError:
         holder.close()
         return False
