@@ -253,7 +253,7 @@ def scaling(argv: Sequence[str]) -> int:
         from distconv.plots import draw_scaling
 
         draw(flags.png, lambda: draw_scaling([asdict(rung) for rung in rungs], title, flags.png))
-    return 0
+    return int(len(rungs) < len(numbers))
 
 
 def predict(argv: Sequence[str]) -> int:

@@ -182,7 +182,7 @@ def from_command_line(argv: Sequence[str]) -> tuple[Config, bool]:
             metavar=type(field.default).__name__.upper().replace("STR", "NAME"),
             help=(field.metadata["help"] + shown).replace("%", "%%"),
         )
-    parser.add_argument("--config", type=Path, metavar="FILE", help="TOML file with settings; flags go before it")
+    parser.add_argument("--config", type=Path, metavar="FILE", help="TOML file with settings; flags win over it")
     parser.add_argument("--print-config", action="store_true", help="print the settings as TOML and stop")
     flags: Mapping[str, Any] = vars(parser.parse_args(argv))
     settings = read_toml(flags["config"]) if flags["config"] else {}
@@ -211,7 +211,9 @@ class Parser(argparse.ArgumentParser):
 
 def add_model_arguments(parser: Parser) -> None:
     """The arguments of a command that reads a saved model."""
-    parser.add_argument("file", type=Path, metavar="CHECKPOINT|PARAMS.pkl", help="a checkpoint, or a source's pickle")
+    parser.add_argument(
+        "file", type=Path, metavar="CHECKPOINT|PARAMS.pkl", help="a checkpoint, or what the source system pickled"
+    )
     parser.add_argument("--data", default=None, help="as in distconv.train (default: what the model was trained on)")
     parser.add_argument("--model", default=None, help="of a pickle (default: deepconvnet); a checkpoint knows its own")
 

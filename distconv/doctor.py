@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from distconv.comm.launched import Launched, launched
-from distconv.comm.start import end_alone, end_job, run_command, start
+from distconv.comm.start import end_job, run_command, speak, start
 from distconv.config import Parser
 
 if TYPE_CHECKING:
@@ -24,8 +24,10 @@ if TYPE_CHECKING:
     from distconv.comm.world import World
 
 SECONDS = 10.0  # that all of it may take
-SECONDS_TO_START = 7.0  # of them for MPI
-SECONDS_TO_ANSWER = 8.0  # after the start, until every rank has told its facts
+SECONDS_TO_START = 7.0  # of them until MPI runs
+SECONDS_FOR_FACTS = 6.0  # until the exchange begins, or is left out
+SECONDS_TO_ANSWER = 8.0  # until every rank has told its facts
+SECONDS_IN_ALL = 8.5  # until it is given up, as speaking takes some, too
 VERDICTS = {"ok": "ready", "slow": "runs, but not as well as it could", "fault": "not ready"}
 
 
@@ -49,8 +51,9 @@ def main(argv: Sequence[str]) -> int:
     told = launched()
     with attendance(told) as absent:
         world = start(limit=SECONDS_TO_START, absent=absent)
-    with world, time_limit("gathering facts") as now_at:
-        findings = examine(world, began, now_at, flags.json)
+    with world:
+        with time_limit("gathering facts", began) as now_at:
+            findings = examine(world, began, now_at, flags.json)
         worst = max((finding.status for finding in findings), key=list(VERDICTS).index)
         worst = world.comm.bcast(worst)
         if world.rank == 0:
@@ -65,7 +68,7 @@ def main(argv: Sequence[str]) -> int:
 
 def examine(world: World, began: float, now_at: list[str], as_json: bool) -> list[Finding]:
     """All findings, shown one by one as they are made, on rank 0; others return one that is no finding."""
-    from distconv.checkup.checks import CHECKS, clocks, ok
+    from distconv.checkup.checks import CHECKS, clocks, no_time, ok
     from distconv.checkup.facts import gather_facts
 
     findings: list[Finding] = []
@@ -96,10 +99,13 @@ def examine(world: World, began: float, now_at: list[str], as_json: bool) -> lis
     skews = trials.clock_skews(world)
     if world.rank == 0:
         show(clocks(skews, everyone))
+    if world.comm.bcast(time.monotonic() - began) > SECONDS_FOR_FACTS:
+        show(no_time("exchange"))
+        return findings
     now_at[0] = "the exchange"
     show(trials.exchange(world))
     if launched().launcher == "":
-        show(trials.mpirun(SECONDS - 1 - (time.monotonic() - began)))
+        show(trials.mpirun(SECONDS_IN_ALL - (time.monotonic() - began)))
     return findings
 
 
@@ -123,19 +129,25 @@ def collect(world: World, facts: Facts, hosts: Sequence[str], began: float) -> l
 
 
 @contextlib.contextmanager
-def time_limit(part: str) -> Iterator[list[str]]:
+def time_limit(part: str, began: float) -> Iterator[list[str]]:
     """End the job where a part does not come to its end in time. Yields where the name of the part can be changed."""
-    now_at = [part]
-    timer = threading.Timer(
-        SECONDS - 1,
-        lambda: end_alone(f"{now_at[0]} has not come to its end within {SECONDS - 1:.0f} s: a rank is stuck"),
-    )
+    now_at, expired = [part], threading.Event()
+
+    def end() -> None:
+        expired.set()
+        seconds = time.monotonic() - began
+        speak(f"{now_at[0]} has not come to its end within {seconds:.0f} s: a rank is stuck, or its host very busy")
+        end_job(1)
+
+    timer = threading.Timer(max(0.0, SECONDS_IN_ALL - (time.monotonic() - began)), end)
     timer.daemon = True
     timer.start()
     try:
         yield now_at
     finally:
         timer.cancel()
+        if expired.is_set():
+            time.sleep(SECONDS)  # for the end, which is under way
 
 
 @contextlib.contextmanager

@@ -21,7 +21,9 @@ def main(argv: Sequence[str]) -> int:
         "  python -m distconv.misclassified runs/mine/checkpoints/step-0000012000.safetensors --png wrong.png",
     )
     add_model_arguments(parser)
-    parser.add_argument("--png", type=Path, default=Path("misclassified.png"), metavar="FILE", help="where to draw")
+    parser.add_argument(
+        "--png", type=Path, default=Path("misclassified.png"), metavar="FILE", help="(default: misclassified.png)"
+    )
     arguments = parser.parse_args(argv)
 
     with start() as world:

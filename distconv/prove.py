@@ -73,10 +73,14 @@ def main(argv: Sequence[str]) -> int:
 
     refuse_to_nest("prove")
     starter = job_starter(flags.mpirun)
-    table = Table(flags.json)
+    from distconv.runlog import RunLog
+
+    table, note = Table(flags.json), RunLog(True).say_aside
     with tempfile.TemporaryDirectory() as folder:
+        note("one rank alone computes what the others are held against")
         run_job(starter, 1, ["-m", "distconv.prove", *argv, "--write", folder], SECONDS)
         for P in numbers:
+            note(f"{P} rank{'s' * (P > 1)}")
             for line in run_job(starter, P, ["-m", "distconv.prove", *argv, "--compare", folder], SECONDS).splitlines():
                 table.show(json.loads(line))
     return table.verdict()

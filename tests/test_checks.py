@@ -37,6 +37,7 @@ HEALTHY: Facts = {
     "folder_free": 1 << 40,
     "folder_problem": "",
     "compiled": True,
+    "mnist": "/data/mnist",
     "cache_problem": "",
     "gpus": [],
     "gpu_problem": "CuPy is not installed (no module)",
@@ -81,6 +82,7 @@ ON_RANK_3 = "rank 3 on h1"
         (checks.shared_memory, four_ranks(reading_refused=True), "slow", ON_RANK_3),
         (checks.disks, four_ranks({"folder_problem": "Read-only file system"}), "slow", "/scratch: Read-only"),
         (checks.disks, four_ranks({"folder_free": 5 << 20}), "slow", "5 MiB free in /scratch"),
+        (checks.data, four_ranks(mnist=""), "fault", f"no MNIST for {ON_RANK_3}"),
         (checks.disks, four_ranks(cache_problem="Permission denied"), "slow", ON_RANK_3),
         (
             checks.gpus,

@@ -17,6 +17,7 @@ import numpy as np
 
 from distconv.comm.world import World
 from distconv.config import Config
+from distconv.errors import DistconvError
 from distconv.inputs import load_dataset
 from distconv.launcher import run_job
 from distconv.loop import StepRecord, train
@@ -94,14 +95,22 @@ def climb(
 ) -> list[Rung]:
     """Run `python arguments...`, which prints a Step a line, on each number of ranks, fewest first, in turns.
 
-    batch_size: of a number of ranks. Raises DistconvError where a job fails.
+    batch_size: of a number of ranks. A number whose job fails is noted and left out. Raises DistconvError where all do.
     """
     numbers = sorted(set(numbers))
     steps: dict[int, list[Step]] = {P: [] for P in numbers}
     for done in range(ROUNDS):
         for P in numbers:
+            if done > 0 and not steps[P]:
+                continue  # it has failed
             note(f"round {done + 1} of {ROUNDS}, {P} rank{'s' * (P > 1)}")
-            steps[P] += [Step(**json.loads(line)) for line in run_job(starter, P, arguments, SECONDS).splitlines()]
+            try:
+                steps[P] += [Step(**json.loads(line)) for line in run_job(starter, P, arguments, SECONDS).splitlines()]
+            except DistconvError as error:
+                note(f"{P} rank{'s' * (P > 1)} left out: {error}")
+    numbers = [P for P in numbers if steps[P]]
+    if not numbers:
+        raise DistconvError("no job of the ladder came to its end: see above")
     fewest = numbers[0]
     base = batch_size(fewest) / _median(steps[fewest], "step_seconds") / fewest
     return [_rung(P, batch_size(P), wire, steps[P], base) for P in numbers]

@@ -203,6 +203,22 @@ def clocks(skews: Sequence[float], ranks: Sequence[Facts]) -> Finding:
     return ok("clocks", f"within {1e3 * abs(skews[ahead]):.1f} ms of rank 0's")
 
 
+def no_time(check: str) -> Finding:
+    advice = "try again when the hosts are idle; if it stays so, starts are slow: a shared file system, mostly"
+    return Finding(check, "slow", "there was no time left for it, as gathering the facts took so long", advice)
+
+
+def data(ranks: Sequence[Facts]) -> Finding:
+    """Every host has MNIST if rank 0 has."""
+    lacking = [fact for fact in ranks if not fact["mnist"]]
+    if len(lacking) == len(ranks):
+        return ok("data", "no MNIST here: training fetches it, or takes the built-in digits where there is no network")
+    if lacking:
+        advice = "distconv data fetch mnist, into a folder that all nodes see; DISTCONV_DATA_DIR names it"
+        return Finding("data", "fault", f"no MNIST for {where(lacking)}, but for others", advice)
+    return ok("data", f"MNIST is in {ranks[0]['mnist']}")
+
+
 def _by_host(ranks: Sequence[Facts]) -> dict[str, list[Facts]]:
     hosts: dict[str, list[Facts]] = {}
     for fact in ranks:
@@ -217,5 +233,6 @@ CHECKS: tuple[Callable[[Sequence[Facts]], Finding], ...] = (
     cores,
     shared_memory,
     disks,
+    data,
     gpus,
 )

@@ -55,6 +55,7 @@ def gather_facts(world: World) -> Facts:
         "folder": str(Path.cwd()),
         "folder_free": free_bytes(Path.cwd()),
         "folder_problem": write_problem(Path.cwd()),
+        "mnist": mnist_folder(),
         **kernel_cache(),
         **gpus(),
     }
@@ -120,6 +121,16 @@ def write_problem(folder: Path) -> str:
     except OSError as error:
         return error.strerror or str(error)
     return ""
+
+
+def mnist_folder() -> str:
+    """Where MNIST's four files are, which are not read here; or nothing."""
+    try:
+        from distconv.data import mnist
+    except Exception:  # no NumPy: told as its version
+        return ""
+    folder = mnist.chosen_folder()
+    return str(folder) if mnist.is_complete(folder) else ""
 
 
 def kernel_cache() -> Facts:

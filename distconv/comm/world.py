@@ -14,6 +14,7 @@ import os
 import signal
 import socket
 import sys
+import textwrap
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -168,7 +169,7 @@ def load_mpi() -> Any:
         mpi4py.rc.initialize, mpi4py.rc.finalize = False, True
         from mpi4py import MPI
     except (Exception, SystemExit) as error:  # whatever a broken installation does
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        reason = textwrap.shorten(str(error), 300) or type(error).__name__
         raise DistconvError(
             f"no MPI library can be loaded ({reason}): pip install mpich, or load the MPI module of your cluster"
         ) from None

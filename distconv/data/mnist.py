@@ -87,6 +87,17 @@ def cache_folder() -> Path:
     return Path(platformdirs.user_cache_dir("distconv")) / "mnist"
 
 
+def chosen_folder() -> Path:
+    """The folder that should hold MNIST: DISTCONV_DATA_DIR, or the user's cache."""
+    chosen = os.environ.get("DISTCONV_DATA_DIR")
+    return Path(chosen) if chosen else cache_folder()
+
+
+def is_complete(folder: Path) -> bool:
+    """Whether all four files are there; what is in them is not read."""
+    return all(_existing(folder, file) for file in FILES)
+
+
 def offline() -> bool:
     """Whether DISTCONV_OFFLINE forbids to open a connection."""
     return os.environ.get("DISTCONV_OFFLINE", "") not in ("", "0")
@@ -103,8 +114,7 @@ def fetch() -> Path:
     Raises DownloadError where no mirror answers, MissingInputError where DISTCONV_OFFLINE=1 forbids to ask,
     CannotCreateError where the folder cannot be written, BadDataError where DISTCONV_DATA_DIR holds other files.
     """
-    chosen = os.environ.get("DISTCONV_DATA_DIR")
-    folder = Path(chosen) if chosen else cache_folder()
+    chosen, folder = os.environ.get("DISTCONV_DATA_DIR"), chosen_folder()
     problems = {file: problem for file in FILES if (problem := _problem(folder, file))}
     if not problems:
         return folder
@@ -183,8 +193,8 @@ def _fetch(file: str, cache: Path) -> None:
                 return
             failures.append(f"{mirror}: {problem}")
     raise DownloadError(
-        f"MNIST could not be fetched ({'; '.join(failures)}): set DISTCONV_DATA_DIR to a folder with "
-        f"{', '.join(FILES)} (plain or .gz), or use --data digits"
+        f"MNIST could not be fetched ({'; '.join(failures)}): copy {', '.join(FILES)} (plain or .gz) "
+        f"into {cache}, or name their folder by DISTCONV_DATA_DIR, or train with --data digits"
     )
 
 
