@@ -15,7 +15,7 @@ from distconv.comm.start import run_command, start
 from distconv.comm.world import BLAS_THREADS, blas_threads
 from distconv.config import DEVICES, MODELS, PRECISIONS, WIRES, Config, Parser
 from distconv.errors import CannotCreateError, UsageError
-from distconv.launcher import job_starter, refuse_to_nest
+from distconv.launcher import end_on_sigterm, job_starter, refuse_to_nest
 
 
 def main(argv: Sequence[str]) -> int:
@@ -236,6 +236,7 @@ def scaling(argv: Sequence[str]) -> int:
 
     refuse_to_nest("bench scaling")
     starter = job_starter(flags.mpirun)
+    end_on_sigterm()
     settings(1)  # raises for a value that cannot be before anything is started
     check_png(flags.png)
     one_blas_thread()

@@ -105,7 +105,11 @@ def save_checkpoint(
 
 def load_checkpoint(path: Path) -> Checkpoint:
     """Read and verify a file. Raises MissingInputError, BadDataError for a damaged one, MismatchError, StorageError."""
-    if not path.is_file():
+    try:
+        is_file = path.is_file()
+    except (OSError, ValueError):  # in a folder that may not be entered, or no name that a file can have
+        is_file = False
+    if not is_file:
         raise MissingInputError(f"{path} is not a file: a checkpoint of distconv.train was expected")
     try:
         with safe_open(path, framework="numpy") as file:

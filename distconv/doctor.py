@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from distconv.comm.launched import Launched, launched
-from distconv.comm.start import end_job, run_command, speak, start
+from distconv.comm.roll_call import ranks_here, stopped
+from distconv.comm.start import end_job, run_command, start
+from distconv.comm.voice import speak
 from distconv.config import Parser
 
 if TYPE_CHECKING:
@@ -23,11 +25,11 @@ if TYPE_CHECKING:
     from distconv.checkup.facts import Facts
     from distconv.comm.world import World
 
-SECONDS = 10.0  # that all of it may take
-SECONDS_TO_START = 7.0  # of them until MPI runs
-SECONDS_FOR_FACTS = 6.0  # until the exchange begins, or is left out
-SECONDS_TO_ANSWER = 8.0  # until every rank has told its facts
-SECONDS_IN_ALL = 8.5  # until it is given up, as speaking takes some, too
+# Since the beginning; all of it may take 10.
+SECONDS_TO_START = 6.5  # until MPI runs
+SECONDS_FOR_FACTS = 5.0  # until the exchange begins, or is left out
+SECONDS_TO_ANSWER = 7.5  # until every rank has told its facts
+SECONDS_IN_ALL = 8.0  # until it is given up, as speaking takes some, too
 VERDICTS = {"ok": "ready", "slow": "runs, but not as well as it could", "fault": "not ready"}
 
 
@@ -47,27 +49,53 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
     flags = parser.parse_args(argv)
 
-    began = time.monotonic()
-    told = launched()
+    deadline, told = Deadline(), launched()
     with attendance(told) as absent:
         world = start(limit=SECONDS_TO_START, absent=absent)
     with world:
-        with time_limit("gathering facts", began) as now_at:
-            findings = examine(world, began, now_at, flags.json)
+        from distconv.runlog import RunLog
+
+        say = RunLog(world.rank == 0).say
+        findings = examine(world, deadline, say, flags.json)
+        deadline.met()
         worst = max((finding.status for finding in findings), key=list(VERDICTS).index)
         worst = world.comm.bcast(worst)
-        if world.rank == 0:
-            named = ", ".join(finding.check for finding in findings if finding.status == worst and worst != "ok")
-            verdict = VERDICTS[worst] + f": {named}" * bool(named)
-            if flags.json:
-                print(json.dumps({"check": "verdict", "status": worst, "found": verdict, "advice": ""}), flush=True)
-            else:
-                print(verdict, flush=True)
+        named = ", ".join(finding.check for finding in findings if finding.status == worst and worst != "ok")
+        verdict = VERDICTS[worst] + f": {named}" * bool(named)
+        row = {"check": "verdict", "status": worst, "found": verdict, "advice": ""}
+        say(json.dumps(row) if flags.json else verdict)
     return int(worst != "ok")
 
 
-def examine(world: World, began: float, now_at: list[str], as_json: bool) -> list[Finding]:
-    """All findings, shown one by one as they are made, on rank 0; others return one that is no finding."""
+class Deadline:
+    """Ends the job where the check-up does not come to its end in time, and says at what part it was."""
+
+    def __init__(self) -> None:
+        self.began = time.monotonic()
+        self.part = "starting"
+        self.lock = threading.Lock()
+        self.timer = threading.Timer(SECONDS_IN_ALL, self._end)
+        self.timer.daemon = True
+        self.timer.start()
+
+    def passed(self) -> float:
+        """Seconds since the beginning."""
+        return time.monotonic() - self.began
+
+    def met(self) -> None:
+        """From now on there is none; if its end is under way, waits for that."""
+        with self.lock:
+            self.timer.cancel()
+
+    def _end(self) -> None:
+        with self.lock:
+            reason = stopped(ranks_here(launched())) or "; a rank is stuck, or its host very busy"
+            speak(f"{self.part} has not come to its end within {self.passed():.0f} s{reason}")
+            end_job(1)
+
+
+def examine(world: World, deadline: Deadline, say: Callable[[str], None], as_json: bool) -> list[Finding]:
+    """All findings, shown one by one as they are made, on rank 0; others return ones that are no findings."""
     from distconv.checkup.checks import CHECKS, clocks, no_time, ok
     from distconv.checkup.facts import gather_facts
 
@@ -75,41 +103,38 @@ def examine(world: World, began: float, now_at: list[str], as_json: bool) -> lis
 
     def show(finding: Finding) -> None:
         findings.append(finding)
-        if world.rank > 0:
-            return
         if as_json:
-            print(json.dumps(asdict(finding)), flush=True)
+            say(json.dumps(asdict(finding)))
         else:
-            print(f"{finding.status:<6}{finding.check:<15}{finding.found}", flush=True)
-            if finding.advice:
-                print(f"{'':<21}-> {finding.advice}", flush=True)
+            advice = f"\n{'':<21}-> {finding.advice}" if finding.advice else ""
+            say(f"{finding.status:<6}{finding.check:<15}{finding.found}{advice}")
 
+    deadline.part = "gathering facts"
     hosts = world.comm.allgather(socket.gethostname())
-    facts = gather_facts(world)
-    everyone = collect(world, facts, hosts, began)
+    everyone = collect(world, gather_facts(world), hosts, deadline)
     if world.rank == 0:
         for check in CHECKS:
             show(check(everyone))
-    healthy = world.comm.bcast(all(f.status != "fault" or f.check != "versions" for f in findings))
-    if not healthy:
+    if not world.comm.bcast(all(f.status != "fault" or f.check != "versions" for f in findings)):
         return findings or [ok("versions", "")]
     from distconv.checkup import trials
 
-    now_at[0] = "comparing clocks"
+    deadline.part = "comparing clocks"
     skews = trials.clock_skews(world)
     if world.rank == 0:
         show(clocks(skews, everyone))
-    if world.comm.bcast(time.monotonic() - began) > SECONDS_FOR_FACTS:
+    if world.comm.bcast(deadline.passed()) > SECONDS_FOR_FACTS:
         show(no_time("exchange"))
         return findings
-    now_at[0] = "the exchange"
+    deadline.part = "the exchange"
     show(trials.exchange(world))
-    if launched().launcher == "":
-        show(trials.mpirun(SECONDS_IN_ALL - (time.monotonic() - began)))
+    if not launched().launcher:
+        deadline.part = "starting an mpirun"
+        show(trials.mpirun(SECONDS_IN_ALL - deadline.passed() - 1))
     return findings
 
 
-def collect(world: World, facts: Facts, hosts: Sequence[str], began: float) -> list[Facts]:
+def collect(world: World, facts: Facts, hosts: Sequence[str], deadline: Deadline) -> list[Facts]:
     """The facts of all ranks, on rank 0; ends the job where one does not tell them in time, and names it."""
     if world.rank > 0:
         world.comm.send(facts, dest=0)
@@ -119,35 +144,13 @@ def collect(world: World, facts: Facts, hosts: Sequence[str], began: float) -> l
         if world.comm.iprobe():
             answer = world.comm.recv()
             told[answer["rank"]] = answer
-        elif time.monotonic() - began > SECONDS_TO_ANSWER:
+        elif deadline.passed() > SECONDS_TO_ANSWER:
             silent = [f"rank {rank} on {hosts[rank]}" for rank in range(world.size) if rank not in told]
-            print(f"not ready: no answer from {', '.join(silent[:8])}: look at that host", flush=True)
+            speak(f"no answer from {', '.join(silent[:8])}: look at that host")
             end_job(1)
         else:
             time.sleep(0.005)
     return [told[rank] for rank in range(world.size)]
-
-
-@contextlib.contextmanager
-def time_limit(part: str, began: float) -> Iterator[list[str]]:
-    """End the job where a part does not come to its end in time. Yields where the name of the part can be changed."""
-    now_at, expired = [part], threading.Event()
-
-    def end() -> None:
-        expired.set()
-        seconds = time.monotonic() - began
-        speak(f"{now_at[0]} has not come to its end within {seconds:.0f} s: a rank is stuck, or its host very busy")
-        end_job(1)
-
-    timer = threading.Timer(max(0.0, SECONDS_IN_ALL - (time.monotonic() - began)), end)
-    timer.daemon = True
-    timer.start()
-    try:
-        yield now_at
-    finally:
-        timer.cancel()
-        if expired.is_set():
-            time.sleep(SECONDS)  # for the end, which is under way
 
 
 @contextlib.contextmanager
@@ -170,11 +173,14 @@ def attendance(told: Launched) -> Iterator[Callable[[], str]]:
         for left in folder.parent.glob("*/rank-*"):  # by jobs that were killed
             if left.stat().st_mtime < began - 60:
                 left.unlink()
-    still_here = threading.Timer(
-        SECONDS_TO_START - 1, mine.touch
-    )  # else a rank of a job that was killed looks the same
-    still_here.daemon = True
-    still_here.start()
+
+    def still_here() -> None:
+        with contextlib.suppress(OSError):
+            mine.touch()  # unlike a rank of an earlier job
+
+    again = threading.Timer(SECONDS_TO_START - 1, still_here)
+    again.daemon = True
+    again.start()
 
     def absent() -> str:
         came = {}
@@ -191,7 +197,7 @@ def attendance(told: Launched) -> Iterator[Callable[[], str]]:
     try:
         yield absent
     finally:
-        still_here.cancel()
+        again.cancel()
         with contextlib.suppress(OSError):
             mine.unlink()
             folder.rmdir()

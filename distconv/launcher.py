@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from distconv.comm.launched import in_a_job, in_an_allocation
 from distconv.comm.roll_call import own_name_resolves
@@ -17,6 +20,7 @@ from distconv.errors import DistconvError, UsageError
 
 # Open MPI refuses root and more ranks than cores unless told otherwise; other MPIs know none of these.
 ROOT_MAY_RUN = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+SECONDS_TO_END = 5.0
 MORE_RANKS_THAN_CORES = {"PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe"}
 
 
@@ -35,13 +39,21 @@ def refuse_to_nest(command: str) -> None:
         raise DistconvError(f"{command} starts mpirun by itself: run it without mpirun, on one process")
 
 
+def end_on_sigterm() -> None:
+    """From now on, SIGTERM ends this process as Ctrl-C does: after its job, and what it has made."""
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+
+
 def job_starter(command: str | None) -> list[str]:
     """The words that start ranks, to which `-n 4` is appended: command, as `srun --mpi=pmi2`, or else our mpirun.
 
     Raises UsageError for a command that is not there, DistconvError where there is no mpirun or none can work.
     """
     if command is not None:
-        words = shlex.split(command)
+        try:
+            words = shlex.split(command)
+        except ValueError as error:  # an open quote
+            raise UsageError(f"--mpirun {command}: {error}; give a command as 'srun --mpi=pmi2'") from None
         if not words or not shutil.which(words[0]):
             raise UsageError(f"--mpirun {command}: there is no such command; give one as 'srun --mpi=pmi2'")
         return words
@@ -71,11 +83,32 @@ def run_job(starter: Sequence[str], ranks: int, arguments: Sequence[str], second
     ) as process:
         try:
             out, err = process.communicate(timeout=seconds)
-        except subprocess.TimeoutExpired:
-            process.kill()  # its ranks end with it
-            raise DistconvError(f"{' '.join(command)} took more than {seconds:.0f} s and was ended") from None
+        except BaseException as error:  # a signal to stop, too
+            end(process)
+            if isinstance(error, subprocess.TimeoutExpired):
+                raise DistconvError(f"{' '.join(command)} took more than {seconds:.0f} s and was ended") from None
+            raise
     if process.returncode != 0:
-        raise DistconvError(
-            f"{' '.join(command)} failed with exit code {process.returncode}: {err.strip() or out.strip()}"
-        )
+        said = err.strip() or out.strip() or "it said nothing"
+        raise DistconvError(f"{' '.join(command)} failed with exit code {process.returncode}: {said}")
     return out
+
+
+def end(process: subprocess.Popen[str]) -> None:
+    """End a job with its ranks, which its mpirun can do only if it is asked to."""
+    process.terminate()
+    try:
+        process.wait(SECONDS_TO_END)
+    except subprocess.TimeoutExpired:
+        process.kill()
+
+
+def rows(lines: str, starter: Sequence[str]) -> list[Any]:
+    """The JSON objects that a job printed, one a line. Raises DistconvError where it printed others, or none."""
+    try:
+        found = [json.loads(line) for line in lines.splitlines()]
+    except ValueError:
+        found = []
+    if not found:
+        raise DistconvError(f"{shlex.join(starter)} started no ranks of ours, but said: {lines.strip() or 'nothing'}")
+    return found

@@ -106,7 +106,11 @@ def _check_program(program: bytes) -> None:
 
 def read_pickle(path: Path) -> dict[str, Array]:
     """The arrays of a file by name. Raises MissingInputError, StorageError, BadDataError for anything else."""
-    if not path.is_file():
+    try:
+        is_file = path.is_file()
+    except (OSError, ValueError):  # in a folder that may not be entered, or no name that a file can have
+        is_file = False
+    if not is_file:
         raise MissingInputError(f"{path} is not a file: a pickle of parameters or a checkpoint was expected")
     try:
         if path.stat().st_size > LARGEST:

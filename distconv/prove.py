@@ -17,7 +17,7 @@ from distconv.benchmarks import rank_list
 from distconv.comm.start import run_command, start
 from distconv.config import DEVICES, MODELS, Config, Parser
 from distconv.errors import UsageError
-from distconv.launcher import job_starter, refuse_to_nest, run_job
+from distconv.launcher import end_on_sigterm, job_starter, refuse_to_nest, rows, run_job
 
 if TYPE_CHECKING:
     from distconv.comm.world import World
@@ -73,6 +73,7 @@ def main(argv: Sequence[str]) -> int:
 
     refuse_to_nest("prove")
     starter = job_starter(flags.mpirun)
+    end_on_sigterm()
     from distconv.runlog import RunLog
 
     table, note = Table(flags.json), RunLog(True).say_aside
@@ -81,8 +82,10 @@ def main(argv: Sequence[str]) -> int:
         run_job(starter, 1, ["-m", "distconv.prove", *argv, "--write", folder], SECONDS)
         for P in numbers:
             note(f"{P} rank{'s' * (P > 1)}")
-            for line in run_job(starter, P, ["-m", "distconv.prove", *argv, "--compare", folder], SECONDS).splitlines():
-                table.show(json.loads(line))
+            for row in rows(
+                run_job(starter, P, ["-m", "distconv.prove", *argv, "--compare", folder], SECONDS), starter
+            ):
+                table.show(row)
     return table.verdict()
 
 

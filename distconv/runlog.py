@@ -40,6 +40,8 @@ class RunLog:
                     print(text, flush=True)
             except BrokenPipeError:  # nobody listens any more, but the run goes on
                 mute_stdout()
+            except OSError as error:
+                raise StorageError(f"standard output cannot be written: {error.strerror}") from None
 
     def say_aside(self, text: str) -> None:
         """One line on standard error, for a command whose standard output is its result."""

@@ -12,7 +12,8 @@ import threading
 import time
 from typing import Any
 
-from distconv.comm.start import end_job, speak
+from distconv.comm.start import end_job
+from distconv.comm.voice import speak
 from distconv.comm.watch import GRACE
 from distconv.errors import STOPPED
 
@@ -41,6 +42,14 @@ class StopRequest:
 
     def requested(self) -> bool:
         return bool(self.received)
+
+    def over(self) -> None:
+        """Ignore what still comes, from a launcher that repeats itself.
+
+        While Python ends, it gives signals their usual meaning back, but for those that are ignored.
+        """
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 
     def _note(self, number: int, frame: Any) -> None:
         again = number in self.received and time.monotonic() - self.received[number] > ONE_REQUEST

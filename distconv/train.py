@@ -34,7 +34,9 @@ def main(argv: Sequence[str]) -> int:
         return 0
     stop = StopRequest()
     with start() as world:
-        return train(settings, world, stop)
+        code = train(settings, world, stop)
+        stop.over()
+    return code
 
 
 def train(settings: Config, world: World, stop: StopRequest) -> int:
@@ -50,7 +52,7 @@ def train(settings: Config, world: World, stop: StopRequest) -> int:
     world.agree("the command line or the version", f"{__version__} {settings.toml()}", "start all ranks alike")
     with world.together():
         check_settings(settings, world)
-    out = choose_folder(settings, world)  # tried before anything is fetched or compiled
+    check_folder(settings, world)  # before anything is fetched or compiled
     placed = place(world, settings.device, settings.precision)
     log = RunLog(world.rank == 0)
     if MUST_COMPILE:
@@ -59,7 +61,7 @@ def train(settings: Config, world: World, stop: StopRequest) -> int:
     if settings.limit_train:
         dataset = dataset.limited(settings.limit_train)
     run = build_run(settings, dataset, world, log.say, placed)
-    make_folder(out, world)
+    out = make_folder(settings, world)
     world.error_folder = out / "errors"
     checkpoint = resume(run, out, log)
     with world.together():
@@ -107,52 +109,61 @@ def check_settings(settings: Config, world: World) -> None:
         )
 
 
-def choose_folder(settings: Config, world: World) -> Path:
-    """The folder of the run, which can be made; never one that holds another run's files.
+def check_folder(settings: Config, world: World) -> None:
+    """Try whether the folder of the run can be made, and leave nothing behind. Not one that holds another run's files.
 
-    Leaves nothing behind. Raises CannotCreateError on all ranks.
+    Raises CannotCreateError on all ranks.
     """
-    out: Path = world.comm.bcast(Path(settings.out) if settings.out else new_folder(settings.model))
     with world.together():
         if world.rank == 0:
-            holds_a_run = (out / "metrics.jsonl").exists() or (out / "checkpoints").exists()
+            out = Path(settings.out or "runs")
+            try:
+                str(out).encode()  # config.toml will hold it
+                holds_a_run = (out / "metrics.jsonl").exists() or (out / "checkpoints").exists()
+                new = [folder for folder in (out, *out.parents) if not folder.exists()]
+                out.mkdir(parents=True, exist_ok=True)
+                with tempfile.TemporaryFile(dir=out):
+                    pass
+                for folder in new:
+                    folder.rmdir()
+            except (OSError, ValueError) as error:
+                raise cannot_be_written(out, error) from None
             if holds_a_run and settings.resume != "auto":
                 raise errors.CannotCreateError(
                     f"--out {out} holds a run already: with --resume {settings.resume} give a folder of its own"
                 )
-            new = [folder for folder in (out, *out.parents) if not folder.exists()]
-            try:
-                out.mkdir(parents=True, exist_ok=True)
-                with tempfile.TemporaryFile(dir=out):
-                    pass
-            except OSError as error:
-                raise cannot_be_written(out, error) from None
-            finally:
-                for folder in new:
-                    with contextlib.suppress(OSError):
-                        folder.rmdir()
-    return out
 
 
-def make_folder(out: Path, world: World) -> None:
+def make_folder(settings: Config, world: World) -> Path:
     """Make the folder of the run, without reports of an earlier failure. Raises CannotCreateError on all ranks."""
+    out = Path(settings.out)
     with world.together():
         if world.rank == 0:
             try:
+                if not settings.out:
+                    out = new_folder(settings.model)
                 (out / "checkpoints").mkdir(parents=True, exist_ok=True)
                 shutil.rmtree(out / "errors", ignore_errors=True)
             except OSError as error:
                 raise cannot_be_written(out, error) from None
+    chosen: Path = world.comm.bcast(out)
+    return chosen
 
 
-def cannot_be_written(out: Path, error: OSError) -> errors.CannotCreateError:
-    return errors.CannotCreateError(f"--out {out} cannot be written ({error.strerror}): give a folder that can be")
+def cannot_be_written(out: Path, error: OSError | ValueError) -> errors.CannotCreateError:
+    why = error.strerror if isinstance(error, OSError) else error
+    return errors.CannotCreateError(f"--out {str(out)!r} cannot be written ({why}): give a folder that can be")
 
 
 def new_folder(model: str) -> Path:
-    """A name under runs/ that is not taken: two runs may start in the same second."""
+    """Make a folder under runs/ that was not there: two runs may start in the same second."""
     name = f"{time.strftime('%Y%m%d-%H%M%S')}-{model.split(':')[-1]}"
-    return next(path for n in itertools.count(1) if not (path := Path("runs") / f"{name}{f'-{n}' * (n > 1)}").exists())
+    for n in itertools.count(1):
+        path = Path("runs") / f"{name}{f'-{n}' * (n > 1)}"
+        with contextlib.suppress(FileExistsError):
+            path.mkdir(parents=True)
+            break
+    return path
 
 
 def resume(run: Run, out: Path, log: RunLog) -> Checkpoint | None:

@@ -47,12 +47,19 @@ def test_people_get_a_line_for_each_check_and_a_verdict() -> None:
     assert lines[-1] == "ready" and all(line.startswith("ok ") for line in lines[:-1]) and len(lines) > 8
 
 
-def test_another_numpy_on_one_rank_is_named(tmp_path: Path) -> None:
-    (tmp_path / "numpy.py").write_text("__version__ = '1.26.0'\n")
+@pytest.mark.parametrize(
+    ("source", "named"),
+    [
+        ("__version__ = '1.26.0'", "1.26.0"),
+        ("raise ImportError('of another processor')", "cannot be imported (ImportError: of another processor)"),
+    ],
+)
+def test_another_numpy_on_one_rank_is_named(tmp_path: Path, source: str, named: str) -> None:
+    (tmp_path / "numpy.py").write_text(source)
     wrong = ["env", f"PYTHONPATH={tmp_path}", *DOCTOR]
     result = jobs.run(None, *jobs.pair(1, wrong, DOCTOR), seconds=SECONDS)
-    assert result.returncode == 1
-    assert f"numpy 1.26.0 on rank 1 ({socket.gethostname()})" in result.stdout
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    assert f"numpy {named} on rank 1 ({socket.gethostname()})" in result.stdout
     assert result.stdout.splitlines()[-1] == "not ready: versions"
 
 
@@ -62,6 +69,21 @@ def test_a_rank_that_never_starts_is_named(absent: int) -> None:
     assert result.returncode != 0
     (line,) = [line for line in result.stderr.splitlines() if line.startswith("distconv: ")]
     assert f"rank {absent} has not come, while rank {1 - absent} on {socket.gethostname()} wait" in line
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_hangs_is_named_in_time(rank: int) -> None:
+    job = jobs.Job(2, ["-m", "distconv.doctor"])
+    jobs.wait_until(lambda: len(job.ranks()) == 2, job)
+    places = {
+        process.environ().get("PMI_RANK") or process.environ()["OMPI_COMM_WORLD_RANK"]: process
+        for process in job.ranks()
+    }
+    places[str(rank)].suspend()
+    result = job.finish(SECONDS + 2)  # Open MPI's mpirun takes a second itself
+    assert result.returncode != 0
+    (line,) = [line for line in result.stderr.splitlines() if line.startswith("distconv: ")]
+    assert f"rank {rank} is stopped" in line or f"no answer from rank {rank}" in line
 
 
 needs_mounts = pytest.mark.skipif(

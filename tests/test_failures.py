@@ -157,6 +157,8 @@ def test_bad_data_is_exit_code_65_and_one_sentence(tmp_path: Path, case: str) ->
         (["--data", "/there/is/none"], 66, ["/there/is/none"]),
         (["--resume", "/there/is/none"], 66, ["/there/is/none"]),
         (["--out", "/proc/nothing"], 73, ["/proc/nothing"]),
+        (["--out", "a" * 300], 73, ["aaa"]),
+        (["--resume", "a" * 300], 66, ["aaa"]),
         (["--out", "/proc/nothing", "--data", "/there/is/none"], 73, ["/proc/nothing"]),  # before anything takes long
         (["--data", "mnist"], 66, ["DISTCONV_OFFLINE", "DISTCONV_DATA_DIR"]),
     ],
@@ -235,6 +237,29 @@ def test_nan_in_the_learning_ends_the_run_and_names_the_rank(tmp_path: Path) -> 
     result = jobs.run(2, "-m", "distconv.train", *arguments)
     assert result.returncode == 1
     assert "10 steps in a row had a gradient that is not finite" in result.stderr and "smaller --lr" in result.stderr
+
+
+UNWRITABLE = "a" * 300  # a name that is too long for a file
+
+
+@pytest.mark.parametrize("stderr", ["2>/dev/full", "2>&-"])
+def test_a_failure_ends_the_job_even_where_nobody_can_hear_of_it(stderr: str) -> None:
+    script = f'exec "$@" {stderr}'
+    train = [sys.executable, "-m", "distconv.train", *QUICK, "--out", UNWRITABLE]
+    assert jobs.run(None, jobs.MPIRUN, "-n", "2", "bash", "-c", script, "bash", *train, seconds=10).returncode == 73
+
+
+def test_a_run_needs_no_standard_error(tmp_path: Path) -> None:
+    train = [sys.executable, "-m", "distconv.train", *QUICK, "--out", tmp_path / "run"]
+    assert jobs.run(None, "bash", "-c", 'exec "$@" 2>&-', "bash", *train).returncode == 0
+    assert (tmp_path / "run" / "DONE").exists()
+
+
+def test_two_runs_of_the_same_second_have_a_folder_each(tmp_path: Path) -> None:
+    train = [sys.executable, "-m", "distconv.train", *QUICK]
+    script = 'cd "$1"; shift; "$@" --seed 1 & "$@" --seed 2; wait'
+    assert jobs.run(None, "bash", "-c", script, "bash", tmp_path, *train, PYTHONPATH=str(jobs.ROOT)).returncode == 0
+    assert len(list((tmp_path / "runs").glob("*/DONE"))) == 2
 
 
 LATE = """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from pathlib import Path
 
 import pytest
@@ -71,5 +72,26 @@ def test_what_starts_ranks_may_be_named() -> None:
     common = ("-m", "distconv.prove", "--ranks", "2", "--wires", "float16", "--model", "simpleconvnet")
     named = jobs.run(0, *common, "--mpirun", f"env PROVED=1 {jobs.MPIRUN}", seconds=100)
     assert named.returncode == 0 and "does not change the run" in named.stdout
-    wrong = jobs.run(0, *common, "--mpirun", "no-such-launcher --flag")
-    assert wrong.returncode == 2 and "--mpirun no-such-launcher --flag: there is no such command" in wrong.stderr
+
+
+@pytest.mark.parametrize(
+    ("command", "code", "said"),
+    [
+        ("no-such-launcher --flag", 2, "--mpirun no-such-launcher --flag: there is no such command"),
+        ("it's", 2, "No closing quotation"),
+        ("echo", 1, "echo started no ranks of ours, but said: 2 "),
+        ("false", 1, "failed with exit code 1: it said nothing"),
+    ],
+)
+def test_what_starts_no_ranks_is_one_sentence(command: str, code: int, said: str) -> None:
+    result = jobs.run(0, "-m", "distconv.prove", "--ranks", "2", "--wires", "float16", "--mpirun", command)
+    assert result.returncode == code and said in result.stderr and "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_prove_that_is_stopped_ends_its_job(number: signal.Signals) -> None:
+    job = jobs.Job(0, ["-m", "distconv.prove", "--ranks", "2"])
+    jobs.wait_until(lambda: len(job.ranks()) > 0, job)
+    job.process.send_signal(number)
+    result = job.finish(15)  # which fails where a process is left
+    assert result.returncode == 128 + number and "Traceback" not in result.stderr

@@ -8,7 +8,6 @@ meet one number of ranks only.
 from __future__ import annotations
 
 import itertools
-import json
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -19,7 +18,7 @@ from distconv.comm.world import World
 from distconv.config import Config
 from distconv.errors import DistconvError
 from distconv.inputs import load_dataset
-from distconv.launcher import run_job
+from distconv.launcher import rows, run_job
 from distconv.loop import StepRecord, train
 from distconv.wiring import build_run
 
@@ -105,7 +104,7 @@ def climb(
                 continue  # it has failed
             note(f"round {done + 1} of {ROUNDS}, {P} rank{'s' * (P > 1)}")
             try:
-                steps[P] += [Step(**json.loads(line)) for line in run_job(starter, P, arguments, SECONDS).splitlines()]
+                steps[P] += [Step(**row) for row in rows(run_job(starter, P, arguments, SECONDS), starter)]
             except DistconvError as error:
                 note(f"{P} rank{'s' * (P > 1)} left out: {error}")
     numbers = [P for P in numbers if steps[P]]

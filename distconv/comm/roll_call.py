@@ -7,13 +7,13 @@ before, with an exit code and without a word: the others would wait for ever. So
 from __future__ import annotations
 
 import contextlib
-import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from distconv.comm.launched import Launched, launcher_process
+from distconv.comm.voice import write
 
 LOOK = 0.5  # seconds between looks
 MISSED = 4  # looks in a row without a rank; a launcher starts all of a host within this time
@@ -48,35 +48,47 @@ def _watch(
     began, missed, seen, said = time.monotonic(), 0, set[int](), False
     while not over.wait(LOOK):
         waited, here = time.monotonic() - began, ranks_here(told)
-        missed = missed + 1 if here and (seen - here or len(here) < (told.local_size or 0)) else 0
-        seen |= here
-        who = f"ranks {_listed(here or {told.rank})} of {told.size} are here on {socket.gethostname()}"
+        missed = missed + 1 if here and (seen - here.keys() or len(here) < (told.local_size or 0)) else 0
+        seen |= here.keys()
+        who = f"ranks {_listed(here.keys() or {told.rank})} of {told.size} are here on {socket.gethostname()}"
         if missed == MISSED:
-            lost = seen - here or (set(range(told.size)) - here if told.local_size == told.size else set())
+            lost = seen - here.keys() or (
+                set(range(told.size)) - here.keys() if told.local_size == told.size else set()
+            )
             named = f"rank {_listed(lost)} of {told.size}" if lost else "a rank of this host"
             end(f"{named} ended before MPI had started, and so ends the job")
         elif waited > limit:
             missing = absent() if absent else f"{who}, others have not come"
-            end(f"MPI has not started within {limit:.0f} s: {missing}{_name_problem()}")
+            end(f"MPI has not started within {limit:.0f} s: {missing}{stopped(here)}{_name_problem()}")
         elif waited > SAY and not said and told.rank == min(here, default=told.rank):
             said = True
-            os.write(2, f"distconv: waiting for MPI to start; {who}{_name_problem()}\n".encode())
+            write(f"waiting for MPI to start; {who}{stopped(here)}{_name_problem()}")
 
 
-def ranks_here(told: Launched) -> set[int]:
-    """The ranks of this job whose processes are alive on this host; none where that cannot be seen."""
+def ranks_here(told: Launched) -> dict[int, bool]:
+    """The ranks of this job whose processes are alive on this host, and whether they are stopped (kill -STOP).
+
+    None where that cannot be seen.
+    """
     if (launcher := launcher_process()) is None:
-        return set()
-    found = set[int]()
+        return {}
+    found: dict[int, bool] = {}
     try:
         import psutil  # seldom needed
 
         for process in psutil.Process(launcher).children(recursive=True):
             with contextlib.suppress(ValueError, psutil.Error):
-                found.add(int(process.environ().get(told.rank_name, "")))
+                rank = int(process.environ().get(told.rank_name, ""))
+                found[rank] = found.get(rank, False) or process.status() == psutil.STATUS_STOPPED
     except (ImportError, OSError, psutil.Error):
-        return set()
+        return {}
     return found
+
+
+def stopped(here: Mapping[int, bool]) -> str:
+    """A part of a sentence, where a rank is stopped."""
+    ranks = {rank for rank, is_stopped in here.items() if is_stopped}
+    return f"; rank {_listed(ranks)} is stopped (kill -CONT lets it go on)" if ranks else ""
 
 
 def own_name_resolves() -> bool:
@@ -93,6 +105,6 @@ def _name_problem() -> str:
     return f"; this host's own name {socket.gethostname()} has no address: put it into /etc/hosts"
 
 
-def _listed(ranks: set[int]) -> str:
-    shown = ", ".join(map(str, sorted(ranks)[:8]))
-    return shown + ", ..." * (len(ranks) > 8)
+def _listed(ranks: Iterable[int]) -> str:
+    ordered = sorted(ranks)
+    return ", ".join(map(str, ordered[:8])) + ", ..." * (len(ordered) > 8)

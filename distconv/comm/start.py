@@ -21,9 +21,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from distconv.comm.launched import Launched, launched, launcher_process, launcher_rank
+from distconv.comm.launched import Launched, launched, launcher_process
 from distconv.comm.roll_call import LIMIT, roll_call
 from distconv.comm.turns import take_long_turns
+from distconv.comm.voice import claim, speak, write
 from distconv.comm.watch import GRACE
 from distconv.comm.world import BLAS_THREADS, World, cores_are_short, init_mpi, load_mpi
 from distconv.errors import DistconvError
@@ -37,17 +38,22 @@ UNMAPPED_USERS = ["0", "0", str(2**32 - 1)]  # what /proc/self/uid_map says outs
 
 def run_command(command: Callable[[Sequence[str]], int], argv: Sequence[str] | None = None) -> NoReturn:
     """Run a command and exit with its code; a DistconvError becomes one sentence, said once for all ranks."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # it was closed when the process started
+            setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115 (until the process ends)
     try:
         code = command(sys.argv[1:] if argv is None else argv)
     except DistconvError as error:
         if not error.everywhere and not launched().alone:
             error = tell_the_others(error)
-        if launcher_rank() == 0:
-            print(f"distconv: {error}", file=sys.stderr, flush=True)
+        if launched().rank == 0:
+            write(str(error))
         code = error.exit_code
     except BrokenPipeError:
         mute_stdout()
         code = 1
+    except KeyboardInterrupt:
+        code = 130
     except (Exception, SystemExit) as error:  # never from within a world, which ends the job itself
         harmless = isinstance(error, SystemExit) and error.code in (0, None)  # after --help, say
         if harmless or launched().alone:
@@ -87,13 +93,14 @@ def start(failure: DistconvError | None = None, limit: float = LIMIT, absent: Ca
     world = World(MPI.COMM_WORLD.Dup(), f"{vendor} {'.'.join(map(str, version))}")
     with contextlib.ExitStack() as failing:
         failing.push(world)  # what is raised from here on ends the job
-        check_size(world, told, vendor)
+        check_size(world, told)
         share_failure(world, failure)
         if world.local_size > 1 and not any(os.environ.get(name) for name in BLAS_THREADS):
-            import numpy  # noqa: F401 (a limit reaches only libraries that are loaded)
-            import threadpoolctl
+            with contextlib.suppress(Exception):  # a broken NumPy is told where it is used
+                import numpy  # noqa: F401 (a limit reaches only libraries that are loaded)
+                import threadpoolctl
 
-            threadpoolctl.threadpool_limits(1)
+                threadpoolctl.threadpool_limits(1)
         keep_freed_memory()
         if cores_are_short(world.local):
             take_long_turns()
@@ -169,7 +176,7 @@ def check_protocol(MPI: Any, told: Launched) -> None:
         speaks, knows = "PMI", "PMIx"
     else:
         return
-    raise _on_all_ranks(f"the launcher speaks {speaks}, and this {vendor} only {knows}: {_how_to_start(vendor)}")
+    raise _refusal(f"the launcher speaks {speaks}, and this {vendor} only {knows}: {_how_to_start(vendor)}")
 
 
 def by_srun() -> bool:
@@ -178,13 +185,16 @@ def by_srun() -> bool:
     return "SLURM_STEP_NUM_TASKS" in os.environ and not started
 
 
-def check_size(world: World, told: Launched, vendor: str) -> None:
-    """Raise DistconvError where MPI sees fewer ranks than the launcher has started."""
-    if world.size != told.size and not told.alone:
-        sees = "each of them alone" if world.size == 1 else f"{world.size}"
-        raise _on_all_ranks(
-            f"the launcher started {told.size} processes, but {world.library} sees {sees}: {_how_to_start(vendor)}"
-        )
+def check_size(world: World, told: Launched) -> None:
+    """Raise DistconvError, or end, where MPI sees fewer ranks than the launcher has started."""
+    if world.size == told.size or told.alone:
+        return
+    sees = "each of them alone" if world.size == 1 else f"{world.size}"
+    advice = _how_to_start(world.library.rpartition(" ")[0])
+    refusal = _refusal(f"the launcher started {told.size} processes, but {world.library} sees {sees}: {advice}")
+    if refusal.everywhere:
+        raise refusal
+    end_alone(str(refusal))
 
 
 def _how_to_start(vendor: str) -> str:
@@ -194,9 +204,10 @@ def _how_to_start(vendor: str) -> str:
     return f"use the mpirun of {vendor} that belongs to this Python environment"
 
 
-def _on_all_ranks(sentence: str) -> DistconvError:
+def _refusal(sentence: str) -> DistconvError:
+    """srun does the same to all ranks; under an mpirun, one may be in another environment than the others."""
     failure = DistconvError(sentence)
-    failure.everywhere = True
+    failure.everywhere = by_srun()
     return failure
 
 
@@ -223,43 +234,19 @@ def tell_the_others(failure: DistconvError) -> DistconvError:
 
 
 def end_alone(sentence: str) -> NoReturn:
-    """Say why this rank cannot go on, and end it by a signal; in any thread."""
+    """Say why this rank cannot go on, and end it by a signal, where a launcher can see it; in any thread."""
     told = launched()
     who = "" if told.alone else f"rank {told.rank} of {told.size} on {socket.gethostname()}: "
     speak(f"{who}{sentence}")
-    os.kill(os.getpid(), signal.SIGKILL)
-    raise SystemExit(1)
-
-
-def speak(sentence: str) -> None:
-    """Say the sentence, if no other rank of this host has spoken so; it may be the last that this rank says."""
-    if not claim("spoken"):
-        time.sleep(GRACE)
-        return
-    if launched().rank > 0:
-        time.sleep(GRACE / 2)  # rank 0 of another host, if it fails alike, speaks for all and ends the job
-    os.write(2, f"distconv: {sentence}\n".encode())  # another thread may hold sys.stderr
-    time.sleep(GRACE / 4)
-
-
-def claim(right: str) -> bool:
-    """Whether this is the first rank of its job on this host that claims the right; it keeps it until it ends."""
-    holder = socket.socket(socket.AF_UNIX)
-    try:
-        # A name that no file has, and only one process at a time.
-        holder.bind(f"\0distconv-{right}-{os.getuid()}-{launcher_process() or os.getppid()}")
-    except OSError:
-        holder.close()
-        return False
-    _CLAIMS.append(holder)
-    return True
-
-
-_CLAIMS: list[socket.socket] = []  # a socket that nobody refers to would be closed, and its name free
+    if launcher_process() is not None:
+        os.kill(os.getpid(), signal.SIGKILL)
+    os._exit(1)
 
 
 def end_job(code: int) -> NoReturn:
     """End all ranks with an exit code; in any thread."""
+    if launched().alone:
+        os._exit(code)  # MPI_Abort would run what libraries do at an exit, under the feet of the main thread
     MPI = load_mpi() if "mpi4py.MPI" in sys.modules else None
     if MPI and MPI.Is_initialized() and not MPI.Is_finalized() and MPI.Query_thread() == MPI.THREAD_MULTIPLE:
         signal.alarm(GRACE)  # where MPI is stuck

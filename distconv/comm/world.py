@@ -23,6 +23,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from distconv.comm.futex import Barrier
+from distconv.comm.voice import claim
 from distconv.comm.watch import GRACE, Watch
 from distconv.errors import DistconvError, MismatchError
 
@@ -97,9 +98,10 @@ class World:
             self.wait()  # nobody ends while another one still watches
             return  # `run` speaks and exits, on all ranks alike
         code = self._exit_code(error)
-        self._report(error, code)
-        sys.stdout.flush()
-        sys.stderr.flush()
+        with contextlib.suppress(Exception):  # a full disk, a closed pipe: the others must not wait for words
+            self._report(error, code)
+            sys.stdout.flush()
+            sys.stderr.flush()
         if self.size > 1:
             self.comm.Abort(code)
         raise SystemExit(code)
@@ -137,7 +139,7 @@ class World:
         """Write errors/rank-R.json and, if no other rank has done so before, say what happened."""
         sentence = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
         text = "".join(traceback.format_exception(error))
-        first = True
+        first = self.error_folder is not None or claim("failed")
         if self.error_folder is not None:
             with contextlib.suppress(OSError):
                 try:
