@@ -57,18 +57,23 @@ def main(argv: Sequence[str]) -> int:
 
         say = RunLog(world.rank == 0).say
         findings = examine(world, deadline, say, flags.json)
-        deadline.met()
+        deadline.part = "the end"
         worst = max((finding.status for finding in findings), key=list(VERDICTS).index)
         worst = world.comm.bcast(worst)
         named = ", ".join(finding.check for finding in findings if finding.status == worst and worst != "ok")
         verdict = VERDICTS[worst] + f": {named}" * bool(named)
         row = {"check": "verdict", "status": worst, "found": verdict, "advice": ""}
-        say(json.dumps(row) if flags.json else verdict)
+        with deadline.lock:  # no verdict once the end has begun
+            say(json.dumps(row) if flags.json else verdict)
+    deadline.timer.cancel()
     return int(worst != "ok")
 
 
 class Deadline:
-    """Ends the job where the check-up does not come to its end in time, and says at what part it was."""
+    """Ends the job where the check-up does not come to its end in time, and says at what part it was.
+
+    lock: held from the beginning of that end.
+    """
 
     def __init__(self) -> None:
         self.began = time.monotonic()
@@ -81,11 +86,6 @@ class Deadline:
     def passed(self) -> float:
         """Seconds since the beginning."""
         return time.monotonic() - self.began
-
-    def met(self) -> None:
-        """From now on there is none; if its end is under way, waits for that."""
-        with self.lock:
-            self.timer.cancel()
 
     def _end(self) -> None:
         with self.lock:

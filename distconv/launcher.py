@@ -20,8 +20,8 @@ from distconv.errors import DistconvError, UsageError
 
 # Open MPI refuses root and more ranks than cores unless told otherwise; other MPIs know none of these.
 ROOT_MAY_RUN = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
-SECONDS_TO_END = 5.0
 MORE_RANKS_THAN_CORES = {"PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe"}
+SECONDS_TO_END = 5.0  # that a job gets, before its mpirun is killed
 
 
 def mpirun() -> str:
