@@ -72,14 +72,14 @@ def test_a_rank_that_never_starts_is_named(absent: int) -> None:
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_rank_that_hangs_is_named_in_time(rank: int) -> None:
+@pytest.mark.parametrize("loaded", ["python", "llvmlite"])  # before MPI has started, and after it
+def test_a_rank_that_hangs_is_named_in_time(rank: int, loaded: str) -> None:
     job = jobs.Job(2, ["-m", "distconv.doctor"])
     jobs.wait_until(lambda: len(job.ranks()) == 2, job)
-    places = {
-        process.environ().get("PMI_RANK") or process.environ()["OMPI_COMM_WORLD_RANK"]: process
-        for process in job.ranks()
-    }
-    places[str(rank)].suspend()
+    name = "OMPI_COMM_WORLD_RANK" if jobs.OPEN_MPI else "PMI_RANK"
+    (process,) = [process for process in job.ranks() if process.environ()[name] == str(rank)]
+    jobs.wait_until(lambda: loaded in Path(f"/proc/{process.pid}/maps").read_text(), job)
+    process.suspend()
     result = job.finish(SECONDS + 2)  # Open MPI's mpirun takes a second itself
     assert result.returncode != 0
     (line,) = [line for line in result.stderr.splitlines() if line.startswith("distconv: ")]

@@ -249,6 +249,13 @@ def test_a_failure_ends_the_job_even_where_nobody_can_hear_of_it(stderr: str) ->
     assert jobs.run(None, jobs.MPIRUN, "-n", "2", "bash", "-c", script, "bash", *train, seconds=10).returncode == 73
 
 
+def test_one_rank_that_fails_ends_the_others_even_where_nobody_can_hear_of_it(tmp_path: Path) -> None:
+    (tmp_path / "failing.py").write_text(FAILING.format(what="raise ValueError"))
+    train = [sys.executable, "-m", "distconv.train", *QUICK, "--model", "failing:network", "--out", tmp_path / "run"]
+    command = [jobs.MPIRUN, "-n", "2", "bash", "-c", 'exec "$@" 2>/dev/full', "bash", *train]
+    assert jobs.run(None, *command, seconds=20, PYTHONPATH=str(tmp_path), FAILING_RANK="1").returncode == 1
+
+
 def test_a_run_needs_no_standard_error(tmp_path: Path) -> None:
     train = [sys.executable, "-m", "distconv.train", *QUICK, "--out", tmp_path / "run"]
     assert jobs.run(None, "bash", "-c", 'exec "$@" 2>&-', "bash", *train).returncode == 0

@@ -6,6 +6,7 @@ import json
 import signal
 from pathlib import Path
 
+import psutil
 import pytest
 
 from distconv.errors import UsageError
@@ -90,8 +91,8 @@ def test_what_starts_no_ranks_is_one_sentence(command: str, code: int, said: str
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_prove_that_is_stopped_ends_its_job(number: signal.Signals) -> None:
-    job = jobs.Job(0, ["-m", "distconv.prove", "--ranks", "2"])
-    jobs.wait_until(lambda: len(job.ranks()) > 0, job)
+    job = jobs.Job(0, ["-m", "distconv.prove", "--ranks", "2", "--mpirun", "sh -c 'exec sleep 60'"])
+    jobs.wait_until(lambda: bool(psutil.Process(job.process.pid).children()), job)
     job.process.send_signal(number)
     result = job.finish(15)  # which fails where a process is left
     assert result.returncode == 128 + number and "Traceback" not in result.stderr

@@ -30,12 +30,17 @@ LONG = (
 STOPS = [signal.SIGUSR1] if jobs.OPEN_MPI else [signal.SIGTERM, signal.SIGUSR1]
 
 
+def training(out: Path) -> jobs.Job:
+    """A run that has made its first step."""
+    job, metrics = jobs.Job(2, ["-m", "distconv.train", *LONG, "--out", out]), out / "metrics.jsonl"
+    jobs.wait_until(lambda: metrics.exists() and '"step"' in metrics.read_text(), job)
+    return job
+
+
 @pytest.mark.parametrize("number", STOPS)
 def test_two_signals_of_one_request_leave_a_checkpoint_and_code_75(tmp_path: Path, number: signal.Signals) -> None:
     out = tmp_path / "run"
-    job = jobs.Job(2, ["-m", "distconv.train", *LONG, "--out", out])
-    metrics = out / "metrics.jsonl"
-    jobs.wait_until(lambda: metrics.exists() and '"step"' in metrics.read_text(), job)
+    job = training(out)
     job.process.send_signal(number)
     time.sleep(0.02)  # as Slurm does at a time limit
     job.process.send_signal(number)
@@ -82,10 +87,7 @@ def maps(process: int) -> str:
 
 @pytest.mark.parametrize("number", STOPS)
 def test_a_signal_that_is_repeated_until_the_end_changes_nothing(tmp_path: Path, number: signal.Signals) -> None:
-    out = tmp_path / "run"
-    job = jobs.Job(2, ["-m", "distconv.train", *LONG, "--out", out])
-    metrics = out / "metrics.jsonl"
-    jobs.wait_until(lambda: metrics.exists() and '"step"' in metrics.read_text(), job)
+    job = training(tmp_path / "run")
 
     def ask_again() -> bool:
         with contextlib.suppress(psutil.NoSuchProcess):
