@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import kubernetes_validate
 import pytest
 import yaml
 from jsonschema import Draft202012Validator
@@ -116,6 +117,16 @@ def validator() -> Draft202012Validator:
     schema = version["schema"]["openAPIV3Schema"]
     schema["properties"]["metadata"]["properties"] = {"name": {"type": "string"}}
     return Draft202012Validator(closed(schema))
+
+
+@pytest.mark.parametrize("role", ["Launcher", "Worker"])
+def test_its_pods_are_such_as_kubernetes_takes(role: str) -> None:
+    template = yaml.safe_load(JOB.read_text())["spec"]["mpiReplicaSpecs"][role]["template"]
+    pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "pod"}, "spec": template["spec"]}
+    kubernetes_validate.validate(pod, kubernetes_validate.latest_version(), strict=True)
+    template["spec"]["containerz"] = []
+    with pytest.raises(kubernetes_validate.ValidationError):
+        kubernetes_validate.validate(pod, kubernetes_validate.latest_version(), strict=True)
 
 
 def test_the_mpijob_is_one_that_the_operator_understands(validator: Draft202012Validator) -> None:
