@@ -52,9 +52,8 @@ def _watch(
         seen |= here.keys()
         who = f"ranks {_listed(here.keys() or {told.rank})} of {told.size} are here on {socket.gethostname()}"
         if missed == MISSED:
-            lost = seen - here.keys() or (
-                set(range(told.size)) - here.keys() if told.local_size == told.size else set()
-            )
+            expected = set(range(told.size)) if told.local_size == told.size else seen
+            lost = expected - here.keys()
             named = f"rank {_listed(lost)} of {told.size}" if lost else "a rank of this host"
             end(f"{named} ended before MPI had started, and so ends the job")
         elif waited > limit:

@@ -93,7 +93,7 @@ def start(failure: DistconvError | None = None, limit: float = LIMIT, absent: Ca
     world = World(MPI.COMM_WORLD.Dup(), f"{vendor} {'.'.join(map(str, version))}")
     with contextlib.ExitStack() as failing:
         failing.push(world)  # what is raised from here on ends the job
-        check_size(world, told)
+        check_size(world, told, vendor)
         share_failure(world, failure)
         if world.local_size > 1 and not any(os.environ.get(name) for name in BLAS_THREADS):
             with contextlib.suppress(Exception):  # a broken NumPy is told where it is used
@@ -185,13 +185,14 @@ def by_srun() -> bool:
     return "SLURM_STEP_NUM_TASKS" in os.environ and not started
 
 
-def check_size(world: World, told: Launched) -> None:
+def check_size(world: World, told: Launched, vendor: str) -> None:
     """Raise DistconvError, or end, where MPI sees fewer ranks than the launcher has started."""
     if world.size == told.size or told.alone:
         return
     sees = "each of them alone" if world.size == 1 else f"{world.size}"
-    advice = _how_to_start(world.library.rpartition(" ")[0])
-    refusal = _refusal(f"the launcher started {told.size} processes, but {world.library} sees {sees}: {advice}")
+    refusal = _refusal(
+        f"the launcher started {told.size} processes, but {world.library} sees {sees}: {_how_to_start(vendor)}"
+    )
     if refusal.everywhere:
         raise refusal
     end_alone(str(refusal))
