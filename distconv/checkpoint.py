@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 import json
 import os
 import re
@@ -26,7 +25,7 @@ from distconv.config import Config
 from distconv.errors import BadDataError, MismatchError, MissingInputError, StorageError
 from distconv.kernels.cpu import Array
 from distconv.nn.optimizers import Optimizer
-from distconv.nn.parameters import Parameters
+from distconv.nn.parameters import Parameters, digest
 
 FORMAT = "distconv-1"
 OURS = re.compile(r"step-\d{10,}\.safetensors")  # not a copy that a user made and named
@@ -71,8 +70,12 @@ def save_checkpoint(
     position: Mapping[str, Any],
     config: Config,
     data: Mapping[str, Any],
+    state_sha256: str = "",
 ) -> Path:
-    """Write step-XXXXXXXXXX.safetensors, whole or not at all, and remove all but the newest. Raises StorageError."""
+    """Write step-XXXXXXXXXX.safetensors, whole or not at all, and remove all but the newest. Raises StorageError.
+
+    state_sha256: what the ranks have agreed on, see Run.digest; a file that holds something else is never loaded.
+    """
     vectors = {"value": parameters.vector, **optimizer.state}
     tensors = {
         f"{slot}/{name}": view for slot, vector in vectors.items() for name, view in parameters.named(vector).items()
@@ -82,6 +85,7 @@ def save_checkpoint(
         "position": dict(position),
         "config": dataclasses.asdict(config),
         "data": dict(data),
+        "state_sha256": state_sha256 or digest(tensors),
     }
     text = json.dumps(about)
     path = folder / f"step-{position['step']:010d}.safetensors"
@@ -89,7 +93,7 @@ def save_checkpoint(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as file:
-            file.write(save(tensors, {"distconv": text, "sha256": _digest(text, tensors)}))
+            file.write(save(tensors, {"distconv": text, "sha256": digest(tensors, text)}))
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
@@ -120,11 +124,13 @@ def load_checkpoint(path: Path) -> Checkpoint:
     except Exception as error:  # what a header says can make the reader stumble in many ways
         raise BadDataError(f"{path} is not a whole checkpoint ({error}): use an earlier one") from None
     text = metadata.get("distconv", "")
-    if metadata.get("sha256") != _digest(text, tensors):
+    if metadata.get("sha256") != digest(tensors, text):
         raise BadDataError(f"{path} is damaged, or no checkpoint: its content does not have the SHA-256 it should have")
     about = json.loads(text)
     if about["format"] != FORMAT:
         raise MismatchError(f"{path} has the format {about['format']}; this version reads {FORMAT}")
+    if about.get("state_sha256", state := digest(tensors)) != state:  # older files have none
+        raise BadDataError(f"{path} does not hold the state that its ranks had agreed on: use an earlier one")
     return Checkpoint(path, tensors, about["position"], about["config"], about["data"])
 
 
@@ -132,6 +138,15 @@ def find_checkpoints(folder: Path) -> list[Path]:
     """The checkpoint files of a folder, newest step first."""
     found = {path: OURS.fullmatch(path.name) for path in folder.glob("step-*.safetensors") if path.is_file()}
     return sorted((path for path, ours in found.items() if ours), key=lambda path: int(path.stem[5:]), reverse=True)
+
+
+def set_aside(folder: Path, step: int) -> list[Path]:
+    """Rename the checkpoints of this step and later ones, so that none is found any more; returns their new names."""
+    aside = []
+    for path in find_checkpoints(folder):
+        if int(path.stem[5:]) >= step:
+            aside.append(path.replace(path.with_name(f"diverged-{path.name}")))
+    return aside
 
 
 def newest_good(folder: Path) -> tuple[Checkpoint | None, list[str]]:
@@ -167,15 +182,6 @@ def check_same_run(checkpoint: Checkpoint, config: Config, data_digest: str) -> 
         for name in may_differ
         if have.get(name, want[name]) != want[name]
     ]
-
-
-def _digest(text: str, tensors: Mapping[str, Array]) -> str:
-    """SHA-256 over all that a file holds."""
-    sha = hashlib.sha256(text.encode())
-    for name in sorted(tensors):
-        sha.update(f"{name} {tensors[name].shape} {tensors[name].dtype}".encode())
-        sha.update(np.ascontiguousarray(tensors[name]).data)
-    return sha.hexdigest()
 
 
 def _sync_folder(folder: Path) -> None:

@@ -105,8 +105,9 @@ class Config:
         "auto, never or a checkpoint file",
     )
     checkpoint_seconds: float = _setting(
-        5.0,
-        "write a checkpoint when so much time has passed since the last one (and at the end of each epoch)",
+        1.0,
+        "write a checkpoint when so much time has passed since the last one, or if that is more, a hundred times what "
+        "the last one took (0: after every step); and at the end of each epoch",
         lambda v: v >= 0,
         "a number of seconds, 0 or more",
     )

@@ -76,6 +76,11 @@ class CpuEngine:
             run.optimizer.step(run.parameters.vector, run.parameters.gradient, t)
         return good
 
+    def checksum(self, run: Run) -> int:
+        # Modulo 2^32, another value of one word always makes another sum.
+        vectors = (run.parameters.vector, *run.optimizer.state.values())
+        return sum(int(np.add.reduce(vector.view(np.uint32), dtype=np.uint32)) for vector in vectors)
+
     def classify(self, model: Layer, parameters: Parameters, images: Bytes) -> NDArray[np.int64]:
         scores, _ = model.forward(pixels(images, parameters.vector.dtype), parameters.values, EVALUATION)
         classes: NDArray[np.int64] = np.argmax(scores, axis=1)
@@ -199,6 +204,9 @@ class GpuEngine:
                 f"or more ranks on GPUs of their own"
             ) from None
         self.kernels.device.synchronize()
+
+    def checksum(self, run: Run) -> int:
+        return 0  # the memory of a GPU in a cluster corrects itself (ECC); agree() compares what ranks hold
 
     def classify(self, model: Layer, parameters: Parameters, images: Bytes) -> NDArray[np.int64]:
         context = Context(training=False, kernels=self.kernels)

@@ -12,6 +12,17 @@ class DistconvError(Exception):
     everywhere = False  # set where all ranks raise it at the same place, so that the job can end without an abort
 
 
+class DivergedError(DistconvError):
+    """The loss is not finite, or far above that of the first step. bad_from: the first step whose result gave that."""
+
+    def __init__(self, sentence: str, bad_from: int) -> None:
+        super().__init__(sentence, bad_from)
+        self.bad_from = bad_from
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
 class UsageError(DistconvError):
     """The command line or a configuration value is wrong."""
 

@@ -6,6 +6,7 @@ is a plain sum and every sample weighs the same, however unevenly the batch divi
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -14,18 +15,21 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
+from distconv import replicas
 from distconv.comm.exchange import HEADER
 from distconv.comm.futex import Barrier
 from distconv.comm.world import World
 from distconv.data.dataset import Bytes
 from distconv.data.shard import epoch_order, shard, split
 from distconv.engine import CPU
-from distconv.errors import DistconvError, ReplicasDifferError
+from distconv.errors import DistconvError, DivergedError
 from distconv.nn.layers import Layer
 from distconv.nn.parameters import Parameters
 from distconv.run import Engine, Run
 
 MOST_SKIPPED = 10  # steps in a row without a finite gradient
+MOST_FAR = 5  # steps in a row whose loss is FAR times that of the first, or not finite
+FAR = 10
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,7 @@ class StepRecord:
     slowest_rank: int
     skipped: bool
     last_of_epoch: bool = field(metadata={"log": False})
+    agreed: bool = field(metadata={"log": False})  # all ranks have been seen to hold the same state, which may be saved
 
 
 @dataclass(frozen=True)
@@ -100,20 +105,23 @@ def count_correct(
     return int(np.count_nonzero(predict(model, parameters, images, world, engine) == labels))
 
 
-def train(run: Run, stop_requested: Callable[[], bool]) -> Iterator[Record]:
+def train(
+    run: Run, stop_requested: Callable[[], bool], save_requested: Callable[[], bool] = lambda: False
+) -> Iterator[Record]:
     """Train from the run's position to its end, or until a rank is asked to stop.
 
+    save_requested: whether this rank wants a state that may be saved; then all ranks look whether they agree on it.
     Between records the run's position and vectors are those of a checkpoint, except between the last step of an epoch
-    and the record of the epoch. Raises DistconvError where no step has a finite gradient any more, ReplicasDifferError.
+    and the record of the epoch. Raises DivergedError, ReplicasDifferError, and what replicas.agree raises.
     """
-    stopping = False
+    run.checksum, stopping = run.engine.checksum(run), False
     while run.step < run.steps and not stopping:
         epoch, first = divmod(run.step, run.steps_per_epoch)
         order = epoch_order(run.config.seed, epoch, len(run.dataset.train_labels))
         seconds, images = 0.0, 0
         for batch in range(first, run.steps_per_epoch):
             began = time.perf_counter()
-            record, stopping = _step(run, order, epoch, batch, stop_requested())
+            record, stopping = _step(run, order, epoch, batch, stop_requested(), save_requested())
             seconds += time.perf_counter() - began
             images += len(order[batch * run.config.batch_size : (batch + 1) * run.config.batch_size])
             yield record
@@ -123,9 +131,13 @@ def train(run: Run, stop_requested: Callable[[], bool]) -> Iterator[Record]:
             yield _end_of_epoch(run, epoch, images / seconds)
     if stopping:
         yield StopRecord(run.step)
+    elif run.diverging:
+        raise _diverged(run)
 
 
-def _step(run: Run, order: NDArray[np.int64], epoch: int, batch: int, stop: bool) -> tuple[StepRecord, bool]:
+def _step(
+    run: Run, order: NDArray[np.int64], epoch: int, batch: int, stop: bool, save: bool
+) -> tuple[StepRecord, bool]:
     """One synchronous step of all ranks: its record, and whether any rank was asked to stop."""
     world, batch_size = run.world, run.config.batch_size
     mine = shard(order, batch, batch_size, world.size, world.rank)
@@ -138,7 +150,7 @@ def _step(run: Run, order: NDArray[np.int64], epoch: int, batch: int, stop: bool
     computed = time.perf_counter()
     contribution = run.engine.contribution(run) if probing else None
     ready = time.perf_counter()
-    header = np.array((run.step, len(mine), loss_sum, -1, stop, ready - run.exchanged), HEADER)
+    header = np.array((run.step, len(mine), loss_sum, -1, stop, save, run.changed, ready - run.exchanged), HEADER)
     asleep = Barrier.asleep
     headers = run.engine.sum(run, header)
     run.exchanged = time.perf_counter()
@@ -148,22 +160,22 @@ def _step(run: Run, order: NDArray[np.int64], epoch: int, batch: int, stop: bool
 
     if np.any(headers["step"] != run.step) or headers["samples"].sum() != global_batch:
         raise DistconvError(f"the ranks are not at the same step: {headers['step'].tolist()}; this is a bug")
+    if headers["changed"].any():
+        raise replicas.changed_by_themselves(np.flatnonzero(headers["changed"]).tolist(), run.step)
     loss = float(headers["loss_sum"].sum())
     run.step += 1
+    run.changed = run.engine.checksum(run) != run.checksum
     good = run.engine.update(run, run.step)
-    if good:
-        run.loss_sum += loss
-        run.samples += global_batch
-        run.skipped = 0
-    else:
-        run.skipped += 1
+    run.checksum = run.engine.checksum(run)
+    _note_loss(run, good, loss, global_batch)
     if run.skipped == MOST_SKIPPED:
-        failure = DistconvError(
-            f"step {run.step}: {MOST_SKIPPED} steps in a row had a gradient that is not finite (last "
-            f"{_who_is_bad(headers['bad_at'], run.parameters)}): use a smaller --lr than {run.config.lr:g}"
-        )
-        failure.everywhere = True
-        raise failure
+        raise _diverged(run, f"a gradient that is not finite (last {_who_is_bad(headers['bad_at'], run.parameters)})")
+    if run.diverging == MOST_FAR:
+        raise _diverged(run)
+    stopping, asked = bool(headers["stop"].any()), bool(headers["save"].any())
+    agreed = not last_of_epoch and (stopping or asked or run.step % replicas.STEPS == 0)
+    if agreed:
+        replicas.agree(run)
     record = StepRecord(
         step=run.step,
         epoch=epoch + 1,
@@ -177,8 +189,34 @@ def _step(run: Run, order: NDArray[np.int64], epoch: int, batch: int, stop: bool
         slowest_rank=int(np.argmax(headers["busy_seconds"])),
         skipped=not good,
         last_of_epoch=last_of_epoch,
+        agreed=agreed,
     )
-    return record, bool(headers["stop"].any())
+    return record, stopping
+
+
+def _note_loss(run: Run, updated: bool, loss: float, global_batch: int) -> None:
+    """Keep the sums of the epoch, and count the steps in a row that were skipped, or whose loss is out of bounds."""
+    mean = loss / global_batch
+    if updated:
+        run.loss_sum += loss
+        run.samples += global_batch
+    run.skipped = 0 if updated else run.skipped + 1
+    finite = math.isfinite(mean)
+    if finite and not run.first_loss:
+        run.first_loss = mean
+    far = not finite or mean > FAR * run.first_loss
+    run.diverging = run.diverging + 1 if far else 0
+
+
+def _diverged(run: Run, what: str = "") -> DivergedError:
+    what = what or f"a loss that is not finite, or more than {FAR} times the {run.first_loss:.3g} of the first step"
+    bad = max(run.skipped, run.diverging)
+    failure = DivergedError(
+        f"step {run.step}: {bad} step{'s' * (bad > 1)} in a row had {what}: use a smaller --lr than {run.config.lr:g}",
+        bad_from=run.step - run.diverging,
+    )
+    failure.everywhere = True
+    return failure
 
 
 def _who_is_bad(bad_at: NDArray[np.int64], parameters: Parameters) -> str:
@@ -189,10 +227,7 @@ def _who_is_bad(bad_at: NDArray[np.int64], parameters: Parameters) -> str:
 
 def _end_of_epoch(run: Run, epoch: int, images_per_second: float) -> EpochRecord:
     """Check that all replicas hold the same bits, and measure the accuracies."""
-    run.engine.pull(run)
-    digest = run.parameters.digest()
-    advice = "start again from the last checkpoint; if it comes back, suspect the hardware of that rank"
-    run.world.agree(f"the parameters after epoch {epoch + 1}", digest, advice, ReplicasDifferError)
+    replicas.agree(run)
     train_accuracy = _accuracy(run, run.dataset.train_images, run.dataset.train_labels)
     test_accuracy = _accuracy(run, run.dataset.test_images, run.dataset.test_labels)
     train_loss = run.loss_sum / run.samples if run.samples else float("nan")
@@ -208,7 +243,7 @@ def _end_of_epoch(run: Run, epoch: int, images_per_second: float) -> EpochRecord
         health.largest_gradient,
         health.flushed_share,
         health.wire_error,
-        digest,
+        run.parameters.digest(),
     )
 
 

@@ -18,7 +18,7 @@ from distconv.data.shard import batches
 from distconv.kernels.cpu import Array
 from distconv.nn.layers import Layer
 from distconv.nn.optimizers import Optimizer
-from distconv.nn.parameters import Parameters
+from distconv.nn.parameters import Parameters, digest
 
 Samples = NDArray[np.int64]
 
@@ -52,6 +52,10 @@ class Engine(Protocol):
         """Make step t, counted from 1, if the gradient is finite; whether it was."""
         ...
 
+    def checksum(self, run: Run) -> int:
+        """A sum over the bits of the parameters and the optimizer's state, which is another if any of them changes."""
+        ...
+
     def classify(self, model: Layer, parameters: Parameters, images: Bytes) -> NDArray[np.int64]:
         """The class that the model gives each image (N, H, W, C), without dropout -> (N,)."""
         ...
@@ -82,6 +86,11 @@ class Run:
     loss_sum: float = 0.0  # over the samples of this epoch so far, skipped steps left out
     samples: int = 0  # in loss_sum
     skipped: int = 0  # steps in a row whose gradient was not finite
+    first_loss: float = 0.0  # of the run's first step; 0 before it
+    diverging: int = 0  # steps in a row whose loss was not finite or far above the first
+    checksum: int = 0  # after the last update; see Engine
+    changed: bool = False  # whether it was another before the last update than after the one before
+    agreed: str = ""  # SHA-256 of the last state that all ranks were seen to share
     exchanged: float = field(default_factory=time.perf_counter)  # when the last exchange ended
 
     @property
@@ -96,13 +105,25 @@ class Run:
     def position(self) -> dict[str, Any]:
         epoch, batch = divmod(self.step, self.steps_per_epoch)
         cursor = batch * self.config.batch_size
-        moving = {name: getattr(self, name) for name in ("step", "loss_sum", "samples", "skipped")}
+        moving = {name: getattr(self, name) for name in ("step", "loss_sum", "samples", "skipped", "first_loss")}
         return {**moving, "epoch": epoch, "cursor": cursor}
+
+    def state(self) -> dict[str, Array]:
+        """Views of what a checkpoint holds, by slot and name: value/conv1.W, and m/conv1.W of an optimizer's m."""
+        vectors = {"value": self.parameters.vector, **self.optimizer.state}
+        return {
+            f"{slot}/{name}": view for slot, of in vectors.items() for name, view in self.parameters.named(of).items()
+        }
+
+    def digest(self) -> str:
+        """SHA-256 over the bits of the state: equal replicas have it in common."""
+        return digest(self.state())
 
     def restore(self, position: dict[str, Any], vectors: dict[str, Any]) -> None:
         """Go to the position of a checkpoint."""
         self.step, self.loss_sum = position["step"], position["loss_sum"]
         self.samples, self.skipped = position["samples"], position["skipped"]
+        self.first_loss = position.get("first_loss", 0.0)  # older checkpoints have none
         self.parameters.vector[...] = vectors["value"]
         for slot, vector in self.optimizer.state.items():
             vector[...] = vectors[slot]

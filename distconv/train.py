@@ -9,7 +9,7 @@ import platform
 import shutil
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,8 +22,11 @@ from distconv.stopping import StopRequest
 
 if TYPE_CHECKING:
     from distconv.checkpoint import Checkpoint
+    from distconv.loop import Record
     from distconv.run import Run
     from distconv.runlog import RunLog
+
+COST = 100  # times as much training as saving
 
 
 def main(argv: Sequence[str]) -> int:
@@ -44,7 +47,6 @@ def train(settings: Config, world: World, stop: StopRequest) -> int:
     from distconv.comm.placement import place
     from distconv.inputs import load_dataset
     from distconv.kernels.compiled import MUST_COMPILE
-    from distconv.loop import EpochRecord, StepRecord, StopRecord
     from distconv.loop import train as records
     from distconv.runlog import RunLog
     from distconv.wiring import build_run
@@ -72,7 +74,20 @@ def train(settings: Config, world: World, stop: StopRequest) -> int:
 
     saver = Saver(run, out / "checkpoints", data_name, log)
     stop.can_save = True
-    for record in records(run, stop.requested):
+    try:
+        code = follow(records(run, stop.requested, saver.is_due), run, saver, out, log)
+    except errors.DivergedError as failure:
+        saver.set_aside(failure.bad_from)
+        raise
+    return finish(run, out, log) if code == 0 else code
+
+
+def follow(records: Iterator[Record], run: Run, saver: Saver, out: Path, log: RunLog) -> int:
+    """Go through a run's records: write them down, tell people, save; returns the exit code."""
+    from distconv.loop import EpochRecord, StepRecord, StopRecord
+
+    settings = run.config
+    for record in records:
         fields = {f.name: getattr(record, f.name) for f in dataclasses.fields(record) if f.metadata.get("log", True)}
         log.write(record.event, **fields)
         if isinstance(record, StepRecord):
@@ -81,8 +96,8 @@ def train(settings: Config, world: World, stop: StopRequest) -> int:
             )
             if record.skipped:
                 log.say(f"step {record.step}: skipped, the gradient was not finite")
-            if not record.last_of_epoch:
-                saver.save_if_due()
+            if record.agreed and saver.is_due():
+                saver.save()
         elif isinstance(record, EpochRecord):
             log.say(
                 f"epoch {record.epoch}/{settings.epochs}: loss {record.train_loss:.4f}, accuracy "
@@ -91,13 +106,13 @@ def train(settings: Config, world: World, stop: StopRequest) -> int:
             )
             saver.save()
         elif isinstance(record, StopRecord):
-            saver.save()
+            there = "there" if saver.save() else "the last good checkpoint"
             log.say(
-                f"stopped on request after step {record.step}; the same command with --out {out} goes on from there"
+                f"stopped on request after step {record.step}; the same command with --out {out} goes on from {there}"
             )
             log.close()
             return errors.STOPPED
-    return finish(run, out, log)
+    return 0
 
 
 def check_settings(settings: Config, world: World) -> None:
@@ -297,18 +312,31 @@ class Saver:
         }
         self.due = time.monotonic() + run.config.checkpoint_seconds
 
-    def save_if_due(self) -> None:
-        if self.run.world.rank == 0 and time.monotonic() >= self.due:
-            self.save()
+    def is_due(self) -> bool:
+        return self.run.world.rank == 0 and time.monotonic() >= self.due
 
-    def save(self) -> None:
+    def save(self) -> bool:
+        """Write the state that the ranks have just agreed on, and return True; or False, after a bad step."""
         from distconv.checkpoint import save_checkpoint
 
+        run, began = self.run, time.monotonic()
+        if run.skipped or run.diverging:
+            return False
+        if run.world.rank == 0:
+            save_checkpoint(
+                self.folder, run.parameters, run.optimizer, run.position(), run.config, self.data, run.agreed
+            )
+            now, asked = time.monotonic(), run.config.checkpoint_seconds
+            self.due = now + (max(asked, COST * (now - began)) if asked else 0)
+        return True
+
+    def set_aside(self, step: int) -> None:
+        """Have no run go on from the states after this step and later ones."""
+        from distconv.checkpoint import set_aside
+
         if self.run.world.rank == 0:
-            run = self.run
-            run.engine.pull(run)
-            save_checkpoint(self.folder, run.parameters, run.optimizer, run.position(), run.config, self.data)
-            self.due = time.monotonic() + run.config.checkpoint_seconds
+            for path in set_aside(self.folder, step):
+                self.log.say(f"set aside as {path}: the loss was out of bounds in the steps after it")
 
 
 if __name__ == "__main__":

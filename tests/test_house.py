@@ -20,7 +20,7 @@ FLOORS = (
     ("benchmarks", "checkup"),
     ("inputs", "wiring"),
     ("loop", "checkpoint", "runlog", "plots", "pickled", "launcher", "stopping"),
-    ("engine",),
+    ("engine", "replicas"),
     ("run",),
     ("config",),
     ("nn", "data", "comm"),

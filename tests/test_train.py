@@ -218,3 +218,58 @@ def test_output_that_nobody_reads_does_not_end_the_run(tmp_path: Path) -> None:
         process.stdout.close()  # as `| head` does
         assert process.wait(60) == 0
     assert (out / "DONE").exists()
+
+
+FLIPPING = """
+import gc, os
+import numpy as np
+from distconv.comm.launched import launcher_rank
+from distconv.nn.networks import deepconvnet
+from distconv.run import Run
+
+class Flipping:
+    def __init__(self, inner): self.inner = inner
+    def shapes(self, shape): return self.inner.shapes(shape)
+    def forward(self, x, params, context):
+        rank, slot, step, index, bit = os.environ.get("FLIP", "-1 - 0 0 0").split()
+        if context.training and context.step == int(step) > 0 and launcher_rank() == int(rank):
+            run = next(found for found in gc.get_objects() if isinstance(found, Run))
+            vector = run.parameters.vector if slot == "value" else run.optimizer.state[slot]
+            vector.view(np.uint32)[int(index)] ^= np.uint32(1 << int(bit))
+        return self.inner.forward(x, params, context)
+
+def network(classes): return Flipping(deepconvnet(classes))
+"""
+
+
+@pytest.mark.parametrize("flip", ["0 m 7 99 3", "1 v 3 123551 30", "0 value 12 5000 22"])
+def test_after_a_flipped_bit_the_same_command_ends_as_the_undisturbed_run(
+    whole: Path, tmp_path: Path, flip: str
+) -> None:
+    (tmp_path / "flipping.py").write_text(FLIPPING)
+    out = tmp_path / "run"
+    own = (*QUICK, "--epochs", "3", "--checkpoint-seconds", "0", "--model", "flipping:network", "--out", out)
+    disturbed = train(2, *own, PYTHONPATH=str(tmp_path), FLIP=flip)
+    assert disturbed.returncode == 70, disturbed.stderr
+    assert f"rank {flip[0]} differs from before" in disturbed.stderr and "Traceback" not in disturbed.stderr
+    assert train(2, *own, PYTHONPATH=str(tmp_path)).returncode == 0
+    assert parameters(out) == parameters(whole)
+
+
+def test_a_diverged_run_goes_on_from_its_last_good_checkpoint(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    often = (*QUICK, "--checkpoint-seconds", "0", "--out", out)
+    assert train(2, *often, "--epochs", "1").returncode == 0
+    for _ in range(2):  # a second attempt finds what the first one found
+        diverged = train(2, *often, "--epochs", "4", "--lr", "1e30")
+        assert diverged.returncode == 1 and "use a smaller --lr than 1e+30" in diverged.stderr
+        assert "Traceback" not in diverged.stderr and not list(out.glob("errors"))
+        assert find_checkpoints(out / "checkpoints")[0].name == "step-0000000005.safetensors"
+    assert train(2, *often, "--epochs", "4").returncode == 0
+    assert metrics(out, "final")[0]["test_accuracy"] > 0.2
+
+
+def test_a_run_whose_loss_explodes_is_no_success(tmp_path: Path) -> None:
+    result = train(1, *QUICK, "--epochs", "1", "--lr", "1", "--out", tmp_path / "run")
+    assert result.returncode == 1 and "use a smaller --lr than 1" in result.stderr
+    assert not (tmp_path / "run" / "DONE").exists() and not find_checkpoints(tmp_path / "run" / "checkpoints")

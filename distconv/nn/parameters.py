@@ -86,6 +86,15 @@ class Parameters:
         return "; ".join(f"{name} {spec.shape}" for name, spec in self.specs.items()) + f"; {self.vector.dtype}"
 
 
+def digest(tensors: Mapping[str, Array], text: str = "") -> str:
+    """SHA-256 over a text and the names, shapes, dtypes and bits of tensors, in the order of their names."""
+    sha = hashlib.sha256(text.encode())
+    for name in sorted(tensors):
+        sha.update(f"{name} {tensors[name].shape} {tensors[name].dtype}".encode())
+        sha.update(np.ascontiguousarray(tensors[name]).data)
+    return sha.hexdigest()
+
+
 def _flatten(specs: Specs, prefix: str = "") -> list[tuple[str, Spec]]:
     flat: list[tuple[str, Spec]] = []
     for name, spec in specs.items():

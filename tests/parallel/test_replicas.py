@@ -1,0 +1,101 @@
+"""A bit that changes by itself is found before its state is saved, and the right rank is named."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from distconv import loop, replicas
+from distconv.comm.world import World
+from distconv.engine import CPU
+from distconv.errors import DistconvError, DivergedError, ReplicasDifferError
+from distconv.run import Run
+from tests.parallel.test_training import SETTINGS, make_run, never
+
+FLIPS = [(0, "value", 0, 30), (1, "m", 777, 0), (2, "v", 123_551, 22), (3, "value", 50_000, 1), (0, "v", 31_415, 31)]
+
+
+def flip(run: Run, slot: str, index: int, bit: int) -> None:
+    vector = run.parameters.vector if slot == "value" else run.optimizer.state[slot]
+    vector.view(np.uint32)[index] ^= np.uint32(1 << bit)
+
+
+@pytest.mark.parametrize(("number", "slot", "index", "bit"), FLIPS)
+@pytest.mark.parametrize("step", [1, 2, 5])  # 5 is the last of an epoch
+def test_a_rank_whose_bits_change_between_updates_is_named_within_two_steps(
+    world: World, number: int, slot: str, index: int, bit: int, step: int
+) -> None:
+    run, odd = make_run(world, dataclasses.replace(SETTINGS, epochs=2)), number % world.size
+    with pytest.raises(ReplicasDifferError, match=f"rank {odd} differs from before"):
+        for record in loop.train(run, never):
+            if isinstance(record, loop.StepRecord) and record.step == step and world.rank == odd:
+                flip(run, slot, index, bit)
+    assert run.step <= step + 2
+
+
+@pytest.mark.parametrize(("number", "slot", "index", "bit"), FLIPS)
+def test_replicas_that_differ_are_found_by_the_ranks_together(
+    world: World, monkeypatch: pytest.MonkeyPatch, number: int, slot: str, index: int, bit: int
+) -> None:
+    if world.size == 1:
+        pytest.skip("one replica cannot differ from another")
+    monkeypatch.setattr(type(CPU), "checksum", lambda engine, run: 0)  # as if an update itself had gone wrong
+    monkeypatch.setattr(replicas, "STEPS", 4)
+    run, odd = make_run(world, dataclasses.replace(SETTINGS, epochs=2)), number % world.size
+    who = f"rank {odd} differs from the others" if world.size > 2 else "none of the ranks 0 to 1 has the majority"
+    with pytest.raises(ReplicasDifferError, match=who):
+        for record in loop.train(run, never):
+            if isinstance(record, loop.StepRecord) and record.step == 2 and world.rank == odd:
+                flip(run, slot, index, bit)
+    assert run.step == 4
+
+
+def test_a_state_is_looked_at_when_any_rank_wants_to_save_it(world: World) -> None:
+    run = make_run(world)
+    wants = iter([False, world.rank == world.size - 1, False, False, False])
+    steps = [record for record in loop.train(run, never, lambda: next(wants)) if isinstance(record, loop.StepRecord)]
+    assert [step.agreed for step in steps] == [
+        False,
+        True,
+        False,
+        False,
+        False,
+    ]
+    assert run.agreed == run.digest()
+
+
+def test_a_number_that_is_not_finite_is_never_agreed_on(world: World) -> None:
+    run = make_run(world)
+    run.optimizer.state["v"][4] = np.inf  # on all ranks alike
+    with pytest.raises(DistconvError, match=r"after step 1, value/conv1\.W is not finite"):
+        list(loop.train(run, never, lambda: True))
+
+
+def test_a_loss_far_above_the_first_ends_the_run_on_every_rank(world: World) -> None:
+    run = make_run(world, dataclasses.replace(SETTINGS, epochs=6, lr=1.0))
+    with pytest.raises(DivergedError, match="5 steps in a row had a loss") as caught:
+        list(loop.train(run, never))
+    assert run.step == caught.value.bad_from + 5 and run.diverging == 5
+    assert len(set(world.comm.allgather(run.step))) == 1
+
+
+def test_a_run_that_ends_far_above_its_first_loss_has_failed(world: World) -> None:
+    run = make_run(world, dataclasses.replace(SETTINGS, lr=1.0))
+    with pytest.raises(DivergedError, match="use a smaller --lr than 1"):
+        list(loop.train(run, never))
+
+
+@pytest.mark.parametrize(
+    ("digests", "told"),
+    [
+        ("aab", "rank 2 differs from the others"),
+        ("baaa", "rank 0 differs from the others"),
+        ("bacaa", "ranks 0, 2 differ"),
+        ("ab", "none of the ranks 0 to 1 has"),
+        ("aabb", "none of the ranks 0 to 3 has"),
+    ],
+)
+def test_the_majority_is_right(digests: str, told: str) -> None:
+    assert replicas.odd_ones(digests).startswith(told)
