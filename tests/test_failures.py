@@ -291,3 +291,11 @@ ranks.share(world.comm, 64)
 
 def test_ranks_that_have_their_shared_memory_do_not_leave_before_the_last_one_has_it() -> None:
     assert jobs.run(8, "-c", LATE, seconds=40).returncode == 0  # MPICH hung, with 8 ranks always, with 4 mostly
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+@pytest.mark.parametrize("ranks", [3, 4])
+def test_the_exit_code_is_that_of_the_rank_that_fails_alone(tmp_path: Path, ranks: int, rank: int) -> None:
+    what = "from distconv.errors import StorageError; raise StorageError('the disk is full')"
+    result = fail_on(rank, what, tmp_path, ranks)
+    assert result.returncode == 74 and "Traceback" not in result.stderr

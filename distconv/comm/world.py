@@ -103,7 +103,7 @@ class World:
             sys.stdout.flush()
             sys.stderr.flush()
         if self.size > 1:
-            self.comm.Abort(code)
+            load_mpi().COMM_WORLD.Abort(code)
         raise SystemExit(code)
 
     def _neighbours(self) -> dict[int, int]:
@@ -123,7 +123,7 @@ class World:
             sys.stderr.write(f"distconv: {who} ended without a word, and so ends the job\n")
             sys.stderr.flush()
         if load_mpi().Query_thread() == load_mpi().THREAD_MULTIPLE:
-            self.comm.Abort(1)
+            load_mpi().COMM_WORLD.Abort(1)
 
     @staticmethod
     def _exit_code(error: BaseException) -> int:
