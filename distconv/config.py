@@ -111,6 +111,13 @@ class Config:
         lambda v: v >= 0,
         "a number of seconds, 0 or more",
     )
+    hang_seconds: float = _setting(
+        0.0,
+        "end the job, with exit code 76 and the stacks of all ranks, where one stands still for so long; 0: for 20 "
+        "times as long as any was seen to, and a minute at least",
+        lambda v: v == 0 or v >= 2,
+        "a number of seconds, 2 or more, or 0",
+    )
     target_accuracy: float = _setting(
         0.0,
         "end with exit code 1 if the final test accuracy is below this, 0.97 say",
@@ -172,7 +179,8 @@ def from_command_line(argv: Sequence[str]) -> tuple[Config, bool]:
         "  python -m distconv.train --batch-size 400 --print-config > big.toml\n"
         "  mpirun -n 4 python -m distconv.train --config big.toml --seed 1\n\n"
         "exit codes: 0 done, 1 failure or target missed, 2 usage, 65 bad data, 66 missing input, 69 cannot download,\n"
-        "70 replicas differ, 73 cannot create, 74 I/O, 75 stopped on request (run me again), 78 configurations differ",
+        "70 replicas differ, 73 cannot create, 74 I/O, 75 stopped on request (run me again), 76 a rank hangs,\n"
+        "78 configurations differ",
     )
     for field in dataclasses.fields(Config):
         shown = f" (default: {field.default})" if field.default not in ("", 0, 0.0) else ""

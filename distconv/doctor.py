@@ -16,14 +16,14 @@ from typing import TYPE_CHECKING
 
 from distconv.comm.launched import Launched, launched
 from distconv.comm.roll_call import ranks_here, stopped
-from distconv.comm.start import end_job, run_command, start
+from distconv.comm.start import run_command, start
 from distconv.comm.voice import speak
+from distconv.comm.world import World, end_job
 from distconv.config import Parser
 
 if TYPE_CHECKING:
     from distconv.checkup.checks import Finding
     from distconv.checkup.facts import Facts
-    from distconv.comm.world import World
 
 # Since the beginning; all of it may take 10.
 SECONDS_TO_START = 6.5  # until MPI runs

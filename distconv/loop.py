@@ -94,7 +94,9 @@ def predict(
     mine, batch = split(len(images), world.size, world.rank), engine.evaluation_batch
     found = [np.empty(0, np.int64)]
     for start in range(mine.start, mine.stop, batch):
+        world.at("evaluate")
         found.append(engine.classify(model, parameters, images[start : min(start + batch, mine.stop)]))
+    world.at("gather")
     return np.concatenate(world.comm.allgather(np.concatenate(found)))
 
 
@@ -114,7 +116,7 @@ def train(
     Between records the run's position and vectors are those of a checkpoint, except between the last step of an epoch
     and the record of the epoch. Raises DivergedError, ReplicasDifferError, and what replicas.agree raises.
     """
-    run.checksum, stopping = run.engine.checksum(run), False
+    run.checksum, run.good_until, stopping = run.engine.checksum(run), run.step - 1, False
     while run.step < run.steps and not stopping:
         epoch, first = divmod(run.step, run.steps_per_epoch)
         order = epoch_order(run.config.seed, epoch, len(run.dataset.train_labels))
@@ -144,11 +146,13 @@ def _step(
     global_batch = len(order[batch * batch_size : (batch + 1) * batch_size])
     last_of_epoch = batch + 1 == run.steps_per_epoch
 
+    world.at("compute", run.step)
     began = time.perf_counter()
     probing = last_of_epoch or run.probe.fresh
     loss_sum = run.engine.gradient(run, mine, global_batch, run.step, probing)
     computed = time.perf_counter()
     contribution = run.engine.contribution(run) if probing else None
+    world.at("exchange")
     ready = time.perf_counter()
     header = np.array((run.step, len(mine), loss_sum, -1, stop, save, run.changed, ready - run.exchanged), HEADER)
     asleep = Barrier.asleep
@@ -197,23 +201,26 @@ def _step(
 def _note_loss(run: Run, updated: bool, loss: float, global_batch: int) -> None:
     """Keep the sums of the epoch, and count the steps in a row that were skipped, or whose loss is out of bounds."""
     mean = loss / global_batch
-    if updated:
-        run.loss_sum += loss
-        run.samples += global_batch
-    run.skipped = 0 if updated else run.skipped + 1
     finite = math.isfinite(mean)
     if finite and not run.first_loss:
         run.first_loss = mean
     far = not finite or mean > FAR * run.first_loss
-    run.diverging = run.diverging + 1 if far else 0
+    if not far:
+        run.good_until = run.step - 1
+    if updated:
+        run.loss_sum += loss
+        run.samples += global_batch
+        run.skipped, run.diverging = 0, run.diverging + 1 if far else 0
+    else:
+        run.skipped += 1
 
 
 def _diverged(run: Run, what: str = "") -> DivergedError:
     what = what or f"a loss that is not finite, or more than {FAR} times the {run.first_loss:.3g} of the first step"
-    bad = max(run.skipped, run.diverging)
+    bad = run.skipped or run.diverging
     failure = DivergedError(
         f"step {run.step}: {bad} step{'s' * (bad > 1)} in a row had {what}: use a smaller --lr than {run.config.lr:g}",
-        bad_from=run.step - run.diverging,
+        bad_from=run.good_until + 1,
     )
     failure.everywhere = True
     return failure

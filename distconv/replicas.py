@@ -23,6 +23,7 @@ def agree(run: Run) -> str:
 
     Raises ReplicasDifferError where they differ, DistconvError where a number is not finite; on all ranks alike.
     """
+    run.world.at("agree")
     run.engine.pull(run)
     changed = run.changed or run.engine.checksum(run) != run.checksum
     found = run.world.comm.allgather((run.digest(), changed))

@@ -87,7 +87,8 @@ class Run:
     samples: int = 0  # in loss_sum
     skipped: int = 0  # steps in a row whose gradient was not finite
     first_loss: float = 0.0  # of the run's first step; 0 before it
-    diverging: int = 0  # steps in a row whose loss was not finite or far above the first
+    diverging: int = 0  # updates in a row after a loss that was not finite or far above the first
+    good_until: int = 0  # the step whose state last gave a loss that was neither
     checksum: int = 0  # after the last update; see Engine
     changed: bool = False  # whether it was another before the last update than after the one before
     agreed: str = ""  # SHA-256 of the last state that all ranks were seen to share

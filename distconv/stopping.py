@@ -12,9 +12,9 @@ import threading
 import time
 from typing import Any
 
-from distconv.comm.start import end_job
+from distconv.comm.launched import GRACE
 from distconv.comm.voice import speak
-from distconv.comm.watch import GRACE
+from distconv.comm.world import end_job
 from distconv.errors import STOPPED
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)

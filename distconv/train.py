@@ -51,6 +51,7 @@ def train(settings: Config, world: World, stop: StopRequest) -> int:
     from distconv.runlog import RunLog
     from distconv.wiring import build_run
 
+    world.watch.demand(settings.hang_seconds)
     world.agree("the command line or the version", f"{__version__} {settings.toml()}", "start all ranks alike")
     with world.together():
         check_settings(settings, world)
@@ -59,10 +60,13 @@ def train(settings: Config, world: World, stop: StopRequest) -> int:
     log = RunLog(world.rank == 0)
     if MUST_COMPILE:
         log.say("compiling the kernels, once for this version of distconv on this machine: some 10 to 20 s")
+    world.at("data")
     dataset, data_name = load_dataset(settings.data, world, log.say)
     if settings.limit_train:
         dataset = dataset.limited(settings.limit_train)
+    world.at("compile")
     run = build_run(settings, dataset, world, log.say, placed)
+    world.at("start")
     out = make_folder(settings, world)
     world.error_folder = out / "errors"
     checkpoint = resume(run, out, log)
@@ -267,6 +271,7 @@ def finish(run: Run, out: Path, log: RunLog) -> int:
         parameters_sha256=run.parameters.digest(),
     )
     log.close()
+    run.world.at("end")
     missed = correct / total < run.config.target_accuracy
     with run.world.together():
         if run.world.rank == 0:
@@ -323,6 +328,7 @@ class Saver:
         if run.skipped or run.diverging:
             return False
         if run.world.rank == 0:
+            run.world.at("save")
             save_checkpoint(
                 self.folder, run.parameters, run.optimizer, run.position(), run.config, self.data, run.agreed
             )

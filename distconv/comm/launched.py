@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 PROCESSES = ("hydra", "prte", "orte", "mpirun", "mpiexec", "slurmstepd", "srun", "pals", "flux")  # names of launchers
+
+GRACE = 2  # seconds that a launcher has to end the job, as it mostly does within 0.2
 
 
 class Names(NamedTuple):
@@ -113,6 +115,12 @@ def in_a_job() -> bool:
 def in_an_allocation() -> bool:
     """Whether a batch system has given this process hosts, to which mpirun will connect."""
     return any(os.environ.get(name) for name in ("SLURM_JOB_ID", "PBS_NODEFILE", "LSB_JOBID", "PE_HOSTFILE"))
+
+
+def listed(ranks: Iterable[int]) -> str:
+    """For people: 0, 1, 2, ..."""
+    ordered = sorted(ranks)
+    return ", ".join(map(str, ordered[:8])) + ", ..." * (len(ordered) > 8)
 
 
 def _number(name: str) -> int | None:

@@ -10,9 +10,9 @@ import contextlib
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
-from distconv.comm.launched import Launched, launcher_process
+from distconv.comm.launched import Launched, launcher_process, listed
 from distconv.comm.voice import write
 
 LOOK = 0.5  # seconds between looks
@@ -50,11 +50,11 @@ def _watch(
         waited, here = time.monotonic() - began, ranks_here(told)
         missed = missed + 1 if here and (seen - here.keys() or len(here) < (told.local_size or 0)) else 0
         seen |= here.keys()
-        who = f"ranks {_listed(here.keys() or {told.rank})} of {told.size} are here on {socket.gethostname()}"
+        who = f"ranks {listed(here.keys() or {told.rank})} of {told.size} are here on {socket.gethostname()}"
         if missed == MISSED:
             expected = set(range(told.size)) if told.local_size == told.size else seen
             lost = expected - here.keys()
-            named = f"rank {_listed(lost)} of {told.size}" if lost else "a rank of this host"
+            named = f"rank {listed(lost)} of {told.size}" if lost else "a rank of this host"
             end(f"{named} ended before MPI had started, and so ends the job")
         elif waited > limit:
             missing = absent() if absent else f"{who}, others have not come"
@@ -87,7 +87,7 @@ def ranks_here(told: Launched) -> dict[int, bool]:
 def stopped(here: Mapping[int, bool]) -> str:
     """A part of a sentence, where a rank is stopped."""
     ranks = {rank for rank, is_stopped in here.items() if is_stopped}
-    return f"; rank {_listed(ranks)} is stopped (kill -CONT lets it go on)" if ranks else ""
+    return f"; rank {listed(ranks)} is stopped (kill -CONT lets it go on)" if ranks else ""
 
 
 def own_name_resolves() -> bool:
@@ -102,8 +102,3 @@ def _name_problem() -> str:
     if own_name_resolves():
         return ""
     return f"; this host's own name {socket.gethostname()} has no address: put it into /etc/hosts"
-
-
-def _listed(ranks: Iterable[int]) -> str:
-    ordered = sorted(ranks)
-    return ", ".join(map(str, ordered[:8])) + ", ..." * (len(ordered) > 8)

@@ -21,11 +21,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from distconv.comm.launched import Launched, launched, launcher_process
+from distconv.comm.launched import GRACE, Launched, launched, launcher_process
 from distconv.comm.roll_call import LIMIT, roll_call
 from distconv.comm.turns import take_long_turns
 from distconv.comm.voice import claim, speak, write
-from distconv.comm.watch import GRACE
 from distconv.comm.world import BLAS_THREADS, World, cores_are_short, init_mpi, load_mpi
 from distconv.errors import DistconvError
 from distconv.kernels.memory import keep_freed_memory
@@ -242,14 +241,3 @@ def end_alone(sentence: str) -> NoReturn:
     if launcher_process() is not None:
         os.kill(os.getpid(), signal.SIGKILL)
     os._exit(1)
-
-
-def end_job(code: int) -> NoReturn:
-    """End all ranks with an exit code; in any thread."""
-    if launched().alone:
-        os._exit(code)  # MPI_Abort would run what libraries do at an exit, under the feet of the main thread
-    MPI = load_mpi() if "mpi4py.MPI" in sys.modules else None
-    if MPI and MPI.Is_initialized() and not MPI.Is_finalized() and MPI.Query_thread() == MPI.THREAD_MULTIPLE:
-        signal.alarm(GRACE)  # where MPI is stuck
-        MPI.COMM_WORLD.Abort(code)
-    os._exit(code)

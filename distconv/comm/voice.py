@@ -8,8 +8,7 @@ import socket
 import time
 from pathlib import Path
 
-from distconv.comm.launched import launched, launcher_process
-from distconv.comm.watch import GRACE
+from distconv.comm.launched import GRACE, launched, launcher_process
 
 _CLAIMS: list[socket.socket] = []  # a socket that nobody refers to would be closed, and its name free
 

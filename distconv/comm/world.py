@@ -11,20 +11,24 @@ import contextlib
 import ctypes
 import json
 import os
-import signal
 import socket
 import sys
 import textwrap
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from distconv.comm.futex import Barrier
-from distconv.comm.voice import claim
-from distconv.comm.watch import GRACE, Watch
+from distconv.comm.heartbeat import Heartbeat
+from distconv.comm.judge import Judge
+from distconv.comm.launched import GRACE, launched, listed
+from distconv.comm.voice import claim, write
+from distconv.comm.watch import HUNG, Watch
+from distconv.comm.whereabouts import Whereabouts
 from distconv.errors import DistconvError, MismatchError
 
 if TYPE_CHECKING:
@@ -53,7 +57,12 @@ class World:
         self.local_size: int = self.local.size
         self.hosts = sum(comm.allgather(self.local_rank == 0))
         self.error_folder: Path | None = None
-        self.watch = Watch(self._neighbours(), self._lost)
+        self.whereabouts = Whereabouts(self.local, self.rank)
+        self.at = self.whereabouts.at
+        judge = Judge(self.rank, comm.allgather(socket.gethostname()))
+        self.heartbeat = self._between_hosts()
+        processes = self._neighbours()
+        self.watch = Watch(self.whereabouts, self.heartbeat, judge, processes, self._lost, self._hung, end_job)
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
@@ -96,6 +105,8 @@ class World:
             self.wait()  # srun -K ends the others once the first has left with an exit code, and one may still write
             self.watch.stop()
             self.wait()  # nobody ends while another one still watches
+            if self.heartbeat:
+                self.heartbeat.close()
             return  # `run` speaks and exits, on all ranks alike
         code = self._exit_code(error)
         with contextlib.suppress(Exception):  # a full disk, a closed pipe: the others must not wait for words
@@ -103,8 +114,17 @@ class World:
             sys.stdout.flush()
             sys.stderr.flush()
         if self.size > 1:
-            load_mpi().COMM_WORLD.Abort(code)
+            end_job(code)
         raise SystemExit(code)
+
+    def _between_hosts(self) -> Heartbeat | None:
+        """Signs of life between ranks that share no memory, by one of each such group; None on the others."""
+        MPI, table = load_mpi(), self.whereabouts
+        first = table.comm.rank == 0
+        of_each = self.comm.Split(0 if first else 1, self.rank)
+        if not first or of_each.size == 1 or MPI.Query_thread() < MPI.THREAD_MULTIPLE:
+            return None
+        return Heartbeat(of_each, len(table.memory))
 
     def _neighbours(self) -> dict[int, int]:
         """Process ids by rank: of the other ranks of this host, as far as they count processes as this one does."""
@@ -113,17 +133,26 @@ class World:
         return {rank: process for other, rank, process in found if other == numbering and rank != self.rank}
 
     def _lost(self, ended: list[int], alive: list[int]) -> None:
-        """End the job for want of ranks that are gone; in a thread of its own, as the main one may wait for them."""
-        # A signal needs no lock of Python's, which MPI_Abort keeps, and a launcher that misses an exit code sees it.
-        signal.alarm(GRACE)
+        """Say why the job ends where ranks, or the launcher, are gone; in a thread of its own."""
         if self.rank > min(alive, default=self.size):
+            time.sleep(GRACE / 4)
             return  # that one speaks
         if self.error_folder is None or not self.error_folder.exists():  # else they have spoken themselves
-            who = f"rank{'s' * (len(ended) > 1)} {', '.join(map(str, ended))} of {self.size}"
-            sys.stderr.write(f"distconv: {who} ended without a word, and so ends the job\n")
-            sys.stderr.flush()
-        if load_mpi().Query_thread() == load_mpi().THREAD_MULTIPLE:
-            load_mpi().COMM_WORLD.Abort(1)
+            who = f"rank{'s' * (len(ended) > 1)} {listed(ended)} of {self.size}" if ended else "the launcher"
+            write(f"{who} ended without a word, and so ends the job")
+
+    def _hung(self, sentence: str) -> None:
+        """Take down the stacks of all ranks of this host, and say the sentence if it is not empty; in a thread."""
+        stacks = self.whereabouts.stacks()
+        if self.error_folder is not None:
+            with contextlib.suppress(OSError):
+                self.error_folder.mkdir(exist_ok=True)
+                for entry in self.whereabouts.entries:
+                    where = f"in {entry.where()} when the job was ended: {sentence or 'another host says why'}"
+                    self._write_report(entry.rank, where, HUNG, stacks.get(entry.rank, "no stack could be had"))
+        if sentence:
+            where = f"; what each rank was doing is in {self.error_folder}" if self.error_folder else ""
+            write(f"{sentence}; so the job ends{where}")
 
     @staticmethod
     def _exit_code(error: BaseException) -> int:
@@ -146,14 +175,33 @@ class World:
                     self.error_folder.mkdir()  # whoever makes the folder is the first to fail
                 except FileExistsError:
                     first = False
-                report = {"rank": self.rank, "host": socket.gethostname(), "error": sentence, "exit_code": code}
-                path = self.error_folder / f"rank-{self.rank}.json"
-                path.write_text(json.dumps({**report, "traceback": text}, indent=1) + "\n")
+                self._write_report(self.rank, sentence, code, text)
         if first:
             if isinstance(error, DistconvError):
                 text, sentence = "", str(error)
             job = f"distconv: rank {self.rank} of {self.size} failed and ends the job: {sentence}\n"
             sys.stderr.write(text + job)
+
+    def _write_report(self, rank: int, error: str, code: int, text: str) -> None:
+        report = {"rank": rank, "host": socket.gethostname(), "error": error, "exit_code": code, "traceback": text}
+        assert self.error_folder is not None
+        (self.error_folder / f"rank-{rank}.json").write_text(json.dumps(report, indent=1) + "\n")
+
+
+def end_job(code: int) -> NoReturn:
+    """End all ranks with an exit code, from any thread, also where MPI is stuck."""
+    MPI = sys.modules.get("mpi4py.MPI")
+    if MPI is not None and not launched().alone and MPI.Is_initialized() and not MPI.Is_finalized():
+        others_may_call = MPI.Query_thread() == MPI.THREAD_MULTIPLE
+        if others_may_call or threading.current_thread() is threading.main_thread():
+            giving_up = threading.Timer(GRACE, os._exit, (code,))
+            giving_up.daemon = True
+            giving_up.start()
+            # Of another communicator, MPICH would ask the other ranks to end, and its launcher would tell of that.
+            # mpi4py's own Abort lets no other thread run.
+            call = _mpi_function("MPI_Abort") or (lambda comm, code: MPI.COMM_WORLD.Abort(code))
+            call(ctypes.c_void_p(MPI._handleof(MPI.COMM_WORLD)), code)
+    os._exit(code)
 
 
 def blas_threads() -> int:
@@ -184,7 +232,7 @@ def init_mpi() -> None:
     mpi4py's own Init_thread lets none run, so nobody could look for the ranks that do not come.
     """
     MPI = load_mpi()
-    call = next((library.MPI_Init_thread for library in _mpi_libraries() if hasattr(library, "MPI_Init_thread")), None)
+    call = _mpi_function("MPI_Init_thread")
     if call is None:
         MPI.Init_thread(MPI.THREAD_MULTIPLE)
         return
@@ -201,6 +249,11 @@ def _mpi_libraries() -> Iterator[ctypes.CDLL]:
         for path in dict.fromkeys(word for word in maps if Path(word).name.startswith("libmpi")):
             with contextlib.suppress(OSError):
                 yield ctypes.CDLL(path)
+
+
+def _mpi_function(name: str) -> Any:
+    """A function of the MPI library itself, which lets other threads of Python run; None if it is not found."""
+    return next((getattr(library, name) for library in _mpi_libraries() if hasattr(library, name)), None)
 
 
 def cuda_aware_mpi() -> str | None:

@@ -77,7 +77,7 @@ def test_a_loss_far_above_the_first_ends_the_run_on_every_rank(world: World) -> 
     run = make_run(world, dataclasses.replace(SETTINGS, epochs=6, lr=1.0))
     with pytest.raises(DivergedError, match="5 steps in a row had a loss") as caught:
         list(loop.train(run, never))
-    assert run.step == caught.value.bad_from + 5 and run.diverging == 5
+    assert run.step == caught.value.bad_from + 5 == run.good_until + 6
     assert len(set(world.comm.allgather(run.step))) == 1
 
 
