@@ -23,6 +23,7 @@ from typing import Any, NoReturn
 
 from distconv.comm.launched import GRACE, Launched, launched, launcher_process
 from distconv.comm.roll_call import LIMIT, roll_call
+from distconv.comm.segments import forget_names, sweep
 from distconv.comm.turns import take_long_turns
 from distconv.comm.voice import claim, speak, write
 from distconv.comm.world import BLAS_THREADS, World, cores_are_short, init_mpi, load_mpi
@@ -92,6 +93,7 @@ def start(failure: DistconvError | None = None, limit: float = LIMIT, absent: Ca
     world = World(MPI.COMM_WORLD.Dup(), f"{vendor} {'.'.join(map(str, version))}")
     with contextlib.ExitStack() as failing:
         failing.push(world)  # what is raised from here on ends the job
+        forget_names()  # World is collective: no rank is still within MPI_Init
         check_size(world, told, vendor)
         share_failure(world, failure)
         if world.local_size > 1 and not any(os.environ.get(name) for name in BLAS_THREADS):
@@ -124,6 +126,7 @@ def check_shared_memory(MPI: Any, told: Launched) -> None:
             break
         time.sleep(0.01)
     if told.alone or claim("measured"):
+        sweep()
         ranks, store = told.local_size or 1, os.fstatvfs(shared)
         room, needed = store.f_bavail * store.f_frsize, SHARED_BYTES + ranks * SHARED_BYTES_OF_A_RANK
         if room < max(needed, LEAST_SHARED_BYTES):
