@@ -98,7 +98,9 @@ def save_checkpoint(
             os.fsync(file.fileno())
         temporary.replace(path)
         _sync_folder(folder)
-        for old in [*find_checkpoints(folder)[KEEP:], *folder.glob(".step-*.safetensors.*.tmp")]:  # a kill leaves these
+        # One of a later step than the run has come to is damaged, and must not push out good ones, such as this.
+        so_far = [old for old in find_checkpoints(folder) if int(old.stem[5:]) <= position["step"]]
+        for old in [*so_far[KEEP:], *folder.glob(".step-*.safetensors.*.tmp")]:  # a kill leaves these
             old.unlink(missing_ok=True)
     except OSError as error:
         with contextlib.suppress(OSError):

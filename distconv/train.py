@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import itertools
 import platform
-import shutil
-import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -18,6 +14,7 @@ from distconv.comm.launched import launcher_rank
 from distconv.comm.start import run_command, start
 from distconv.comm.world import World, blas_threads
 from distconv.config import Config
+from distconv.folder import check_folder, held_folder, make_ready, write_text
 from distconv.stopping import StopRequest
 
 if TYPE_CHECKING:
@@ -47,7 +44,6 @@ def train(settings: Config, world: World, stop: StopRequest) -> int:
     from distconv.comm.placement import place
     from distconv.inputs import load_dataset
     from distconv.kernels.compiled import MUST_COMPILE
-    from distconv.loop import train as records
     from distconv.runlog import RunLog
     from distconv.wiring import build_run
 
@@ -55,9 +51,11 @@ def train(settings: Config, world: World, stop: StopRequest) -> int:
     world.agree("the command line or the version", f"{__version__} {settings.toml()}", "start all ranks alike")
     with world.together():
         check_settings(settings, world)
-    check_folder(settings, world)  # before anything is fetched or compiled
-    placed = place(world, settings.device, settings.precision)
     log = RunLog(world.rank == 0)
+    if final := check_folder(settings, world):  # before anything is fetched or compiled
+        log.say("this run is finished: nothing is left to do, and nothing was changed")
+        return conclude(final, settings, Path(settings.out), log)
+    placed = place(world, settings.device, settings.precision)
     if MUST_COMPILE:
         log.say("compiling the kernels, once for this version of distconv on this machine: some 10 to 20 s")
     world.at("data")
@@ -67,13 +65,20 @@ def train(settings: Config, world: World, stop: StopRequest) -> int:
     world.at("compile")
     run = build_run(settings, dataset, world, log.say, placed)
     world.at("start")
-    out = make_folder(settings, world)
-    world.error_folder = out / "errors"
+    with held_folder(settings, world, log.say) as out:
+        return train_in(out, run, data_name, log, stop)
+
+
+def train_in(out: Path, run: Run, data_name: str, log: RunLog, stop: StopRequest) -> int:
+    """The training itself, in the folder that is this job's alone; returns the exit code."""
+    from distconv.loop import train as records
+
     checkpoint = resume(run, out, log)
-    with world.together():
-        if world.rank == 0:
-            write_text(out / "config.toml", settings.toml())
+    with run.world.together():
+        if run.world.rank == 0:
+            make_ready(out, run.config, checkpoint, log.say)
         log.open(out / "metrics.jsonl", run.step)
+    run.world.error_folder = out / "errors"
     introduce(run, out, data_name, checkpoint, log)
 
     saver = Saver(run, out / "checkpoints", data_name, log)
@@ -126,63 +131,6 @@ def check_settings(settings: Config, world: World) -> None:
             f"--batch-size {settings.batch_size} with {world.size} ranks: every rank needs at least one image of the "
             f"global batch; use --batch-size {world.size} or more, or fewer ranks"
         )
-
-
-def check_folder(settings: Config, world: World) -> None:
-    """Try whether the folder of the run can be made, and leave nothing behind. Not one that holds another run's files.
-
-    Raises CannotCreateError on all ranks.
-    """
-    with world.together():
-        if world.rank == 0:
-            out = Path(settings.out or "runs")
-            try:
-                str(out).encode()  # config.toml will hold it
-                holds_a_run = (out / "metrics.jsonl").exists() or (out / "checkpoints").exists()
-                new = [folder for folder in (out, *out.parents) if not folder.exists()]
-                out.mkdir(parents=True, exist_ok=True)
-                with tempfile.TemporaryFile(dir=out):
-                    pass
-                for folder in new:
-                    folder.rmdir()
-            except (OSError, ValueError) as error:
-                raise cannot_be_written(out, error) from None
-            if holds_a_run and settings.resume != "auto":
-                raise errors.CannotCreateError(
-                    f"--out {out} holds a run already: with --resume {settings.resume} give a folder of its own"
-                )
-
-
-def make_folder(settings: Config, world: World) -> Path:
-    """Make the folder of the run, without reports of an earlier failure. Raises CannotCreateError on all ranks."""
-    out = Path(settings.out)
-    with world.together():
-        if world.rank == 0:
-            try:
-                if not settings.out:
-                    out = new_folder(settings.model)
-                (out / "checkpoints").mkdir(parents=True, exist_ok=True)
-                shutil.rmtree(out / "errors", ignore_errors=True)
-            except OSError as error:
-                raise cannot_be_written(out, error) from None
-    chosen: Path = world.comm.bcast(out)
-    return chosen
-
-
-def cannot_be_written(out: Path, error: OSError | ValueError) -> errors.CannotCreateError:
-    why = error.strerror if isinstance(error, OSError) else error
-    return errors.CannotCreateError(f"--out {str(out)!r} cannot be written ({why}): give a folder that can be")
-
-
-def new_folder(model: str) -> Path:
-    """Make a folder under runs/ that was not there: two runs may start in the same second."""
-    name = f"{time.strftime('%Y%m%d-%H%M%S')}-{model.split(':')[-1]}"
-    for n in itertools.count(1):
-        path = Path("runs") / f"{name}{f'-{n}' * (n > 1)}"
-        with contextlib.suppress(FileExistsError):
-            path.mkdir(parents=True)
-            break
-    return path
 
 
 def resume(run: Run, out: Path, log: RunLog) -> Checkpoint | None:
@@ -262,17 +210,10 @@ def finish(run: Run, out: Path, log: RunLog) -> int:
     correct = count_correct(
         run.model, run.parameters, run.dataset.test_images, run.dataset.test_labels, run.world, run.engine
     )
-    log.write(
-        "final",
-        step=run.step,
-        test_accuracy=correct / total,
-        correct=correct,
-        total=total,
-        parameters_sha256=run.parameters.digest(),
-    )
+    final = {"step": run.step, "test_accuracy": correct / total, "correct": correct, "total": total}
+    log.write("final", **final, parameters_sha256=run.parameters.digest())
     log.close()
     run.world.at("end")
-    missed = correct / total < run.config.target_accuracy
     with run.world.together():
         if run.world.rank == 0:
             metrics = read_metrics(out / "metrics.jsonl")
@@ -280,17 +221,20 @@ def finish(run: Run, out: Path, log: RunLog) -> int:
             if steps := [record for record in metrics if record["event"] == "step"]:
                 log.say(describe_steps(steps, run.world.size))
             write_text(out / "DONE", f"{run.step}\n")
-    log.say(f"test accuracy {correct / total:.2%} ({correct:,} of {total:,}); model, metrics and curves are in {out}")
+    return conclude(final, run.config, out, log)
+
+
+def conclude(final: Mapping[str, Any], settings: Config, out: Path, log: RunLog) -> int:
+    """Say how good the model of a finished run is; exit code 1 where the target is missed."""
+    accuracy = final["test_accuracy"]
+    log.say(
+        f"test accuracy {accuracy:.2%} ({final['correct']:,} of {final['total']:,}); "
+        f"model, metrics and curves are in {out}"
+    )
+    missed = accuracy < settings.target_accuracy
     if missed:
-        log.say(f"the target accuracy {run.config.target_accuracy:.2%} was missed")
+        log.say(f"the target accuracy {settings.target_accuracy:.2%} was missed")
     return int(missed)
-
-
-def write_text(path: Path, text: str) -> None:
-    try:
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise errors.StorageError(f"{path} cannot be written: {error}") from None
 
 
 def draw(metrics: Sequence[Mapping[str, Any]], run: Run, out: Path) -> None:

@@ -146,6 +146,15 @@ def test_damaged_ones_never_push_out_the_good_one(tmp_path: Path) -> None:
         assert_holds(newest_good(tmp_path)[0], step)
 
 
+def test_damaged_ones_of_later_steps_leave_a_new_one_its_place(tmp_path: Path) -> None:
+    for step in (20, 30, 40):
+        (tmp_path / f"step-{step:010d}.safetensors").write_bytes(b"torn")
+    for step in range(11, 16):
+        write(tmp_path, step)
+        assert_holds(newest_good(tmp_path)[0], step)
+    assert len(find_checkpoints(tmp_path)) == 3 + files.KEEP
+
+
 def test_bad_ones_alone_are_an_error_that_names_them_all(tmp_path: Path) -> None:
     paths = [write(tmp_path, step) for step in (1, 2)]
     for path in paths:

@@ -18,7 +18,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 FLOORS = (
     ("train", "evaluate", "misclassified", "prove", "bench", "doctor", "__main__"),  # commands, which nobody imports
     ("benchmarks", "checkup"),
-    ("inputs", "wiring"),
+    ("inputs", "wiring", "folder"),
     ("loop", "checkpoint", "runlog", "plots", "pickled", "launcher", "stopping"),
     ("engine", "replicas"),
     ("run",),

@@ -1,0 +1,334 @@
+"""The folder of a run is safe: from a second job, from a changed command, and what is not distconv's in it."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from distconv import folder
+from distconv.checkpoint import find_checkpoints, load_checkpoint
+from distconv.config import Config
+from distconv.errors import CannotCreateError, MismatchError, MissingInputError
+from distconv.runlog import read_metrics
+from tests import jobs
+from tests.test_failures import QUICK, assert_one_sentence
+from tests.test_start import spoken
+from tests.test_stopping import training
+
+# What rank 0 needs of a World, where nobody else is.
+ALONE: Any = SimpleNamespace(rank=0, together=contextlib.nullcontext, comm=SimpleNamespace(bcast=lambda x: x))
+
+
+def run(out: Path, *more: str | Path, ranks: int = 0) -> subprocess.CompletedProcess[str]:
+    return jobs.run(ranks, "-m", "distconv.train", *QUICK, "--out", out, *more)
+
+
+def look(out: Path, **changed: Any) -> Any:
+    """What a run of these settings sees when it looks at its folder, before it starts."""
+    quick = {"data": "digits", "limit_train": 150, "batch_size": 32, "eval_samples": 40, "epochs": 2}
+    return folder.check_folder(Config(**{**quick, "out": str(out), **changed}), ALONE)
+
+
+def everything(path: Path) -> dict[str, tuple[int, bytes]]:
+    """What is in a folder: when each file was changed, and its content."""
+    return {str(p): (p.lstat().st_mtime_ns, p.read_bytes() if p.is_file() else b"") for p in [path, *path.rglob("*")]}
+
+
+def events(out: Path) -> list[str]:
+    return [record["event"] for record in read_metrics(out / "metrics.jsonl")]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of two epochs of five steps."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    assert run(out).returncode == 0
+    return out
+
+
+@pytest.fixture
+def finished(whole: Path, tmp_path: Path) -> Path:
+    """A copy of it that may be spoilt."""
+    return Path(shutil.copytree(whole, tmp_path / "copy"))
+
+
+# --- what is not distconv's
+
+
+def put(path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(
+        '{"event": "start", "step": 3, "versions": {"another": 1}}\n[1]\n{"versions": 5, "event": "start"}\n'
+    )
+
+
+@pytest.mark.parametrize("name", ["config.toml", "metrics.jsonl", "curves.png", "DONE", "errors/notes.txt"])
+def test_a_folder_where_somebody_elses_file_would_be_lost_is_refused(tmp_path: Path, name: str) -> None:
+    put(tmp_path / name)
+    before = everything(tmp_path)
+    with pytest.raises(CannotCreateError, match=name.split("/")[0]):
+        look(tmp_path)
+    assert everything(tmp_path) == before
+
+
+def test_the_refusal_is_one_sentence_for_all_ranks(tmp_path: Path) -> None:
+    (tmp_path / "config.toml").write_text("mine = true\n")
+    result = run(tmp_path, ranks=2)
+    (line,) = spoken(result.stderr)
+    assert result.returncode == 73 and all(part in line for part in (str(tmp_path), "config.toml", "did not make"))
+    assert [path.name for path in tmp_path.iterdir()] == ["config.toml"]
+
+
+def test_a_link_to_nowhere_is_somebody_elses_too(tmp_path: Path) -> None:
+    (tmp_path / "config.toml").symlink_to("/there/is/none")
+    with pytest.raises(CannotCreateError, match=r"config\.toml"):
+        look(tmp_path)
+
+
+def test_a_log_that_the_shell_has_put_there_does_not_matter(tmp_path: Path) -> None:
+    script = 'mkdir "$1"; cd "$1"; shift; exec "$@" > log.txt'
+    train = [sys.executable, "-m", "distconv.train", *QUICK, "--epochs", "1", "--out", "."]
+    result = jobs.run(None, "sh", "-c", script, "sh", tmp_path / "run", *train, PYTHONPATH=str(jobs.ROOT))
+    assert result.returncode == 0, result.stderr
+    assert "test accuracy" in (tmp_path / "run" / "log.txt").read_text() and (tmp_path / "run" / "DONE").exists()
+
+
+def test_reports_of_failures_go_but_what_somebody_put_beside_them_is_kept(finished: Path) -> None:
+    put(finished / "errors" / "rank-1.json")
+    put(finished / "errors" / "notes.txt")
+    assert_one_sentence(run(finished, "--epochs", "3"), 73, "errors/notes.txt")
+    assert len(list((finished / "errors").iterdir())) == 2
+    (finished / "errors" / "notes.txt").unlink()
+    assert run(finished, "--epochs", "3").returncode == 0
+    assert not (finished / "errors").exists()
+
+
+def test_a_run_made_before_folders_were_marked_goes_on(finished: Path) -> None:
+    (finished / folder.LOCK).unlink()
+    assert run(finished, "--epochs", "3").returncode == 0
+    assert events(finished).count("step") == 15
+
+
+# --- one job at a time
+
+
+def test_a_second_job_is_told_who_has_the_folder_and_disturbs_nothing(tmp_path: Path) -> None:
+    first = training(tmp_path / "run")
+    held_by = (tmp_path / "run" / folder.LOCK).read_text().split()[1]
+    assert held_by in {str(rank.pid) for rank in first.ranks()}
+    (tmp_path / "link").symlink_to("run")
+    second = run(tmp_path / "link", ranks=2)
+    (line,) = spoken(second.stderr)
+    assert (
+        second.returncode == 73 and f"in use by another job (pid {held_by} on {socket.gethostname()} since 20" in line
+    )
+    first.process.send_signal(signal.SIGUSR1)
+    assert first.finish(20).returncode == 75
+    steps = [record["step"] for record in read_metrics(tmp_path / "run" / "metrics.jsonl") if record["event"] == "step"]
+    newest = load_checkpoint(find_checkpoints(tmp_path / "run" / "checkpoints")[0])
+    assert steps == list(range(1, newest.position["step"] + 1))
+
+
+def held(out: Path, say: Any = pytest.fail) -> contextlib.AbstractContextManager[Path]:
+    return folder.held_folder(Config(out=str(out)), ALONE, say)
+
+
+def test_a_job_that_has_ended_holds_the_folder_no_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(folder, "PATIENCE", 0.0)
+    for _ in range(2):  # in one process, as in a notebook
+        with held(tmp_path), pytest.raises(CannotCreateError, match=f"pid {os.getpid()} on {socket.gethostname()}"):
+            held(tmp_path).__enter__()
+
+
+HOLDING = """
+import fcntl, sys
+file = open(sys.argv[1], "a+")
+fcntl.flock(file, fcntl.LOCK_EX)
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_restart_waits_for_a_killed_job_that_is_still_dying(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    command = [sys.executable, "-c", HOLDING, str(tmp_path / folder.LOCK)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as dying:
+        assert dying.stdout is not None and dying.stdout.readline() == "held\n"
+
+        def die(seconds: float) -> None:
+            dying.kill()
+            dying.wait()
+
+        monkeypatch.setattr(folder, "time", SimpleNamespace(**{**vars(folder.time), "sleep": die}))
+        with held(tmp_path):
+            assert dying.returncode == -signal.SIGKILL
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK])
+def test_a_file_system_without_locks_is_told_once_and_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def flock(*arguments: Any) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(folder, "fcntl", SimpleNamespace(**{**vars(folder.fcntl), "flock": flock}))
+    said: list[str] = []
+    for job in (1, 2):
+        assert look(tmp_path) is None
+        with held(tmp_path, said.append):
+            assert len(said) == job and os.strerror(number) in said[-1]
+
+
+# --- a run that is finished
+
+
+def test_a_finished_run_asked_again_says_so_and_changes_nothing(finished: Path) -> None:
+    before, accuracy = everything(finished), read_metrics(finished / "metrics.jsonl")[-1]["test_accuracy"]
+    for target, code in (("0", 0), ("0.99", 1)):
+        result = run(finished, "--target-accuracy", target, "--checkpoint-seconds", "9", ranks=2)
+        assert result.returncode == code, result.stderr
+        assert "is finished" in result.stdout and f"test accuracy {accuracy:.2%}" in result.stdout
+        assert ("99.00% was missed" in result.stdout) == bool(code)
+    assert everything(finished) == before
+
+
+@pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("unshare"), reason="only root may mount a folder read-only")
+def test_a_finished_run_on_a_disk_that_cannot_be_written_says_so(finished: Path) -> None:
+    script = 'mount --bind "$1" "$1" && mount -o remount,ro,bind "$1" && shift && exec "$@"'
+    train = [sys.executable, "-m", "distconv.train", *QUICK, "--out"]
+
+    def read_only(*more: str) -> subprocess.CompletedProcess[str]:
+        return jobs.run(None, "unshare", "--mount", "sh", "-c", script, "sh", finished, *train, finished, *more)
+
+    result = read_only()
+    assert result.returncode == 0 and "is finished" in result.stdout, result.stderr
+    assert_one_sentence(read_only("--epochs", "3"), 73, str(finished), "cannot be written (Read-only file system)")
+
+
+VAIN = [("lr", 0.5, "lr is now 0.5, was 0.001"), ("epochs", 1, "epochs is now 1, after 2"), ("wire", "float32", "wire")]
+
+
+@pytest.mark.parametrize(("setting", "value", "said"), VAIN)
+def test_a_change_that_would_train_nothing_is_refused(finished: Path, setting: str, value: Any, said: str) -> None:
+    before = everything(finished)
+    with pytest.raises(MismatchError, match=said):
+        look(finished, **{setting: value})
+    assert everything(finished) == before
+    (finished / "DONE").unlink()  # as if killed when it had trained, and before it was finished
+    (finished / folder.LOCK).unlink()
+    before = everything(finished)
+    assert_one_sentence(run(finished, f"--{setting}", str(value)), 78, said, "nothing would be trained")
+    (finished / folder.LOCK).unlink()
+    assert {**everything(finished), str(finished): ()} == {**before, str(finished): ()}
+
+
+def test_a_finished_run_that_goes_on_is_not_done_until_it_is(finished: Path) -> None:
+    job = jobs.Job(0, ["-m", "distconv.train", *QUICK, "--out", finished, "--epochs", "500"])
+    jobs.wait_until(lambda: events(finished).count("step") > 10, job)
+    assert not (finished / "DONE").exists()
+    job.process.send_signal(signal.SIGUSR1)
+    assert job.finish(20).returncode == 75
+
+
+def test_a_finished_run_goes_on_where_its_model_is_lost(finished: Path) -> None:
+    newest, older = find_checkpoints(finished / "checkpoints")[:2]
+    newest.unlink()
+    assert look(finished, epochs=1) is None  # nor is it one of one epoch, whose accuracy nobody has measured
+    result = run(finished)
+    assert result.returncode == 0 and f"going on from {older}" in result.stdout
+    assert load_checkpoint(newest).position["step"] == 10
+
+
+# --- checkpoints that are gone, or damaged
+
+
+def keep_metrics(out: Path, count: int) -> None:
+    """Leave the first records only, as of a run that was killed then."""
+    (out / "DONE").unlink()
+    lines = (out / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (out / "metrics.jsonl").write_text("".join(lines[:count]))
+
+
+@pytest.mark.parametrize(("folder_too", "records"), [(True, 99), (False, 99), (False, 9), (True, 9), (True, 4)])
+def test_metrics_are_not_forgotten_where_the_checkpoints_are_gone(
+    finished: Path, folder_too: bool, records: int
+) -> None:
+    if records < 99:
+        keep_metrics(finished, records)
+    shutil.rmtree(finished / "checkpoints")
+    if not folder_too:
+        (finished / "checkpoints").mkdir()
+    before = everything(finished)
+    with pytest.raises(MissingInputError, match=f"{finished}/metrics.jsonl .*{finished}/checkpoints: put them back"):
+        look(finished)
+    assert everything(finished) == before
+
+
+def test_a_run_that_was_killed_before_its_first_checkpoint_starts_again_and_says_so(finished: Path) -> None:
+    keep_metrics(finished, 4)
+    for path in find_checkpoints(finished / "checkpoints"):
+        path.unlink()
+    result = run(finished)
+    assert result.returncode == 0 and "no checkpoint yet: the run starts again, without the 3 steps" in result.stdout
+    assert events(finished).count("step") == 10
+
+
+def test_a_run_whose_checkpoints_have_all_been_set_aside_starts_again(finished: Path) -> None:
+    keep_metrics(finished, 9)
+    for path in find_checkpoints(finished / "checkpoints"):
+        path.rename(path.with_name(f"diverged-{path.name}"))
+    assert look(finished) is None
+
+
+def test_damaged_checkpoints_of_later_steps_push_out_no_good_ones(finished: Path) -> None:
+    for step in (12, 14, 17):  # which the run will pass, between its own
+        (finished / "checkpoints" / f"step-{step:010d}.safetensors").write_bytes(b"torn %d" % step)
+    result = run(finished, "--epochs", "4", "--checkpoint-seconds", "0")
+    assert result.returncode == 0 and result.stdout.count("passed over: ") == 3, result.stderr
+    steps = [load_checkpoint(path).position["step"] for path in find_checkpoints(finished / "checkpoints")]
+    assert steps == [20, 19, 18]
+    for step in (12, 14, 17):
+        path = finished / "checkpoints" / f"damaged-step-{step:010d}.safetensors"
+        assert path.read_bytes() == b"torn %d" % step and str(path) in result.stdout
+
+
+# --- other ways to name a folder
+
+
+def test_a_checkpoint_of_another_run_starts_one_in_a_folder_of_its_own(whole: Path, tmp_path: Path) -> None:
+    before, newest = everything(whole), find_checkpoints(whole / "checkpoints")[0]
+    result = run(tmp_path / "new", "--resume", newest, "--epochs", "3")
+    assert result.returncode == 0 and f"going on from {newest}, after step 10 of 15" in result.stdout
+    assert_one_sentence(
+        run(tmp_path / "newer", "--resume", newest, "--epochs", "1"), 78, "epochs is now 1", str(newest)
+    )
+    assert everything(whole) == before
+
+
+def test_a_link_and_a_relative_path_are_the_same_folder(finished: Path) -> None:
+    (finished.parent / "link").symlink_to(finished.name)
+    script = 'cd "$1"; shift; exec "$@"'
+    train = [sys.executable, "-m", "distconv.train", *QUICK, "--epochs", "3", "--out", "link"]
+    go_on = ("sh", "-c", script, "sh", finished.parent, *train)
+    assert jobs.run(None, *go_on, PYTHONPATH=str(jobs.ROOT)).returncode == 0
+    assert events(finished).count("step") == 15
+    assert "is finished" in run(finished, "--epochs", "3").stdout
+    assert "is finished" in jobs.run(None, *go_on, PYTHONPATH=str(jobs.ROOT)).stdout
+
+
+def test_config_toml_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
+    folder.write_text(tmp_path / "config.toml", "lr = 1.0\n")
+    limit = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (5, 5)); from pathlib import Path; "
+    write = "from distconv.folder import write_text; write_text(Path(sys.argv[1]), 'lr = 2.0, which is too long')"
+    assert jobs.run(0, "-c", limit + write, tmp_path / "config.toml").returncode == 1
+    assert (tmp_path / "config.toml").read_text() == "lr = 1.0\n"
