@@ -1,4 +1,4 @@
-"""Start a job of our own: what `prove` and `bench scaling` do to compare numbers of ranks."""
+"""Start a job of our own: what `launch` does, and `prove` and `bench scaling` to compare numbers of ranks."""
 
 from __future__ import annotations
 
@@ -65,17 +65,27 @@ def job_starter(command: str | None) -> list[str]:
     return [mpirun()]
 
 
+def job_command(starter: Sequence[str], ranks: int, arguments: Sequence[str]) -> list[str]:
+    """The words of `python arguments...` on so many ranks."""
+    return [*starter, "-n", str(ranks), sys.executable, *arguments]
+
+
+def job_environment() -> dict[str, str]:
+    """This environment, and what an mpirun wants to be told before it starts any ranks that we ask for."""
+    # In an allocation, Open MPI would put all ranks on its first host.
+    permissions = ROOT_MAY_RUN if in_an_allocation() else ROOT_MAY_RUN | MORE_RANKS_THAN_CORES
+    return {**os.environ, **permissions}
+
+
 def run_job(starter: Sequence[str], ranks: int, arguments: Sequence[str], seconds: float) -> str:
     """Run `python arguments...` on so many ranks and return its standard output.
 
     Raises DistconvError with what the job said where it fails or takes longer than `seconds`.
     """
-    command = [*starter, "-n", str(ranks), sys.executable, *arguments]
-    # In an allocation, Open MPI would put all ranks on its first host.
-    permissions = ROOT_MAY_RUN if in_an_allocation() else ROOT_MAY_RUN | MORE_RANKS_THAN_CORES
+    command = job_command(starter, ranks, arguments)
     with subprocess.Popen(
         command,
-        env={**os.environ, **permissions},
+        env=job_environment(),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -94,7 +104,7 @@ def run_job(starter: Sequence[str], ranks: int, arguments: Sequence[str], second
     return out
 
 
-def end(process: subprocess.Popen[str]) -> None:
+def end(process: subprocess.Popen[Any]) -> None:
     """End a job with its ranks, which its mpirun can do only if it is asked to."""
     process.terminate()
     try:
