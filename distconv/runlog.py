@@ -65,12 +65,15 @@ class RunLog:
             raise StorageError(f"{path} cannot be written: {error}") from None
 
     def write(self, event: str, **fields: Any) -> None:
-        """One line of metrics; numbers that are not finite become null, as JSON has none. Raises StorageError."""
+        """One line of metrics, with the time of day (seconds since 1970). Raises StorageError.
+
+        Numbers that are not finite become null, as JSON has none.
+        """
         if self.file is None:
             return
         clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in fields.items()}
         try:
-            self.file.write(json.dumps({"event": event, **clean}) + "\n")
+            self.file.write(json.dumps({"event": event, "time": round(time.time(), 3), **clean}) + "\n")
             self.file.flush()
         except OSError as error:
             raise StorageError(f"{self.file.name} cannot be written: {error}") from None

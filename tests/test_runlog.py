@@ -7,6 +7,7 @@ import json
 import math
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -27,6 +28,11 @@ RECORDS = [
 ]
 
 
+def written(path: Path) -> list[dict]:
+    """The records of a file without their times."""
+    return [{key: value for key, value in record.items() if key != "time"} for record in read_metrics(path)]
+
+
 def lines(records: list[dict]) -> str:
     return "".join(json.dumps(record) + "\n" for record in records)
 
@@ -43,11 +49,18 @@ def test_what_is_written_is_on_disk_at_once_one_object_a_line(tmp_path: Path) ->
     log.open(path, 0)
     log.write("step", step=1, train_loss=0.5, text='odd "text"\nin two lines')
     expected = {"event": "step", "step": 1, "train_loss": 0.5, "text": 'odd "text"\nin two lines'}
-    assert [json.loads(line) for line in path.read_text().splitlines()] == [
-        expected
-    ]  # before close: a kill loses nothing
+    (line,) = path.read_text().splitlines()  # before close: a kill loses nothing
     log.close()
-    assert read_metrics(path) == [expected]
+    assert written(path) == [expected] and json.loads(line) == read_metrics(path)[0]
+
+
+def test_a_record_tells_when_it_was_written(tmp_path: Path) -> None:
+    path, log = tmp_path / "metrics.jsonl", RunLog(True)
+    log.open(path, 0)
+    before = time.time()
+    log.write("step", step=1)
+    log.close()
+    assert before - 0.001 <= read_metrics(path)[0]["time"] <= time.time() + 0.001
 
 
 def test_numbers_that_are_not_finite_become_null(tmp_path: Path) -> None:
@@ -56,6 +69,7 @@ def test_numbers_that_are_not_finite_become_null(tmp_path: Path) -> None:
     log.write("step", a=math.nan, b=math.inf, c=-math.inf, d=0.0, e=1e308)
     log.close()
     strict = json.loads(path.read_text(), parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    assert math.isfinite(strict.pop("time"))
     assert strict == {"event": "step", "a": None, "b": None, "c": None, "d": 0.0, "e": 1e308}
 
 
@@ -66,7 +80,7 @@ def test_a_resumed_run_forgets_what_lies_after_its_step_and_its_end(path: Path, 
     log.write("start", resumed_step=step)
     log.close()
     kept = [record for record in RECORDS if record["event"] != "final" and record.get("step", 0) <= step]
-    assert read_metrics(path) == [*kept, {"event": "start", "resumed_step": step}]
+    assert written(path) == [*kept, {"event": "start", "resumed_step": step}]
     assert [name.name for name in path.parent.iterdir()] == [path.name]
 
 
@@ -78,7 +92,7 @@ def test_a_torn_last_line_is_passed_over_and_not_written_on(path: Path, length: 
     log.open(path, 3)
     log.write("epoch", step=3, epoch=1)
     log.close()
-    assert path.read_text() == lines(RECORDS[:5])
+    assert written(path) == RECORDS[:5] and len(path.read_text().splitlines()) == 5
 
 
 @pytest.mark.parametrize("damage", [b"\0\0\0\0\n", b"\n", b"nonsense\n", b"[1, 2]\n", b"3\n", b"\xff\xfe\x80\n"])

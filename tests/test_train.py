@@ -19,6 +19,7 @@ from tests import jobs
 QUICK = ("--data", "digits", "--limit-train", "150", "--batch-size", "32", "--eval-samples", "40")  # 5 steps an epoch
 TIMINGS = {
     "out",
+    "time",
     "images_per_second",
     "compute_seconds",
     "exchange_seconds",
