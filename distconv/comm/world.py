@@ -102,6 +102,8 @@ class World:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if error is None or (isinstance(error, DistconvError) and error.everywhere):
+            if error is not None and self.rank == 0:
+                self._leave_report(error, error.exit_code)
             self.wait()  # srun -K ends the others once the first has left with an exit code, and one may still write
             self.watch.stop()
             self.wait()  # nobody ends while another one still watches
@@ -165,27 +167,35 @@ class World:
         return 1
 
     def _report(self, error: BaseException, code: int) -> None:
-        """Write errors/rank-R.json and, if no other rank has done so before, say what happened."""
-        sentence = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-        text = "".join(traceback.format_exception(error))
-        first = self.error_folder is not None or claim("failed")
-        if self.error_folder is not None:
-            with contextlib.suppress(OSError):
+        """Leave a report and, if no other rank has done so before, say what happened."""
+        first = claim("failed") if self.error_folder is None else self._leave_report(error, code)
+        if first:
+            text, sentence = "", str(error)
+            if not isinstance(error, DistconvError):
+                text, sentence = "".join(traceback.format_exception(error)), _sentence(error)
+            job = f"distconv: rank {self.rank} of {self.size} failed and ends the job: {sentence}\n"
+            sys.stderr.write(text + job)
+
+    def _leave_report(self, error: BaseException, code: int) -> bool:
+        """Write errors/rank-R.json, if there is a folder for it; whether no other rank has done so before."""
+        first = True
+        with contextlib.suppress(OSError):
+            if self.error_folder is not None:
                 try:
                     self.error_folder.mkdir()  # whoever makes the folder is the first to fail
                 except FileExistsError:
                     first = False
-                self._write_report(self.rank, sentence, code, text)
-        if first:
-            if isinstance(error, DistconvError):
-                text, sentence = "", str(error)
-            job = f"distconv: rank {self.rank} of {self.size} failed and ends the job: {sentence}\n"
-            sys.stderr.write(text + job)
+                self._write_report(self.rank, _sentence(error), code, "".join(traceback.format_exception(error)))
+        return first
 
     def _write_report(self, rank: int, error: str, code: int, text: str) -> None:
         report = {"rank": rank, "host": socket.gethostname(), "error": error, "exit_code": code, "traceback": text}
         assert self.error_folder is not None
         (self.error_folder / f"rank-{rank}.json").write_text(json.dumps(report, indent=1) + "\n")
+
+
+def _sentence(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
 
 
 def end_job(code: int) -> NoReturn:
