@@ -13,6 +13,7 @@ from distconv.config import Parser
 
 COMMANDS = {  # each a module of this package, with a main of its own
     "train": "train a network across MPI ranks",
+    "launch": "train, and start again after accidents; starts mpirun itself",
     "evaluate": "test accuracy of a saved model in three precisions",
     "misclassified": "draw the test images that a saved model gets wrong",
     "prove": "show that N ranks compute what one rank computes",

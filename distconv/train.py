@@ -82,6 +82,8 @@ def train_in(out: Path, run: Run, data_name: str, log: RunLog, stop: StopRequest
     introduce(run, out, data_name, checkpoint, log)
 
     saver = Saver(run, out / "checkpoints", data_name, log)
+    if settings.resume not in config.RESUME:
+        saver.save()  # for a start after an accident, which must not begin with that file again
     stop.can_save = True
     try:
         code = follow(records(run, stop.requested, saver.is_due), run, saver, out, log)

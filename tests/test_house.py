@@ -16,9 +16,10 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # From the roof down: who stands on a floor may use what lies below, and a folder's files one another.
 FLOORS = (
-    ("train", "evaluate", "misclassified", "prove", "bench", "doctor", "__main__"),  # commands, which nobody imports
+    # Commands, which nobody imports.
+    ("train", "launch", "evaluate", "misclassified", "prove", "bench", "doctor", "__main__"),
     ("benchmarks", "checkup"),
-    ("inputs", "wiring", "folder"),
+    ("inputs", "wiring", "folder", "supervisor"),
     ("loop", "checkpoint", "runlog", "plots", "pickled", "launcher", "stopping"),
     ("engine", "replicas"),
     ("run",),

@@ -1,0 +1,82 @@
+"""`python -m distconv.launch -n 4 -- FLAGS`: distconv.train, started again after accidents. Flags -> supervisor."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from distconv import config
+from distconv.comm.start import run_command
+from distconv.comm.voice import write
+from distconv.config import Parser
+from distconv.errors import CannotCreateError, UsageError
+from distconv.folder import new_folder
+from distconv.launcher import job_command, job_starter, refuse_to_nest
+from distconv.supervisor import Supervisor
+
+
+def main(argv: Sequence[str]) -> int:
+    flags, train = from_command_line(argv)
+    settings, print_only = config.from_command_line(train)
+    if print_only:
+        print(settings.toml(), end="")
+        return 0
+    refuse_to_nest("launch")
+    starter = job_starter(flags.mpirun)
+    try:
+        out = Path(settings.out) if settings.out else new_folder(settings.model)
+    except OSError as error:
+        raise CannotCreateError(f"no folder can be made in runs/ ({error.strerror}): give one by --out") from None
+
+    def command(restart: int, step: int) -> list[str]:
+        """The first start obeys --resume; a later one goes on from what it finds."""
+        resume = ["--resume", "auto"] if restart and (step or settings.resume == "never") else []
+        return job_command(starter, flags.ranks, ["-m", "distconv.train", *train, "--out", str(out), *resume])
+
+    supervisor = Supervisor(command, out, flags.restarts)
+    code = supervisor.run()
+    if supervisor.has_trained():
+        write(supervisor.summary())
+    return code
+
+
+def from_command_line(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """The supervisor's own flags, and those of distconv.train. Raises UsageError."""
+    parser = Parser(
+        prog="python -m distconv.launch",
+        usage="python -m distconv.launch -n RANKS [--restarts N] [--mpirun COMMAND] -- FLAGS OF distconv.train",
+        description="Train, and after an accident start again from the last good checkpoint, at once, or after a pause "
+        "that\ngrows where no new checkpoint is made. Starts mpirun by itself.\n\n"
+        "It ends with the job's exit code: done; a mistake that another start would not mend; twice the same error at\n"
+        "the same step. SIGTERM, SIGUSR1 or Ctrl-C: the job stops with a checkpoint, and this ends with 75; the same\n"
+        "command with the same --out goes on. A second Ctrl-C ends the job at once.\n\n"
+        "At the end it says the goodput: the share of its own time that got the run ahead for good. From each first\n"
+        "step to the last record that stays in metrics.jsonl, all counts: steps, evaluations, checkpoints. What does\n"
+        "not: to start, steps that were lost and are done again, pauses, the curves at the end.",
+        epilog="examples:\n"
+        "  python -m distconv.launch -n 4 -- --data mnist --epochs 20\n"
+        "  python -m distconv.launch -n 8 --mpirun 'srun --mpi=pmi2 -K' -- --out runs/mine",
+    )
+    parser.add_argument("-n", "--ranks", type=int, required=True, help="how many ranks train")
+    parser.add_argument(
+        "--restarts", type=int, default=10, metavar="N", help="in a row, without a new checkpoint (default: 10)"
+    )
+    parser.add_argument(
+        "--mpirun",
+        metavar="COMMAND",
+        help="what starts ranks and passes SIGUSR1 on to them, as 'srun --mpi=pmi2' (default: mpirun)",
+    )
+    dashes = list(argv).index("--") if "--" in argv else len(argv)
+    flags, unknown = parser.parse_known_args(argv[:dashes])
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}: the flags of distconv.train stand behind --")
+    if flags.ranks < 1:
+        raise UsageError(f"-n {flags.ranks}: expected a number of ranks from 1")
+    if flags.restarts < 0:
+        raise UsageError(f"--restarts {flags.restarts}: expected a number from 0")
+    return flags, list(argv[dashes + 1 :])
+
+
+if __name__ == "__main__":
+    run_command(main)

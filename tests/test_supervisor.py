@@ -1,0 +1,442 @@
+"""distconv.launch: accidents are mended, mistakes are not repeated, a stop is a stop, and nothing is left behind."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import signal
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+
+from distconv.runlog import read_metrics
+from distconv.supervisor import last_record, useful_seconds
+from tests import jobs
+from tests.test_failures import FAILING, QUICK
+from tests.test_train import parameters
+
+# Stands for mpirun and its job. Each start does what the next part of PLAY says; the last one is repeated.
+JOB = """
+import json, os, pathlib, signal, subprocess, sys, time
+out = pathlib.Path(sys.argv[sys.argv.index("--out") + 1])
+for folder in (out, out / "checkpoints", out / "errors"):
+    folder.mkdir(exist_ok=True)
+
+def note(name, **fields):
+    with (out / name).open("a") as file:
+        file.write(json.dumps(fields) + chr(10))
+
+def trains(step):
+    note("metrics.jsonl", event="start")
+    note("metrics.jsonl", event="step", step=step)
+
+def saves(step):
+    trains(step)
+    (out / f"checkpoints/step-{step:010d}.safetensors").touch()
+
+def fails(error, code=1):
+    report = {"rank": 1, "host": "n1", "error": error, "exit_code": code}
+    (out / "errors/rank-1.json").write_text(json.dumps(report))
+    sys.exit(code)
+
+def finishes(code=0):
+    note("metrics.jsonl", event="final")
+    (out / "DONE").touch()
+    sys.exit(code)
+
+def killed(number=9):
+    signal.pthread_sigmask(signal.SIG_SETMASK, [])
+    os.kill(os.getpid(), number)
+
+def waits():
+    "For signals, and half a second longer for more of them; to the launcher's own process, not to its group."
+    numbers = [signal.SIGUSR1, signal.SIGINT, signal.SIGTERM]
+    signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
+    note("waits")
+    got = signal.sigtimedwait(numbers, 30)
+    while got:
+        note("signals", number=got.si_signo)
+        got = signal.sigtimedwait(numbers, 0.5)
+
+def leaves():
+    "A process that no signal to this one, its group or its session reaches."
+    code = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(60)"
+    child = subprocess.Popen([sys.executable, "-c", code], start_new_session=True)
+    note("left", pid=child.pid)
+
+note("starts", arguments=sys.argv[1:])
+plays = os.environ["PLAY"].split(" | ")
+number = len((out / "starts").read_text().splitlines())
+exec(plays[min(number, len(plays)) - 1])
+"""
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    (tmp_path / "job.py").write_text(JOB)
+    return tmp_path / "run"
+
+
+def supervise(out: Path, play: str, *flags: str, train: tuple[str, ...] = ()) -> jobs.Job:
+    """distconv.launch with a stand-in for mpirun and its job."""
+    starter = shlex.join([sys.executable, str(out.parent / "job.py")])
+    arguments = ["-m", "distconv.launch", "-n", "2", "--mpirun", starter, *flags, "--", "--out", out, *train]
+    return jobs.Job(0, arguments, PLAY=play)
+
+
+def lines(path: Path) -> list[dict[str, object]]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def starts(out: Path) -> int:
+    return len(lines(out / "starts"))
+
+
+@pytest.mark.parametrize("code", [2, 65, 66, 69, 73, 75, 78])
+def test_what_another_start_would_not_mend_ends_at_once_with_its_code(out: Path, code: int) -> None:
+    assert supervise(out, f"sys.exit({code})").finish(20).returncode == code
+    assert starts(out) == 1
+
+
+@pytest.mark.parametrize("code", [0, 1])  # 1: the target accuracy is missed
+def test_a_run_that_is_done_is_not_repeated(out: Path, code: int) -> None:
+    assert supervise(out, f"finishes({code})").finish(20).returncode == code
+    assert starts(out) == 1
+
+
+def test_whatever_else_happens_to_a_job_it_is_started_again(out: Path) -> None:
+    accidents = [
+        *(f"sys.exit({code})" for code in (0, 1, 9, 11, 70, 74, 76, 134, 135, 137, 139, 255)),
+        *(f"killed({number})" for number in (9, 11, 6)),
+        "fails('OSError: the disk is gone', 74)",
+    ]
+    play = " | ".join(f"saves({step}); {accident}" for step, accident in enumerate(accidents, 1))
+    result = supervise(out, f"{play} | finishes()").finish(60)
+    assert result.returncode == 0 and starts(out) == len(accidents) + 1
+    for part in ("exit code 0, but without DONE", "exit code 137 (SIGKILL)", "rank 1 on n1 failed: OSError: the disk"):
+        assert part in result.stderr
+    assert f"{len(accidents)} restarts" in result.stderr.splitlines()[-1]
+
+
+def test_done_of_an_earlier_run_does_not_make_an_accident_a_success(out: Path) -> None:
+    """As where a finished run was asked for more epochs."""
+    result = supervise(out, "(out / 'DONE').touch(); saves(1); sys.exit(0) | finishes()").finish(20)
+    assert result.returncode == 0 and starts(out) == 2
+
+
+def test_the_same_error_at_the_same_step_is_not_tried_a_third_time(out: Path) -> None:
+    result = supervise(
+        out, "saves(1); trains(3); fails('ValueError: odd', 70) | trains(3); fails('ValueError: odd', 70)"
+    )
+    ended = result.finish(20)
+    assert ended.returncode == 70 and starts(out) == 2
+    for part in ("rank 1 on n1 failed: ValueError: odd", "twice in a row after step 3", str(out / "errors")):
+        assert part in ended.stderr
+
+
+@pytest.mark.parametrize("other", ["trains(4); fails('ValueError: odd')", "trains(3); fails('OSError: even')"])
+def test_another_error_or_another_step_may_be_an_accident(out: Path, other: str) -> None:
+    result = supervise(out, f"trains(3); fails('ValueError: odd') | {other} | finishes()").finish(20)
+    assert result.returncode == 0 and starts(out) == 3
+
+
+def test_a_report_of_an_earlier_start_proves_nothing(out: Path) -> None:
+    result = supervise(out, "trains(3); fails('ValueError: odd') | trains(3); killed() | finishes()").finish(20)
+    assert result.returncode == 0 and starts(out) == 3
+
+
+def test_the_same_end_without_a_report_may_be_an_accident_of_a_run_that_could_train(out: Path) -> None:
+    result = supervise(out, "trains(3); sys.exit(1) | trains(3); sys.exit(1) | finishes()").finish(20)
+    assert result.returncode == 0 and starts(out) == 3
+
+
+def test_a_mistake_before_there_is_a_folder_is_not_tried_a_third_time(out: Path) -> None:
+    result = supervise(out, "sys.exit(1)").finish(20)
+    assert result.returncode == 1 and starts(out) == 2
+    assert "twice in a row" in result.stderr
+
+
+def test_restarts_in_vain_are_counted_and_a_checkpoint_resets_them(out: Path) -> None:
+    play = "trains(2); killed() | trains(2); killed() | saves(5); killed() | trains(5); killed()"
+    result = supervise(out, play, "--restarts", "1").finish(20)
+    assert result.returncode == 137 and starts(out) == 2
+    assert "given up after 1 restarts in a row without a new checkpoint" in result.stderr
+    result = supervise(out.with_name("other"), play, "--restarts", "2").finish(20)
+    assert result.returncode == 137 and starts(out.with_name("other")) == 6
+    history = [line.rpartition("restart ")[2] for line in result.stderr.splitlines() if "; restart" in line]
+    assert history == [
+        "1 from the beginning",
+        "2 in 1 s from the beginning",
+        "3 from step 5",
+        "4 from step 5",
+        "5 in 1 s from step 5",
+    ]
+
+
+REQUESTS = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]
+
+
+def waiting(out: Path, play: str) -> jobs.Job:
+    """A supervisor whose job waits for signals."""
+    job = supervise(out, play)
+    jobs.wait_until((out / "waits").exists, job)
+    return job
+
+
+ENDS = [
+    ("sys.exit(75)", 75),
+    ("sys.exit(70)", 70),
+    ("finishes()", 0),
+    ("sys.exit(0)", 75),  # not done, whatever it says
+    ("killed(10)", 75),  # before it could listen
+    ("killed(11)", 75),
+    ("trains(3); killed(11)", 139),
+]
+
+
+@pytest.mark.parametrize(
+    ("number", "end", "code"),
+    [(number, *ENDS[0]) for number in REQUESTS] + [(signal.SIGTERM, end, code) for end, code in ENDS[1:]],
+)
+def test_a_request_to_stop_reaches_the_job_once_and_is_no_accident(
+    out: Path, number: signal.Signals, end: str, code: int
+) -> None:
+    job = waiting(out, f"waits(); {end}")
+    job.process.send_signal(number)
+    if number != signal.SIGINT:  # batch systems repeat themselves
+        jobs.wait_until((out / "signals").exists, job)
+        job.process.send_signal(number)
+    assert job.finish(20).returncode == code
+    assert starts(out) == 1
+    assert lines(out / "signals") == [{"number": signal.SIGUSR1}]
+
+
+def test_ctrl_c_on_a_terminal_reaches_the_supervisor_only(out: Path) -> None:
+    play = "note('session', own=os.getsid(0) == os.getpid(), stdin=os.path.realpath('/dev/stdin')); finishes()"
+    assert supervise(out, play).finish(20).returncode == 0
+    assert lines(out / "session") == [{"own": True, "stdin": "/dev/null"}]
+
+
+def test_a_second_ctrl_c_ends_the_job_at_once_and_leaves_nothing(out: Path) -> None:
+    job = waiting(out, "leaves(); waits(); time.sleep(60)")
+    job.process.send_signal(signal.SIGINT)
+    jobs.wait_until((out / "signals").exists, job)
+    job.process.send_signal(signal.SIGINT)
+    assert job.finish(20).returncode == 130
+    assert starts(out) == 1 and not psutil.pid_exists(int(str(lines(out / "left")[0]["pid"])))
+
+
+def test_what_a_dead_job_has_left_is_gone_before_the_next_one_starts(out: Path) -> None:
+    alive = "note('alive', it_is=psutil.pid_exists(json.loads((out / 'left').read_text())['pid']))"
+    result = supervise(out, f"leaves(); killed() | import psutil; {alive}; finishes()").finish(20)
+    assert result.returncode == 0 and lines(out / "alive") == [{"it_is": False}]
+
+
+def test_a_request_to_stop_during_a_pause_acts_at_once(out: Path) -> None:
+    job = supervise(out, "killed()")
+    assert job.process.stderr is not None
+    assert any("in 4 s" in line for line in job.process.stderr)
+    job.process.send_signal(signal.SIGTERM)
+    assert job.finish(3).returncode == 75
+    assert starts(out) == 4
+
+
+@pytest.mark.parametrize(("asked", "then"), [("auto", []), ("never", ["--resume", "auto"])])
+def test_a_restart_goes_on_whatever_the_first_start_was_told(out: Path, asked: str, then: list[str]) -> None:
+    supervise(out, "killed() | saves(4); killed() | finishes()", train=("--resume", asked)).finish(20)
+    common = [
+        "-n",
+        "2",
+        sys.executable,
+        "-m",
+        "distconv.train",
+        "--out",
+        str(out),
+        "--resume",
+        asked,
+        "--out",
+        str(out),
+    ]
+    assert [start["arguments"] for start in lines(out / "starts")] == [
+        common,
+        [*common, *then],
+        [*common, "--resume", "auto"],
+    ]
+
+
+def test_a_command_that_cannot_be_started_is_one_sentence(out: Path) -> None:
+    broken = out.parent / "mpirun"
+    broken.write_text("no program")
+    broken.chmod(0o755)
+    result = jobs.run(0, "-m", "distconv.launch", "-n", "2", "--mpirun", broken, "--", "--out", out)
+    assert result.returncode == 1 and result.stderr == f"distconv: {broken} cannot be started: Exec format error\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--", "--epochs", "3"], "-n/--ranks"),
+        (["-n", "0"], "-n 0: expected a number of ranks from 1"),
+        (["-n", "2", "--restarts", "-1"], "--restarts -1"),
+        (["-n", "2", "--restart", "3"], "did you mean --restarts?"),
+        (["-n", "2", "--epochs", "3"], "the flags of distconv.train stand behind --"),
+        (["-n", "2", "--", "--bach-size", "3"], "did you mean --batch-size?"),
+        (["-n", "2", "--", "--lr", "nan"], "--lr nan"),
+        (["-n", "2", "--mpirun", "no-such-mpirun"], "there is no such command"),
+    ],
+)
+def test_a_wrong_flag_of_either_is_one_sentence_and_no_start(arguments: list[str], said: str, tmp_path: Path) -> None:
+    result = jobs.run(0, "-m", "distconv.launch", *arguments, PLAY="sys.exit(0)")
+    (line,) = result.stderr.splitlines()
+    assert result.returncode == 2 and line.startswith("distconv: ") and said in line
+
+
+def test_what_train_only_prints_needs_no_ranks() -> None:
+    for flag in ("--help", "--print-config"):
+        arguments = ("--epochs", "7", flag)
+        result = jobs.run(0, "-m", "distconv.launch", "-n", "2", "--", *arguments)
+        assert result.returncode == 0
+        assert result.stdout == jobs.run(0, "-m", "distconv.train", *arguments).stdout
+
+
+def test_it_is_not_started_by_an_mpirun() -> None:
+    result = jobs.run(2, "-m", "distconv.launch", "-n", "2")
+    assert result.returncode == 1 and "run it without mpirun" in result.stderr
+
+
+RECORDS = [
+    {"event": "start", "time": 1.0},  # of an earlier day
+    {"event": "step", "time": 2.0},
+    {"event": "start", "time": 100.0},
+    {"event": "step", "time": 110.0},
+    {"event": "epoch", "time": 112.0},
+    {"event": "start", "time": 120.0},  # was killed before the first step that stayed
+    {"event": "start", "time": 130.0},
+    {"event": "step", "time": 140.0},
+    {"event": "final", "time": 145.0},
+]
+
+
+def test_only_time_that_gets_a_run_ahead_for_good_counts() -> None:
+    assert useful_seconds(RECORDS) == 1 + 12 + 15
+    assert useful_seconds(RECORDS, starts_before=1) == 12 + 15
+    assert useful_seconds(RECORDS[:2], starts_before=1) == useful_seconds([]) == 0
+
+
+def test_a_clock_that_was_set_back_takes_no_time_away() -> None:
+    assert useful_seconds([*RECORDS, {"event": "start", "time": 150.0}, {"event": "step", "time": 7.0}]) == 28
+
+
+@pytest.mark.parametrize("torn", ["", "\n", '{"event": "st', '{"event": "step"}\n7\n{"eve'])
+def test_the_last_record_is_found_behind_what_a_kill_has_torn(torn: str, tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"event": "step", "step": 8}\n' * 5_000 + torn)
+    assert last_record(path)["event"] == "step"
+
+
+def test_without_records_there_is_none(tmp_path: Path) -> None:
+    (tmp_path / "empty").touch()
+    assert last_record(tmp_path / "empty") == last_record(tmp_path / "none") == last_record(tmp_path) == {}
+
+
+def launch(out: Path, *flags: str | Path, **environment: str) -> jobs.Job:
+    """distconv.launch with a real mpirun."""
+    return jobs.Job(0, ["-m", "distconv.launch", "-n", "2", "--", *QUICK, "--out", out, *flags], **environment)
+
+
+def trained(out: Path, steps: int) -> bool:
+    """Whether a run has done so many steps, at least."""
+    return int(last_record(out / "metrics.jsonl").get("step", 0)) >= steps
+
+
+def test_a_killed_run_ends_as_if_nothing_had_happened(tmp_path: Path) -> None:
+    undisturbed, out = tmp_path / "undisturbed", tmp_path / "run"
+    assert launch(undisturbed, "--epochs", "4").finish(60).returncode == 0
+    job = launch(out, "--epochs", "4", "--checkpoint-seconds", "0")
+    jobs.wait_until(lambda: trained(out, 7), job)
+    jobs.psutil.Process(job.ranks()[-1].pid).kill()
+    result = job.finish(60)
+    assert result.returncode == 0 and result.stderr.count("; restart 1 from step ") == 1
+    assert "1 restart;" in result.stderr.splitlines()[-1] and "goodput" in result.stderr.splitlines()[-1]
+    assert parameters(out) == parameters(undisturbed)
+    assert len(read_metrics(out / "metrics.jsonl")) == len(read_metrics(undisturbed / "metrics.jsonl")) + 1
+
+
+def test_a_restart_does_not_begin_with_the_file_of_resume_again(tmp_path: Path) -> None:
+    first, undisturbed, out = tmp_path / "first", tmp_path / "undisturbed", tmp_path / "run"
+    for folder, epochs in ((first, "1"), (undisturbed, "3")):
+        assert launch(folder, "--epochs", epochs).finish(60).returncode == 0
+    file = first / "checkpoints" / "step-0000000005.safetensors"
+    job = launch(out, "--epochs", "3", "--resume", file, "--checkpoint-seconds", "600")
+    jobs.wait_until(lambda: trained(out, 7), job)
+    jobs.psutil.Process(job.ranks()[-1].pid).kill()
+    result = job.finish(60)
+    assert result.returncode == 0 and "; restart 1 from step 5" in result.stderr
+    assert parameters(out) == parameters(undisturbed)
+
+
+def test_a_rank_that_fails_at_the_same_step_again_is_given_up(tmp_path: Path) -> None:
+    (tmp_path / "failing.py").write_text(FAILING.format(what="raise ValueError('odd')"))
+    out = tmp_path / "run"
+    job = launch(out, "--model", "failing:network", PYTHONPATH=str(tmp_path), FAILING_RANK="1")
+    result = job.finish(60)
+    assert result.returncode == 1 and "ValueError: odd, twice in a row after step 3: given up" in result.stderr
+    assert json.loads((out / "errors" / "rank-1.json").read_text())["error"] == "ValueError: odd"
+
+
+def test_a_run_that_learns_nothing_any_more_is_given_up(tmp_path: Path) -> None:
+    """Here all ranks fail alike, after the same step."""
+    job = launch(tmp_path / "run", "--epochs", "9", "--optimizer", "sgd", "--lr", "1e30")
+    result = job.finish(60)
+    assert result.returncode == 1 and "twice in a row after step" in result.stderr
+    assert "smaller --lr" in (tmp_path / "run" / "errors" / "rank-0.json").read_text()
+
+
+def test_a_mistake_in_a_users_model_is_given_up(tmp_path: Path) -> None:
+    (tmp_path / "wrong.py").write_text("import no_such_module_of_mine\n")
+    result = launch(tmp_path / "run", "--model", "wrong:network", PYTHONPATH=str(tmp_path)).finish(60)
+    assert result.returncode == 1 and "twice in a row" in result.stderr
+
+
+def test_bad_input_ends_with_the_code_of_the_training(tmp_path: Path) -> None:
+    assert launch(tmp_path / "run", "--data", "/there/is/none").finish(30).returncode == 66
+
+
+@pytest.mark.parametrize("number", REQUESTS)
+def test_a_stopped_run_has_a_checkpoint_and_ends_with_75(tmp_path: Path, number: signal.Signals) -> None:
+    out = tmp_path / "run"
+    job = launch(out, "--epochs", "500")
+    jobs.wait_until(lambda: trained(out, 3), job)
+    job.process.send_signal(number)
+    result = job.finish(30)
+    assert result.returncode == 75 and "stopped on request after step" in result.stdout
+    assert not (out / "DONE").exists()
+
+
+@pytest.mark.parametrize("steps", [0, 3])
+def test_a_supervisor_that_is_killed_takes_its_job_along(tmp_path: Path, steps: int) -> None:
+    out = tmp_path / "run"
+    job = launch(out, "--epochs", "500")
+    jobs.wait_until((lambda: trained(out, steps)) if steps else (lambda: len(job.ranks()) > 1), job)
+    children = psutil.Process(job.process.pid).children(recursive=True)
+    job.process.kill()
+    _, alive = psutil.wait_procs(children, timeout=20)
+    for process in alive:
+        process.kill()
+    assert job.finish(10).returncode == -signal.SIGKILL and alive == []
+    if steps:  # the job has stopped as on request
+        last = last_record(out / "metrics.jsonl")["step"]
+        assert (out / f"checkpoints/step-{last:010d}.safetensors").exists()
+
+
+def test_without_a_folder_all_starts_share_a_new_one(tmp_path: Path) -> None:
+    play = "note('metrics.jsonl', event='step', step=1); killed() | finishes()"
+    (tmp_path / "job.py").write_text(JOB)
+    starter = shlex.join([sys.executable, str(tmp_path / "job.py")])
+    script = f"cd {tmp_path}; exec {sys.executable} -m distconv.launch -n 2 --mpirun {shlex.quote(starter)}"
+    result = jobs.run(None, "bash", "-c", script, PLAY=play, PYTHONPATH=str(jobs.ROOT))
+    assert result.returncode == 0
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert starts(folder) == 2
