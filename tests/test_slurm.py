@@ -8,8 +8,10 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
+from distconv.supervisor import last_record
 from tests import jobs
 from tests.slurm import Slurm, edit, events, slurm, why_there_can_be_no_slurm
 
@@ -122,3 +124,18 @@ def test_the_shipped_script_does_not_repeat_a_failure(cluster: Slurm, tmp_path: 
     job = submit(cluster, tmp_path, "python -m distconv.train --data /there/is/none")
     ended = cluster.wait(job)
     assert (ended["JobState"], ended["Restarts"]) == ("FAILED", "0")
+
+
+def test_a_supervised_run_survives_the_loss_of_a_rank_and_stops_on_request(cluster: Slurm, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    train = [*LONG.split()[3:-1], "500", "--checkpoint-seconds", "0.1", "--out", out]
+    launch = cluster.start("python", "-m", "distconv.launch", "-n", "2", "--mpirun", f"{SRUN} -N2", "--", *train)
+    cluster.wait_until(lambda: len(events(out, "step")) > 4 and any((out / "checkpoints").iterdir()))
+    the_loss_of_a_rank(cluster, "")
+    cluster.wait_until(lambda: len(events(out, "start")) == 2 and last_record(out / "metrics.jsonl")["event"] == "step")
+    (supervisor,) = psutil.Process(launch.pid).children()
+    supervisor.send_signal(signal.SIGTERM)  # which srun itself would answer with SIGKILL
+    said, errors = launch.communicate(timeout=60)
+    assert launch.returncode == 75 and "stopped on request after step" in said, said + errors
+    assert len(events(out, "start")) == 2 and "; restart 1 from step " in errors
+    assert cluster.ranks() == []
