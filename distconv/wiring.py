@@ -18,6 +18,7 @@ from distconv.config import Config
 from distconv.data.dataset import Dataset
 from distconv.engine import CPU, GpuEngine, local_gradient
 from distconv.errors import UsageError
+from distconv.kernels.compiled import MUST_COMPILE
 from distconv.kernels.cuda import Cuda
 from distconv.kernels.gpu import Gpu
 from distconv.kernels.half import BLOCK
@@ -98,7 +99,8 @@ def on_gpu(run: Run, device: Any, shared: bool) -> Run:
 def compile_kernels(run: Run) -> None:
     """Call what a step calls, on one image, so that what is not in the cache is compiled; collective."""
     parameters, data = run.parameters, run.dataset
-    with one_of_a_host_first(run.world):
+    in_turn = run.world.local.allreduce(MUST_COMPILE) > 0
+    with one_of_a_host_first(run.world) if in_turn else contextlib.nullcontext():
         context = Context(training=True, samples=np.zeros(1, np.int64))
         local_gradient(run.model, parameters, data.train_images[:1], data.train_labels[:1], context, 1)
         parameters.gradient[...] = 0

@@ -18,7 +18,7 @@ def prepare(name: str) -> tuple[str, str]:
     Returns the name that `load` takes and a line for the user, empty where nothing need be said: "auto" becomes mnist
     if that is at hand or can be fetched, else digits. Raises what mnist.obtain raises.
     """
-    if name == "mnist":
+    if name == "mnist" and not mnist.is_complete(mnist.chosen_folder()):  # else `load` verifies it
         mnist.obtain()
     if name != AUTO:
         return name, ""

@@ -42,29 +42,15 @@ def load_folder(folder: Path, name: str | None = None) -> Dataset:
 
     Raises MissingInputError, BadDataError, StorageError.
     """
-    try:
-        is_folder = folder.is_dir()
-    except OSError:  # no name that a file can have
-        is_folder = False
-    if not is_folder:
-        raise MissingInputError(f"{folder} is not a folder: give one that holds {', '.join(FILES)}, plain or .gz")
-    arrays = {}
-    for file, (dimensions, _) in FILES.items():
-        path = _existing(folder, file)
-        if path is None:
-            raise MissingInputError(
-                f"{folder} holds neither {file} nor {file}.gz: all of {', '.join(FILES)} are needed"
-            )
-        arrays[file] = idx.read(path, dimensions)
+    arrays, digests = _read_folder(folder)
     owner = {digest: file for file, (_, digest) in FILES.items()}
-    for file, array in arrays.items():
-        true_name = owner.get(_idx_digest(array), file)
+    for file, digest in zip(FILES, digests, strict=True):
+        true_name = owner.get(digest, file)
         if true_name != file:
             raise BadDataError(
                 f"{folder / file} holds MNIST's {true_name}: files are swapped; give them their names back"
             )
-    train_images, train_labels, test_images, test_labels = arrays.values()
-    return Dataset(name or str(folder), train_images, train_labels, test_images, test_labels)
+    return Dataset(name or str(folder), arrays[0], arrays[1], arrays[2], arrays[3])
 
 
 def find() -> Path | None:
@@ -145,7 +131,30 @@ def fetch() -> Path:
 
 def load() -> Dataset:
     """MNIST itself. Raises what `obtain` raises."""
+    with contextlib.suppress(DistconvError):  # what lacks, `obtain` mends or tells
+        arrays, digests = _read_folder(chosen_folder())
+        if digests == [known for _, known in FILES.values()]:
+            return Dataset("mnist", arrays[0], arrays[1], arrays[2], arrays[3])
     return load_folder(obtain(), "mnist")
+
+
+def _read_folder(folder: Path) -> tuple[list[Bytes], list[str]]:
+    """The arrays of the four files and their SHA-256, in the order of FILES. Raises what `load_folder` raises."""
+    try:
+        is_folder = folder.is_dir()
+    except OSError:  # no name that a file can have
+        is_folder = False
+    if not is_folder:
+        raise MissingInputError(f"{folder} is not a folder: give one that holds {', '.join(FILES)}, plain or .gz")
+    arrays = []
+    for file, (dimensions, _) in FILES.items():
+        path = _existing(folder, file)
+        if path is None:
+            raise MissingInputError(
+                f"{folder} holds neither {file} nor {file}.gz: all of {', '.join(FILES)} are needed"
+            )
+        arrays.append(idx.read(path, dimensions))
+    return arrays, [_idx_digest(array) for array in arrays]
 
 
 def _existing(folder: Path, file: str) -> Path | None:
