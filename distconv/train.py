@@ -82,7 +82,7 @@ def train_in(out: Path, run: Run, data_name: str, log: RunLog, stop: StopRequest
     introduce(run, out, data_name, checkpoint, log)
 
     saver = Saver(run, out / "checkpoints", data_name, log)
-    if settings.resume not in config.RESUME:
+    if run.config.resume not in config.RESUME:
         saver.save()  # for a start after an accident, which must not begin with that file again
     stop.can_save = True
     try:
