@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import os
 import re
@@ -17,15 +18,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from safetensors import safe_open
-from safetensors.numpy import save
-
 from distconv.config import Config
 from distconv.errors import BadDataError, MismatchError, MissingInputError, StorageError
 from distconv.kernels.cpu import Array
 from distconv.nn.optimizers import Optimizer
 from distconv.nn.parameters import Parameters, digest
+from distconv.tensorfile import TensorFile, write_tensors
 
 FORMAT = "distconv-1"
 OURS = re.compile(r"step-\d{10,}\.safetensors")  # not a copy that a user made and named
@@ -38,29 +36,30 @@ class Checkpoint:
     """What a file holds. position: step, epoch, cursor (samples of the epoch that are done), loss_sum, skipped."""
 
     path: Path
-    tensors: Mapping[str, Array]
+    tensors: TensorFile
     position: Mapping[str, Any]
     config: Mapping[str, Any]
     data: Mapping[str, Any]  # name, digest, classes, image_shape
 
-    def vectors(self, parameters: Parameters) -> dict[str, Array]:
-        """The flat vectors by slot: "value", and the optimizer's. Raises MismatchError for another model's."""
-        slots = list(dict.fromkeys(name.split("/")[0] for name in self.tensors))
-        vectors = {}
-        for slot in slots:
-            vectors[slot] = np.empty(parameters.size, parameters.vector.dtype)
-            views = parameters.named(vectors[slot])
-            have = {name: self.tensors[name].shape for name in self.tensors if name.startswith(f"{slot}/")}
-            want = {f"{slot}/{name}": view.shape for name, view in views.items()}
-            if have != want:
-                name = next(iter(dict(have.items() ^ want.items())))
-                raise MismatchError(
-                    f"{self.path} is of another model: {name} has shape {have.get(name, 'none')} there and "
-                    f"{want.get(name, 'none')} here; name its model by --model"
-                )
-            for name, view in views.items():
-                view[...] = self.tensors[f"{slot}/{name}"]
-        return vectors
+    def fill(self, views: Mapping[str, Array]) -> None:
+        """Read into arrays by name, which are all that a model has in some slots (value/conv1.W); casts to their dtype.
+
+        Raises MismatchError for another model's, before anything is read, and StorageError.
+        """
+        slots = {name.split("/")[0] for name in views}
+        have = {name: shape for name, shape in self.tensors.shapes.items() if name.split("/")[0] in slots}
+        want = {name: view.shape for name, view in views.items()}
+        if have != want:
+            name = next(iter(dict(have.items() ^ want.items())))
+            raise MismatchError(
+                f"{self.path} is of another model: {name} has shape {have.get(name, 'none')} there and "
+                f"{want.get(name, 'none')} here; name its model by --model"
+            )
+        try:
+            for name, start, piece in self.tensors.pieces(views):
+                views[name].reshape(-1)[start : start + len(piece)] = piece
+        except OSError as error:
+            raise StorageError(f"{self.path} cannot be read: {error}") from None
 
 
 def save_checkpoint(
@@ -93,7 +92,7 @@ def save_checkpoint(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as file:
-            file.write(save(tensors, {"distconv": text, "sha256": digest(tensors, text)}))
+            write_tensors(file, tensors, {"distconv": text, "sha256": digest(tensors, text)})
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
@@ -118,20 +117,19 @@ def load_checkpoint(path: Path) -> Checkpoint:
     if not is_file:
         raise MissingInputError(f"{path} is not a file: a checkpoint of distconv.train was expected")
     try:
-        with safe_open(path, framework="numpy") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
+        tensors = TensorFile(path)
+        text = tensors.metadata.get("distconv", "")
+        whole, state = _digests(text, tensors)
     except OSError as error:
         raise StorageError(f"{path} cannot be read: {error}") from None
     except Exception as error:  # what a header says can make the reader stumble in many ways
         raise BadDataError(f"{path} is not a whole checkpoint ({error}): use an earlier one") from None
-    text = metadata.get("distconv", "")
-    if metadata.get("sha256") != digest(tensors, text):
+    if tensors.metadata.get("sha256") != whole:
         raise BadDataError(f"{path} is damaged, or no checkpoint: its content does not have the SHA-256 it should have")
     about = json.loads(text)
     if about["format"] != FORMAT:
         raise MismatchError(f"{path} has the format {about['format']}; this version reads {FORMAT}")
-    if about.get("state_sha256", state := digest(tensors)) != state:  # older files have none
+    if about.get("state_sha256", state) != state:  # older files have none
         raise BadDataError(f"{path} does not hold the state that its ranks had agreed on: use an earlier one")
     return Checkpoint(path, tensors, about["position"], about["config"], about["data"])
 
@@ -184,6 +182,17 @@ def check_same_run(checkpoint: Checkpoint, config: Config, data_digest: str) -> 
         for name in may_differ
         if have.get(name, want[name]) != want[name]
     ]
+
+
+def _digests(text: str, tensors: TensorFile) -> tuple[str, str]:
+    """What nn.parameters.digest says of the text and the tensors, and of the tensors alone. Raises OSError."""
+    whole, state = hashlib.sha256(text.encode()), hashlib.sha256()
+    for name, start, piece in tensors.pieces(sorted(tensors)):
+        head = f"{name} {tensors.shapes[name]} {piece.dtype}".encode() if start == 0 else b""
+        for sha in (whole, state):
+            sha.update(head)
+            sha.update(piece.data)
+    return whole.hexdigest(), state.hexdigest()
 
 
 def _sync_folder(folder: Path) -> None:

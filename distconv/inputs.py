@@ -55,14 +55,16 @@ def load_model(
         model, specs = build_network(name, dataset.image_shape, dataset.classes)
         parameters = Parameters(specs, np.float64)
         if checkpoint:
-            parameters.vector[...] = checkpoint.vectors(parameters)["value"]
+            checkpoint.fill({f"value/{name}": view for name, view in parameters.named(parameters.vector).items()})
         else:
             from_source(arrays, model, dataset.image_shape, parameters, arguments.file)
     return model, parameters, dataset
 
 
 def cast(parameters: Parameters, dtype: DTypeLike) -> Parameters:
-    """The same model with its parameters rounded to another dtype."""
+    """The same model with its parameters rounded to a dtype; itself where that is theirs."""
+    if parameters.vector.dtype == dtype:
+        return parameters
     other = Parameters(parameters.specs, dtype)
     other.vector[...] = parameters.vector
     return other

@@ -139,7 +139,7 @@ def resume(run: Run, out: Path, log: RunLog) -> Checkpoint | None:
     """Bring all ranks to the checkpoint that --resume asks for, read by rank 0. Returns it, on rank 0."""
     from distconv import checkpoint as files
 
-    found, state = None, None
+    found, position = None, None
     with run.world.together():
         if run.world.rank == 0 and run.config.resume != "never":
             if run.config.resume == "auto":
@@ -151,10 +151,14 @@ def resume(run: Run, out: Path, log: RunLog) -> Checkpoint | None:
             if found:
                 for change in files.check_same_run(found, run.config, run.dataset.digest):
                     log.say(f"resumed with a change: {change}")
-                state = (dict(found.position), found.vectors(run.parameters))
-    state = run.world.comm.bcast(state)
-    if state:
-        run.restore(*state)
+                found.fill(run.state())
+                position = dict(found.position)
+    position = run.world.comm.bcast(position)
+    if position:
+        vectors = {"value": run.parameters.vector, **run.optimizer.state}
+        for vector in vectors.values():
+            run.world.comm.Bcast(vector)
+        run.restore(position, vectors)
     return found
 
 

@@ -22,7 +22,8 @@ from distconv.config import Config
 from distconv.errors import BadDataError, MismatchError, MissingInputError, StorageError
 from distconv.nn.optimizers import Adam
 from distconv.nn.parameters import Parameters, Spec
-from tests.files import python
+from distconv.tensorfile import TensorFile
+from tests.files import peak_memory, python
 
 SPECS = {"conv1": {"W": Spec((3, 3, 1, 2)), "b": Spec((2,))}, "affine1": {"W": Spec((4, 5)), "b": Spec((5,))}}
 DATA = {"name": "digits", "digest": "d" * 64, "classes": 10, "image_shape": [28, 28, 1]}
@@ -47,10 +48,21 @@ def write(folder: Path, step: int, dtype: type = np.float32, config: Config = CO
 
 def assert_holds(checkpoint: Checkpoint | None, step: int, dtype: type = np.float32) -> None:
     assert checkpoint is not None and checkpoint.position["step"] == step
-    vectors = checkpoint.vectors(Parameters(SPECS, dtype))
-    assert set(vectors) == {"value", "m", "v"}
+    vectors = filled(checkpoint, Parameters(SPECS, dtype))
+    assert {name.split("/")[0] for name in checkpoint.tensors} == set(vectors)
     for slot, vector in content(step, dtype).items():
-        assert vectors[slot].dtype == dtype and vectors[slot].tobytes() == vector.tobytes()
+        assert vectors[slot].tobytes() == vector.tobytes()
+
+
+def filled(checkpoint: Checkpoint, parameters: Parameters) -> dict[str, np.ndarray]:
+    """The vectors of a model after a fill."""
+    vectors = {slot: np.empty_like(parameters.vector) for slot in ("value", "m", "v")}
+    checkpoint.fill(by_name(parameters, vectors))
+    return vectors
+
+
+def by_name(parameters: Parameters, vectors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    return {f"{slot}/{name}": view for slot, of in vectors.items() for name, view in parameters.named(of).items()}
 
 
 def refused(path: Path, raw: bytes) -> None:
@@ -68,6 +80,32 @@ def test_every_bit_of_parameters_and_moments_comes_back(tmp_path: Path, dtype: t
     assert_holds(checkpoint, 12, dtype)
     assert checkpoint.position == {"step": 12, "epoch": 2, "cursor": 200, "loss_sum": 0.1 * 12, "samples": 12}
     assert Config(**checkpoint.config) == Config(seed=7, out='odd "name"') and checkpoint.data == DATA
+
+
+def test_files_of_earlier_versions_are_read(tmp_path: Path) -> None:
+    path = write(tmp_path, 12)
+    file = TensorFile(path)
+    path.write_bytes(save(dict(file), dict(file.metadata)))  # as they were written, in another order
+    assert_holds(load_checkpoint(path), 12)
+
+
+def test_neither_a_save_nor_a_load_copies_a_large_model(tmp_path: Path) -> None:
+    parameters = Parameters({"affine1": {"W": Spec((1000, 4000))}})
+    optimizer = Adam(parameters.size, np.float32, 0.001)
+    position = {"step": 1, "loss_sum": 0.0, "samples": 1, "skipped": 0, "epoch": 0, "cursor": 1}
+
+    def save_and_load() -> None:
+        path = files.save_checkpoint(tmp_path, parameters, optimizer, position, CONFIG, DATA)
+        load_checkpoint(path).fill(by_name(parameters, {"value": parameters.vector, **optimizer.state}))
+
+    assert peak_memory(save_and_load) < parameters.vector.nbytes / 4
+
+
+def test_a_file_that_is_replaced_between_its_check_and_its_use_is_not_read(tmp_path: Path) -> None:
+    checkpoint = load_checkpoint(write(tmp_path, 1))
+    write(tmp_path / "other", 1).replace(checkpoint.path)
+    with pytest.raises(StorageError, match="step-0000000001"):
+        filled(checkpoint, Parameters(SPECS))
 
 
 def test_the_newest_three_stay_whatever_the_clock_says(tmp_path: Path) -> None:
@@ -215,7 +253,7 @@ def test_a_pickle_named_as_a_checkpoint_is_refused_and_not_run(tmp_path: Path) -
 def test_another_models_checkpoint_is_refused_by_the_name_of_an_array(tmp_path: Path, specs: Any, name: str) -> None:
     checkpoint = load_checkpoint(write(tmp_path, 1))
     with pytest.raises(MismatchError, match=f"step-0000000001.*/{name}"):
-        checkpoint.vectors(Parameters(specs))
+        filled(checkpoint, Parameters(specs))
 
 
 @pytest.mark.parametrize(

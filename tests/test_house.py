@@ -25,7 +25,7 @@ FLOORS = (
     ("run",),
     ("config",),
     ("nn", "data", "comm"),
-    ("kernels", "factory"),
+    ("kernels", "factory", "tensorfile"),
     ("errors",),
 )
 COMMANDS = FLOORS[0]
