@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterator, Mapping
 
 import numpy as np
 import pytest
 
-from distconv.nn.parameters import Parameters, Spec
+from distconv.nn.parameters import PIECE, Parameters, Spec
+from tests.files import peak_memory
 
 SPECS = {
     "conv1": {"W": Spec((3, 3, 2, 4), 0.5), "b": Spec((4,))},
@@ -133,3 +135,14 @@ def test_first_values_have_the_deviation_asked_for_and_none_means_zero():
 def test_first_values_in_float32_are_those_in_float64_rounded():
     single, double = initialized(SPECS, 7), initialized(SPECS, 7, np.float64)
     np.testing.assert_array_equal(single.vector, double.vector.astype(np.float32), strict=True)
+
+
+def test_a_large_array_is_drawn_as_if_at_once():
+    specs = {"a": {"W": Spec((3, PIECE + 1), 0.5)}}
+    drawn = 0.5 * np.random.default_rng([7, zlib.crc32(b"a.W")]).standard_normal((3, PIECE + 1))
+    np.testing.assert_array_equal(initialized(specs, 7).values["a"]["W"], drawn.astype(np.float32), strict=True)
+
+
+def test_first_values_and_the_digest_of_a_large_model_take_no_memory_to_speak_of():
+    parameters = Parameters({"affine1": {"W": Spec((1000, 4000), 0.1)}})
+    assert peak_memory(lambda: (parameters.initialize(0), parameters.digest())) < parameters.vector.nbytes / 4

@@ -21,6 +21,7 @@ from numpy.typing import DTypeLike
 from distconv.kernels.cpu import Array
 
 Shape = tuple[int, ...]
+PIECE = 1 << 16  # numbers that are drawn at a time: they are drawn in float64, twice as large as most vectors
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,10 @@ class Parameters:
         """Draw the first values; each array has a stream of its own, so adding a layer changes no other."""
         for name, view in self.named(self.vector).items():
             stream = np.random.default_rng([seed, zlib.crc32(name.encode())])
-            view[...] = self.specs[name].deviation * stream.standard_normal(view.shape)
+            numbers = view.reshape(-1)
+            for start in range(0, numbers.size, PIECE):
+                piece = numbers[start : start + PIECE]
+                piece[...] = self.specs[name].deviation * stream.standard_normal(piece.size)
 
     def start(self, layer: str) -> int | None:
         """Index of the first number of a layer of the model, or None where it has no parameters."""
@@ -79,7 +83,7 @@ class Parameters:
 
     def digest(self) -> str:
         """SHA-256 over the bits of the values."""
-        return hashlib.sha256(self.vector.tobytes()).hexdigest()
+        return hashlib.sha256(self.vector.data).hexdigest()
 
     def layout(self) -> str:
         """Names, shapes and dtype as text: what ranks and checkpoints must share."""
