@@ -61,7 +61,7 @@ class CpuEngine:
         return local_gradient(run.model, run.parameters, images, labels, context, global_batch)
 
     def contribution(self, run: Run) -> Array:
-        return run.parameters.gradient.copy()
+        return run.probe.sample(run.parameters.gradient)
 
     def sum(self, run: Run, header: Headers) -> Headers:
         headers: Headers = run.exchange.sum(run.parameters.gradient, header)
@@ -167,7 +167,7 @@ class GpuEngine:
         backward(dscores, self.grads, False)
 
     def contribution(self, run: Run) -> Array:
-        return self.total(run)
+        return run.probe.sample(self.total(run))
 
     def sum(self, run: Run, header: Headers) -> Headers:
         if self.probing:

@@ -131,9 +131,8 @@ def shared_gradient(run: Run, batch: int, alone: bool) -> Array:
     samples = np.arange(batch * B, (batch + 1) * B)
     mine = samples if alone else samples[split(B, run.world.size, run.world.rank)]
     run.engine.gradient(run, mine, B, step=batch, probing=True)
-    if alone:
-        return run.engine.contribution(run)
-    run.engine.sum(run, np.zeros((), HEADER))
+    if not alone:
+        run.engine.sum(run, np.zeros((), HEADER))
     return run.engine.total(run).copy()
 
 

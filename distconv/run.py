@@ -37,7 +37,7 @@ class Engine(Protocol):
         ...
 
     def contribution(self, run: Run) -> Array:
-        """A copy of this rank's share, before it is summed."""
+        """The probe's sample of this rank's share, before it is summed."""
         ...
 
     def sum(self, run: Run, header: Headers) -> Headers:
@@ -45,7 +45,7 @@ class Engine(Protocol):
         ...
 
     def total(self, run: Run) -> Array:
-        """The sum, until the update."""
+        """The sum, until the update; before it is summed, this rank's share, if probing."""
         ...
 
     def update(self, run: Run, t: int) -> bool:

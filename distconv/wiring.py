@@ -61,7 +61,7 @@ def unplaced_run(settings: Config, dataset: Dataset, world: World) -> Run:
     world.comm.Bcast(parameters.vector)
     optimizer = OPTIMIZERS[settings.optimizer](parameters.size, parameters.vector.dtype, settings.lr)
     exact = "float64" if settings.wire == "float64" else "float32"
-    probe = WireProbe(settings.wire, lambda: choose(world, parameters.size, exact))
+    probe = WireProbe(settings.wire, lambda size: choose(world, size, exact))
     return Run(settings, dataset, model, parameters, optimizer, world, None, probe, CPU)
 
 

@@ -1,7 +1,11 @@
-"""What the wire does to gradients and what float32 on it would cost: measured in a run, on a step now and then."""
+"""What the wire does to gradients and what float32 on it would cost: measured in a run, on a step now and then.
+
+Of a large gradient, a sample is enough, and takes no memory to speak of: whole blocks of the wire, evenly spread.
+"""
 
 from __future__ import annotations
 
+import statistics
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -18,11 +22,16 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 
+SAMPLE = 1 << 20  # numbers at most, a multiple of BLOCK
+TRIES = 5  # of a sample's exchange: a disturbance would be scaled up with it
+
+
 @dataclass(frozen=True)
 class WireHealth:
     """Of one step. wire_error: |sum - exact| / |exact|, exact being the sum on a float32 wire.
 
     largest_gradient: of the sum, in magnitude; flushed_share: of rank 0's numbers that are not 0 but were sent as 0.
+    wire_error and flushed_share are those of the sample.
     """
 
     largest_gradient: float
@@ -31,13 +40,16 @@ class WireHealth:
 
 
 class WireProbe:
-    """Sums the gradients of a step once more on a float32 wire. connect makes that exchange when first needed."""
+    """Sums the gradients of a step, or a sample of them, once more on a float32 wire.
 
-    def __init__(self, wire: str, connect: Callable[[], Exchange]) -> None:
+    connect(size) makes that exchange when first needed.
+    """
+
+    def __init__(self, wire: str, connect: Callable[[int], Exchange]) -> None:
         self.wire = WIRES[wire]
         self.connect = connect
         self.exact: Exchange | None = None
-        self.seconds = float("nan")  # awake, of the exchange on a float32 wire, when last tried
+        self.seconds = float("nan")  # awake, of the exchange on a float32 wire, when last tried; see compare
         self.health = WireHealth(float("nan"), float("nan"), float("nan"))
 
     @property
@@ -45,20 +57,40 @@ class WireProbe:
         """Whether nothing was compared yet."""
         return self.exact is None
 
+    def sample(self, vector: Array) -> Array:
+        """A copy of what is compared of a gradient (size,): all of it, or SAMPLE numbers in blocks as the wire's."""
+        if vector.size <= SAMPLE:
+            return vector.copy()
+        blocks = vector[: vector.size // BLOCK * BLOCK].reshape(-1, BLOCK)
+        chosen = np.arange(SAMPLE // BLOCK) * len(blocks) // (SAMPLE // BLOCK)
+        return blocks[chosen].reshape(-1)
+
     def compare(self, contribution: Array, total: Array) -> None:
-        """Measure on this rank's contribution (size,) and the sum (size,) that the run's own exchange made of all."""
-        header = np.zeros((), HEADER)
+        """Measure on the sample of this rank's contribution, and on the sum (size,) that the run's own exchange made.
+
+        The seconds of a sample are a median of several tries, scaled up as if each of all the numbers took as long.
+        """
         if self.exact is None:
-            self.exact = self.connect()
-            self.exact.sum(np.zeros_like(contribution), header)  # touches its memory
+            self.exact = self.connect(contribution.size)
+            self._sum(np.zeros_like(contribution))  # touches its memory
         flushed = self._flushed_share(contribution)
-        began, asleep = time.perf_counter(), Barrier.asleep
-        self.exact.sum(contribution, header)
-        self.seconds = time.perf_counter() - began - (Barrier.asleep - asleep)
+        seconds, tries = [], 1 if contribution.size == total.size else TRIES
+        for _ in range(tries):
+            exact = contribution.copy()
+            seconds.append(self._sum(exact))
+        self.seconds = statistics.median(seconds) * total.size / contribution.size
         with np.errstate(invalid="ignore", over="ignore"):
-            norm = float(np.linalg.norm(contribution))
-            error = float(np.linalg.norm(total - contribution)) / norm if norm else 0.0
-            self.health = WireHealth(float(np.abs(total).max()), flushed, error)
+            norm = float(np.linalg.norm(exact))
+            error = float(np.linalg.norm(self.sample(total) - exact)) / norm if norm else 0.0
+            largest = abs(float(max(total.max(), -total.min())))
+            self.health = WireHealth(largest, flushed, error)
+
+    def _sum(self, vector: Array) -> float:
+        """Replace vector by its sum over all ranks, on a float32 wire; return the seconds that this rank was awake."""
+        assert self.exact is not None
+        began, asleep = time.perf_counter(), Barrier.asleep
+        self.exact.sum(vector, np.zeros((), HEADER))
+        return time.perf_counter() - began - (Barrier.asleep - asleep)
 
     def _flushed_share(self, x: Array) -> float:
         message = np.zeros(self.wire.nbytes(-(-x.size // BLOCK) * BLOCK), np.uint8)

@@ -35,7 +35,7 @@ def make_run(world: World, settings: config.Config = SETTINGS, dtype: type = np.
     parameters.initialize(settings.seed)
     optimizer = OPTIMIZERS[settings.optimizer](parameters.size, dtype, settings.lr)
     exchange = choose(world, parameters.size, settings.wire, settings.exchange)
-    probe = WireProbe(settings.wire, lambda: choose(world, parameters.size, np.dtype(dtype).name))
+    probe = WireProbe(settings.wire, lambda size: choose(world, size, np.dtype(dtype).name))
     return Run(settings, dataset, model, parameters, optimizer, world, exchange, probe, CPU)
 
 
