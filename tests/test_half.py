@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from hypothesis import example, given, settings
 
-from distconv.comm.half import WIRES, HalfWire, Wire
+from distconv.comm.half import PIECE, WIRES, HalfWire, Wire
 from distconv.kernels.half import BLOCK
 from tests import reference
+from tests.files import peak_memory
 
 PORTABLE = HalfWire("float16", np.dtype(np.float32))
 HALF_WIRES = pytest.mark.parametrize("wire", [WIRES["float16"], PORTABLE], ids=["hardware", "portable"])
@@ -102,8 +103,10 @@ def test_plain_wires_change_no_bit(wire: str) -> None:
 
 
 @pytest.mark.parametrize("wire", [*WIRES.values(), PORTABLE], ids=[*WIRES, "portable"])
-@pytest.mark.parametrize("n", [1, 255, 256, 1000])
-@pytest.mark.parametrize(("P", "rank"), [(1, 0), (2, 1), (64, 5)])
+@pytest.mark.parametrize(
+    ("n", "P", "rank"),
+    [*((n, P, rank) for n in (1, 255, 256, 1000) for P, rank in ((1, 0), (2, 1), (64, 5))), (PIECE + 300, 3, 1)],
+)
 def test_the_owner_adds_up_in_rank_order_and_rounds_once(wire: Wire, n: int, P: int, rank: int) -> None:
     random = np.random.default_rng(P)
     contributions = (random.standard_normal((P, n)) * random.lognormal(0, 4, (P, 1))).astype(wire.dtype)
@@ -122,6 +125,31 @@ def test_the_owner_adds_up_in_rank_order_and_rounds_once(wire: Wire, n: int, P: 
     arrived = np.empty(n, wire.dtype)
     wire.decode(message, arrived)
     assert_same_bits(arrived, through(wire, total))
+
+
+@pytest.mark.parametrize("wire", [*WIRES.values(), PORTABLE], ids=[*WIRES, "portable"])
+def test_the_messages_of_a_large_gradient_take_no_memory_besides(wire: Wire) -> None:
+    x = np.ones(4_000_000, wire.dtype)
+    message, received = np.zeros((2, wire.nbytes(-(-x.size // BLOCK) * BLOCK)), np.uint8)
+
+    def work(n: int) -> None:
+        wire.encode(x[:n], message)
+        wire.sum_and_encode(x[:n], 0, 2, np.concatenate([received, received]), 0, len(received), message)
+        wire.decode(message, x[:n])
+        wire.first_bad(x[:n])
+
+    work(BLOCK)  # compiles
+    both = 2 * len(received)  # what the others have sent
+    assert peak_memory(lambda: work(x.size)) < both + x.nbytes / 2
+
+
+@pytest.mark.parametrize("wire", [*WIRES.values(), PORTABLE], ids=[*WIRES, "portable"])
+@pytest.mark.parametrize("place", [0, PIECE - 1, PIECE, PIECE + 299])
+def test_a_number_that_is_not_finite_is_found_in_any_piece(wire: Wire, place: int) -> None:
+    x = np.zeros(PIECE + 300, wire.dtype)
+    x[place:] = np.nan
+    assert wire.first_bad(x) == place
+    assert not wire.encode(x, np.zeros(wire.nbytes(PIECE + 2 * BLOCK), np.uint8))
 
 
 GRADIENTS = {"1e-3": 1e-3, "1e-5": 1e-5, "1e-7": 1e-7, "mixed": np.repeat([1e-2, 1e-7, 1e-4, 1e-9], 16 * BLOCK)}

@@ -5,8 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from distconv.nn import optimizers
 from distconv.nn.optimizers import OPTIMIZERS
 from tests import reference
+from tests.files import peak_memory
 
 SIZE, STEPS, LR = 7, 25, 0.01
 SLOTS = {"sgd": "", "momentum": "v", "nesterov": "v", "adagrad": "h", "rmsprop": "h", "adam": "mv"}
@@ -88,3 +90,24 @@ def test_a_parabola_leads_to_its_lowest_point(name, lr):
     for t in range(1, 501):
         optimizer.step(p, curvature * (p - lowest), t)
     np.testing.assert_allclose(p, lowest, atol=0.02)
+
+
+@all_six
+def test_pieces_change_no_bit(name, monkeypatch):
+    found = []
+    for piece in (SIZE, 3):  # one piece, and three
+        monkeypatch.setattr(optimizers, "PIECE", piece)
+        p, gradients = start(np.float32)
+        optimizer = OPTIMIZERS[name](SIZE, np.float32, LR)
+        for t, g in enumerate(gradients, start=1):
+            optimizer.step(p, g, t)
+        found.append([p.tobytes(), *(vector.tobytes() for vector in optimizer.state.values())])
+    assert found[0] == found[1]
+
+
+@all_six
+def test_a_step_of_a_large_model_takes_no_memory_to_speak_of(name):
+    p, g = np.zeros((2, 4_000_000), np.float32)
+    optimizer = OPTIMIZERS[name](p.size, np.float32, LR)
+    optimizer.step(p, g, 1)  # compiles
+    assert peak_memory(lambda: optimizer.step(p, g, 1)) < p.nbytes / 4

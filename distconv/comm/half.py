@@ -15,6 +15,7 @@ same work at its speed.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,12 +27,17 @@ from distconv.kernels.cpu import Array
 from distconv.kernels.half import BLOCK, LOWEST, TOP
 
 Bytes = NDArray[np.uint8]
+PIECE = 256 * BLOCK  # numbers that NumPy works on at a time: its temporary arrays stay small, and in the cache
 ALIGNMENT = 8  # bytes; messages lie behind one another, and each is read as numbers of up to that size
 
 
 @dataclass(frozen=True)
 class Wire:
-    """A format for vectors (n,) of one dtype; subclasses encode and decode. Messages are arrays of bytes."""
+    """A format for vectors (n,) of one dtype. Messages are arrays of bytes.
+
+    Subclasses say how a piece is written to and read from its place in a message, `start` numbers from the beginning;
+    pieces begin at multiples of BLOCK.
+    """
 
     name: str
     dtype: np.dtype[Any]  # of the vectors, and of the sums
@@ -40,19 +46,30 @@ class Wire:
         """Bytes of a message that holds up to n numbers, n a multiple of BLOCK."""
         return n * self.dtype.itemsize
 
+    def encode_piece(self, x: Array, message: Bytes, start: int) -> None:
+        message.view(self.dtype)[start : start + x.size] = x
+
+    def decode_piece(self, message: Bytes, x: Array, start: int) -> None:
+        x[...] = message.view(self.dtype)[start : start + x.size]
+
     def encode(self, x: Array, message: Bytes) -> bool:
         """Write x, which may be shorter than the message has room for. Returns whether all of it is finite."""
-        message[: x.nbytes].view(self.dtype)[...] = x
-        return bool(np.isfinite(x).all())
+        for piece in _pieces(x.size):
+            self.encode_piece(x[piece], message, piece.start)
+        return self.first_bad(x) < 0
 
     def decode(self, message: Bytes, x: Array) -> None:
         """Write the numbers of a message into x, which may be shorter."""
-        x[...] = message[: x.nbytes].view(self.dtype)
+        for piece in _pieces(x.size):
+            self.decode_piece(message, x[piece], piece.start)
 
     def first_bad(self, x: Array) -> int:
         """Index of the first infinity or NaN of x, or -1."""
-        finite = np.isfinite(x)
-        return -1 if finite.all() else int(np.argmin(finite))
+        for piece in _pieces(x.size):
+            finite = np.isfinite(x[piece])
+            if not finite.all():
+                return int(piece.start + np.argmin(finite))
+        return -1
 
     def sum_and_encode(
         self, own: Array, rank: int, P: int, received: Bytes, first: int, stride: int, message: Bytes
@@ -62,14 +79,15 @@ class Wire:
         own is that of `rank`, as it is; those of the others are messages in received, `stride` bytes apart from `first`
         on.
         """
-        total, other = np.zeros_like(own), np.empty_like(own)
-        for r in range(P):
-            if r == rank:
-                total += own
-            else:
-                self.decode(received[first + r * stride :][: len(message)], other)
-                total += other
-        self.encode(total, message)
+        for piece in _pieces(own.size):
+            total, other = np.zeros_like(own[piece]), np.empty_like(own[piece])
+            for r in range(P):
+                if r == rank:
+                    total += own[piece]
+                else:
+                    self.decode_piece(received[first + r * stride :][: len(message)], other, piece.start)
+                    total += other
+            self.encode_piece(total, message, piece.start)
 
 
 class BrainWire(Wire):
@@ -78,14 +96,14 @@ class BrainWire(Wire):
     def nbytes(self, n: int) -> int:
         return 2 * n
 
-    def encode(self, x: Array, message: Bytes) -> bool:
+    def encode_piece(self, x: Array, message: Bytes, start: int) -> None:
         bits = x.view(np.uint32)
         rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
-        message[: 2 * x.size].view(np.uint16)[...] = np.where(np.isnan(x), np.uint32(0x7FC0), rounded)
-        return bool(np.isfinite(x).all())
+        message.view(np.uint16)[start : start + x.size] = np.where(np.isnan(x), np.uint32(0x7FC0), rounded)
 
-    def decode(self, message: Bytes, x: Array) -> None:
-        np.left_shift(message[: 2 * x.size].view(np.uint16), np.uint32(16), out=x.view(np.uint32), dtype=np.uint32)
+    def decode_piece(self, message: Bytes, x: Array, start: int) -> None:
+        bits = message.view(np.uint16)[start : start + x.size]
+        np.left_shift(bits, np.uint32(16), out=x.view(np.uint32), dtype=np.uint32)
 
 
 class HalfWire(Wire):
@@ -95,20 +113,19 @@ class HalfWire(Wire):
         content = 2 * n + 2 * (n // BLOCK)
         return -(-content // ALIGNMENT) * ALIGNMENT
 
-    def encode(self, x: Array, message: Bytes) -> bool:
+    def encode_piece(self, x: Array, message: Bytes, start: int) -> None:
         halves, exponents = _fields(message)
         blocks = _blocks(x)
         e = block_exponents(blocks)
         with np.errstate(over="ignore", under="ignore", invalid="ignore"):
             scaled = blocks * np.ldexp(np.float32(1), -e)[:, None]
-            halves[: x.size].view(np.float16)[...] = scaled.ravel()[: x.size]
-        exponents[: len(e)].view(np.int16)[...] = e
-        return bool(np.isfinite(x).all())
+            halves[start : start + x.size].view(np.float16)[...] = scaled.ravel()[: x.size]
+        exponents[start // BLOCK :][: len(e)].view(np.int16)[...] = e
 
-    def decode(self, message: Bytes, x: Array) -> None:
+    def decode_piece(self, message: Bytes, x: Array, start: int) -> None:
         halves, exponents = _fields(message)
-        blocks = _blocks(halves[: x.size].view(np.float16).astype(np.float32))
-        e = exponents[: len(blocks)].view(np.int16).astype(np.int32)
+        blocks = _blocks(halves[start : start + x.size].view(np.float16).astype(np.float32))
+        e = exponents[start // BLOCK :][: len(blocks)].view(np.int16).astype(np.int32)
         with np.errstate(over="ignore", under="ignore", invalid="ignore"):
             x[...] = (blocks * np.ldexp(np.float32(1), e)[:, None]).ravel()[: x.size]
 
@@ -141,6 +158,12 @@ def block_exponents(blocks: Array) -> NDArray[np.int32]:
     """
     peak = np.abs(np.where(np.isfinite(blocks), blocks, 0)).max(axis=1, initial=0)
     return np.where(peak > 0, np.maximum(np.frexp(peak)[1].astype(np.int32) - TOP, LOWEST), 0)
+
+
+def _pieces(n: int) -> Iterator[slice]:
+    """The parts of a vector (n,) that are worked on one after the other."""
+    for start in range(0, n, PIECE):
+        yield slice(start, min(start + PIECE, n))
 
 
 def _capacity(nbytes: int) -> int:

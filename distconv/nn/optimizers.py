@@ -16,6 +16,7 @@ from numpy.typing import DTypeLike
 from distconv.kernels import updates
 from distconv.kernels.cpu import Array
 
+PIECE = 1 << 16  # numbers
 EPSILON = 1e-7  # keeps the divisions finite; outside the bias correction, as in the source
 
 
@@ -33,6 +34,13 @@ class Optimizer:
         raise NotImplementedError
 
     def step(self, p: Array, g: Array, t: int) -> None:
+        """Make step t of p (size,) with the gradient g (size,), in pieces, so that temporary arrays are small."""
+        for start in range(0, p.size, PIECE):
+            piece = slice(start, start + PIECE)
+            self.update(p[piece], g[piece], t, *(vector[piece] for vector in self.state.values()))
+
+    def update(self, p: Array, g: Array, t: int, *state: Array) -> None:
+        """Do the same with a piece of p, g and the state vectors."""
         raise NotImplementedError
 
 
@@ -42,7 +50,7 @@ class SGD(Optimizer):
     def scalars(self, t: int) -> tuple[float, ...]:
         return (self.lr,)
 
-    def step(self, p: Array, g: Array, t: int) -> None:
+    def update(self, p: Array, g: Array, t: int, *state: Array) -> None:
         p -= self.lr * g
 
 
@@ -55,8 +63,8 @@ class Momentum(Optimizer):
     def scalars(self, t: int) -> tuple[float, ...]:
         return self.a, self.lr
 
-    def step(self, p: Array, g: Array, t: int) -> None:
-        v = self.state["v"]
+    def update(self, p: Array, g: Array, t: int, *state: Array) -> None:
+        (v,) = state
         v *= self.a
         v -= self.lr * g
         p += v
@@ -71,8 +79,8 @@ class Nesterov(Optimizer):
     def scalars(self, t: int) -> tuple[float, ...]:
         return self.a, self.lr
 
-    def step(self, p: Array, g: Array, t: int) -> None:
-        v = self.state["v"]
+    def update(self, p: Array, g: Array, t: int, *state: Array) -> None:
+        (v,) = state
         p += self.a * self.a * v - (1 + self.a) * self.lr * g
         v *= self.a
         v -= self.lr * g
@@ -86,8 +94,8 @@ class AdaGrad(Optimizer):
     def scalars(self, t: int) -> tuple[float, ...]:
         return self.lr, EPSILON
 
-    def step(self, p: Array, g: Array, t: int) -> None:
-        h = self.state["h"]
+    def update(self, p: Array, g: Array, t: int, *state: Array) -> None:
+        (h,) = state
         h += g * g
         p -= self.lr * g / (np.sqrt(h) + EPSILON)
 
@@ -101,8 +109,8 @@ class RMSprop(Optimizer):
     def scalars(self, t: int) -> tuple[float, ...]:
         return self.d, 1 - self.d, self.lr, EPSILON
 
-    def step(self, p: Array, g: Array, t: int) -> None:
-        h = self.state["h"]
+    def update(self, p: Array, g: Array, t: int, *state: Array) -> None:
+        (h,) = state
         h *= self.d
         h += (1 - self.d) * g * g
         p -= self.lr * g / (np.sqrt(h) + EPSILON)
@@ -121,8 +129,8 @@ class Adam(Optimizer):
         rate = self.lr * math.sqrt(1 - self.b2**t) / (1 - self.b1**t)
         return 1 - self.b1, 1 - self.b2, rate, EPSILON
 
-    def step(self, p: Array, g: Array, t: int) -> None:
-        updates.adam(p, g, self.state["m"], self.state["v"], *map(p.dtype.type, self.scalars(t)))
+    def update(self, p: Array, g: Array, t: int, *state: Array) -> None:
+        updates.adam(p, g, *state, *map(p.dtype.type, self.scalars(t)))
 
 
 OPTIMIZERS: dict[str, type[Optimizer]] = {
