@@ -175,6 +175,9 @@ class World:
                 text, sentence = "".join(traceback.format_exception(error)), _sentence(error)
             job = f"distconv: rank {self.rank} of {self.size} failed and ends the job: {sentence}\n"
             sys.stderr.write(text + job)
+            sys.stderr.flush()
+            if self.error_folder is None:
+                time.sleep(GRACE / 4)  # its claim ends with this rank, and others may be about to fail alike
 
     def _leave_report(self, error: BaseException, code: int) -> bool:
         """Write errors/rank-R.json, if there is a folder for it; whether no other rank has done so before."""
