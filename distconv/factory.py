@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -35,3 +36,19 @@ def load_factory(name: str) -> Callable[..., Any]:
     if not callable(function):
         raise UsageError(f"{name}: the module {module_name} has no function {function_name}")
     return function  # type: ignore[no-any-return]
+
+
+def call_factory(name: str, *arguments: Any) -> Any:
+    """What the function that `package.module:function` names gives for these arguments.
+
+    Raises UsageError where there is none or it does not take them; what it raises itself comes through.
+    """
+    function = load_factory(name)
+    try:
+        inspect.signature(function).bind(*arguments)
+    except ValueError:
+        pass  # a function of C, which does not tell what it takes
+    except TypeError as error:
+        count = f"{len(arguments)} argument{'s' * (len(arguments) != 1)}"
+        raise UsageError(f"{name} is called with {count}, which it does not take: {error}") from None
+    return function(*arguments)

@@ -22,10 +22,11 @@ from distconv.kernels.compiled import MUST_COMPILE
 from distconv.kernels.cuda import Cuda
 from distconv.kernels.gpu import Gpu
 from distconv.kernels.half import BLOCK
+from distconv.nn.checked import checked
 from distconv.nn.layers import Context
 from distconv.nn.networks import build_network
 from distconv.nn.optimizers import OPTIMIZERS
-from distconv.nn.parameters import Parameters
+from distconv.nn.parameters import Parameters, count
 from distconv.run import Run
 
 
@@ -55,7 +56,10 @@ def unplaced_run(settings: Config, dataset: Dataset, world: World) -> Run:
     """The run before it is known where it computes: on_cpu or on_gpu gives it its exchange and its engine."""
     with world.together():
         model, specs = build_network(settings.model, dataset.image_shape, dataset.classes)
-        parameters = Parameters(specs, WIRES[settings.wire].dtype)  # no use in sums finer than what is summed
+        try:
+            parameters = Parameters(specs, WIRES[settings.wire].dtype)  # no use in sums finer than what is summed
+        except (MemoryError, ValueError) as error:
+            raise UsageError(f"--model {settings.model} has {count(specs):,} parameters: {error}") from None
     world.agree("the model", parameters.layout(), "give all hosts the same code")
     parameters.initialize(settings.seed)
     world.comm.Bcast(parameters.vector)
@@ -97,12 +101,16 @@ def on_gpu(run: Run, device: Any, shared: bool) -> Run:
 
 
 def compile_kernels(run: Run) -> None:
-    """Call what a step calls, on one image, so that what is not in the cache is compiled; collective."""
+    """Call what a step calls, on two images, so that what is not in the cache is compiled; collective.
+
+    Raises UsageError for a model whose layers do not give what they should.
+    """
     parameters, data = run.parameters, run.dataset
     in_turn = run.world.local.allreduce(MUST_COMPILE) > 0
-    with one_of_a_host_first(run.world) if in_turn else contextlib.nullcontext():
-        context = Context(training=True, samples=np.zeros(1, np.int64))
-        local_gradient(run.model, parameters, data.train_images[:1], data.train_labels[:1], context, 1)
+    with run.world.together(), one_of_a_host_first(run.world) if in_turn else contextlib.nullcontext():
+        images, labels = data.train_images[:2], data.train_labels[:2]
+        context = Context(training=True, samples=np.arange(len(labels)))
+        local_gradient(checked(run.model), parameters, images, labels, context, 1)
         parameters.gradient[...] = 0
         value, gradient = np.zeros((2, 1), parameters.vector.dtype)
         type(run.optimizer)(1, parameters.vector.dtype, 1.0).step(value, gradient, 1)
@@ -114,9 +122,11 @@ def one_of_a_host_first(world: World) -> Iterator[None]:
     """Run a part on one rank of each host, then on the others: what one has compiled, the others find in the cache."""
     if world.local_rank != 0:
         world.wait(on_host=True)
-    yield
-    if world.local_rank == 0:
-        world.wait(on_host=True)
+    try:
+        yield
+    finally:  # after a failure, too, the others' turn comes
+        if world.local_rank == 0:
+            world.wait(on_host=True)
 
 
 def compile_wire(wire: Wire) -> None:

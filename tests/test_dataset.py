@@ -30,6 +30,7 @@ def dataset(**changed: Any) -> Dataset:
 @pytest.mark.parametrize(
     ("changed", "words"),
     [
+        *(({"classes": odd}, "mine: classes is .* 2 to 256") for odd in (0, 1, -1, 257, 300, 2.0, "10", None, True)),
         ({"train_images": TRAIN_IMAGES / 255}, "mine, train: images are float64"),
         ({"test_images": TEST_IMAGES.astype(np.int16)}, "mine, test: images are int16"),
         ({"train_labels": TRAIN_LABELS.astype(np.int64)}, "mine, train: labels are int64"),
@@ -42,6 +43,11 @@ def dataset(**changed: Any) -> Dataset:
         ({"classes": 3, "train_labels": np.array([0, 1, 2, 3, 2, 1], np.uint8)}, "number 3 is 3; .* 0 to 2"),
         ({"test_images": TEST_IMAGES[:, :, 1:]}, "alike"),
         ({"test_images": np.stack([TEST_IMAGES] * 3, axis=-1)}, "alike"),
+        ({"train_images": TRAIN_IMAGES.tolist()}, "mine, train: images are a list, but a NumPy array"),
+        ({"test_labels": [0, 1, 2, 3]}, "mine, test: labels are a list, but a NumPy array"),
+        ({"test_images": None}, "mine, test: images are a NoneType"),
+        ({"train_images": TRAIN_IMAGES[:, :0]}, r"6 images of shape \(0, 4\); .* pixel"),
+        ({"train_images": TRAIN_IMAGES[..., None][..., :0]}, r"6 images of shape \(5, 4, 0\); .* pixel"),
     ],
 )
 def test_parts_that_do_not_fit_together_are_refused(changed: dict[str, Any], words: str) -> None:
@@ -56,6 +62,25 @@ def test_images_without_channels_get_one_and_colours_stay() -> None:
     colours["test_images"] = np.stack([TEST_IMAGES, 255 - TEST_IMAGES, TEST_IMAGES], -1)
     assert dataset(**colours).image_shape == (5, 4, 3)
     np.testing.assert_array_equal(dataset(**colours).test_images, colours["test_images"])
+
+
+def test_the_number_of_classes_may_be_numpys_and_all_of_a_bytes_values() -> None:
+    labels = np.array([255, 0, 1, 2, 3, 4], np.uint8)
+    whole = dataset(classes=256, train_labels=labels)
+    assert whole.classes == 256 and whole.train_labels.max() == 255
+    assert type(dataset(classes=np.uint8(10)).classes) is int  # what JSON can hold
+
+
+def test_arrays_that_lie_otherwise_in_memory_are_the_same_data() -> None:
+    turned = dataset(
+        train_images=np.asfortranarray(TRAIN_IMAGES),
+        train_labels=np.repeat(TRAIN_LABELS, 2)[::2],
+        test_images=np.stack([TEST_IMAGES] * 2, axis=1)[:, 1],
+    )
+    turned.train_images.flags.writeable = False
+    assert turned.digest == dataset().digest
+    assert all(array.flags.c_contiguous for array in (turned.train_images, turned.train_labels, turned.test_images))
+    assert np.shares_memory(dataset().train_images, TRAIN_IMAGES)  # what lies well is not copied
 
 
 def flipped(array: np.ndarray, place: int) -> np.ndarray:

@@ -7,7 +7,7 @@ from pathlib import Path
 from distconv.data import digits, mnist
 from distconv.data.dataset import Dataset
 from distconv.errors import CannotCreateError, DownloadError, MissingInputError, UsageError
-from distconv.factory import is_factory, load_factory
+from distconv.factory import call_factory, is_factory
 
 AUTO = "auto"
 
@@ -45,7 +45,7 @@ def load(name: str) -> Dataset:
     if name == "digits":
         return digits.load()
     if is_factory(name) and not Path(name).exists():
-        dataset = load_factory(name)()
+        dataset = call_factory(name)
         if not isinstance(dataset, Dataset):
             raise UsageError(
                 f"--data {name} returned {type(dataset).__name__}, but a distconv.data.Dataset is expected"

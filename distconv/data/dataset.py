@@ -13,13 +13,15 @@ from numpy.typing import DTypeLike, NDArray
 from distconv.errors import BadDataError
 
 Bytes = NDArray[np.uint8]
+MOST_CLASSES = 256  # labels are bytes
 
 
 @dataclass(frozen=True)
 class Dataset:
     """Images (N, H, W) or (N, H, W, C) of bytes and labels (N,) in [0, classes), for training and for test.
 
-    Raises BadDataError where these do not fit together. Images without a channel axis get one of length 1.
+    classes: 2 to 256, what a byte can tell apart. Raises BadDataError where these do not fit together. Images without
+    a channel axis get one of length 1; arrays that are not contiguous are copied.
     """
 
     name: str
@@ -30,11 +32,13 @@ class Dataset:
     classes: int = 10
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "classes", _whole(self.name, self.classes))
         for part in ("train", "test"):
             images, labels = getattr(self, f"{part}_images"), getattr(self, f"{part}_labels")
             _check_pair(f"{self.name}, {part}", images, labels, self.classes)
-            if images.ndim == 3:
-                object.__setattr__(self, f"{part}_images", images[..., np.newaxis])
+            images = images[..., np.newaxis] if images.ndim == 3 else images
+            object.__setattr__(self, f"{part}_images", np.ascontiguousarray(images))
+            object.__setattr__(self, f"{part}_labels", np.ascontiguousarray(labels))
         if self.train_images.shape[1:] != self.test_images.shape[1:]:
             raise BadDataError(
                 f"{self.name}: training images have shape {self.train_images.shape[1:]} and test images "
@@ -65,16 +69,30 @@ def pixels(images: Bytes, dtype: DTypeLike) -> NDArray[Any]:
     return np.divide(images, 255, dtype=np.promote_types(dtype, np.float32)).astype(dtype, copy=False)
 
 
+def _whole(where: str, classes: object) -> int:
+    """The number of classes, as Python's int. Raises BadDataError."""
+    if not isinstance(classes, int | np.integer) or not 2 <= classes <= MOST_CLASSES:
+        raise BadDataError(f"{where}: classes is {classes!r}, but a whole number from 2 to {MOST_CLASSES} was expected")
+    return int(classes)
+
+
 def _check_pair(where: str, images: Bytes, labels: Bytes, classes: int) -> None:
     for what, array, dimensions in (("images", images, (3, 4)), ("labels", labels, (1,))):
+        if not isinstance(array, np.ndarray):
+            raise BadDataError(f"{where}: {what} are a {type(array).__name__}, but a NumPy array of uint8 was expected")
         if array.dtype != np.uint8 or array.ndim not in dimensions:
             raise BadDataError(
                 f"{where}: {what} are {array.dtype} of shape {array.shape}, but uint8 with "
                 f"{' or '.join(map(str, dimensions))} dimensions were expected"
             )
-    if len(images) != len(labels) or len(images) == 0:
+    if len(images) != len(labels):
         raise BadDataError(
             f"{where}: there are {len(images)} images and {len(labels)} labels; there must be one label an image"
+        )
+    if images.size == 0:
+        raise BadDataError(
+            f"{where}: there are {len(images)} images of shape {images.shape[1:]}; at least one, with at least one "
+            f"pixel, was expected"
         )
     if labels.max() >= classes:
         bad = int(np.argmax(labels >= classes))

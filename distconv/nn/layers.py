@@ -8,14 +8,16 @@ and returns dx. Activations live in that function, so a layer holds no state and
 from __future__ import annotations
 
 import math
+import textwrap
 import zlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from distconv.errors import UsageError
 from distconv.kernels import cpu
 from distconv.kernels.cpu import Array
-from distconv.nn.parameters import Shape, Spec, Specs, Views
+from distconv.nn.parameters import Shape, Spec, Specs, Views, check_specs, is_shape, is_whole, is_within
 
 # backward(dy, grads, wants_dx): writes into grads, returns dx, or None where the caller does not want it.
 Backward = Callable[[Array, Views, bool], "Array | None"]
@@ -69,6 +71,30 @@ class Layer(Protocol):
         ...
 
 
+def is_layer(candidate: Any) -> bool:
+    """Whether this has the methods of a layer, and is not a class."""
+    return not isinstance(candidate, type) and all(callable(getattr(candidate, m, None)) for m in ("shapes", "forward"))
+
+
+def kind_of(candidate: object) -> str:
+    """What this is, for people."""
+    return f"the class {candidate.__name__}" if isinstance(candidate, type) else f"a {type(candidate).__name__}"
+
+
+def shapes_of(layer: Layer, input_shape: Shape) -> tuple[Shape, Specs]:
+    """layer.shapes(input_shape). Raises ValueError where that is not an output shape and specs."""
+    found: Any = layer.shapes(input_shape)
+    kind = type(layer).__name__
+    if not isinstance(found, tuple) or len(found) != 2 or not is_shape(found[0]):
+        given = textwrap.shorten(repr(found), 120)
+        raise ValueError(f"{kind}.shapes gave {given}, but an output shape, a tuple, and parameters were expected")
+    try:
+        check_specs(found[1])
+    except ValueError as error:
+        raise ValueError(f"{kind}.shapes: {error}") from None
+    return found
+
+
 def he(fan_in: int) -> float:
     """Standard deviation of first weights before a ReLU (He et al. 2015, arXiv 1502.01852)."""
     return math.sqrt(2 / fan_in)
@@ -90,6 +116,7 @@ class Conv:
 
     def shapes(self, input_shape: Shape) -> tuple[Shape, Specs]:
         H, W, C = _image_shape(self, input_shape)
+        _check_whole(self, "filters", self.filters)
         K, F = self.size, self.filters
         output_shape = (*_window_grid(self, H, W, K, self.stride, self.pad), F)
         deviation = he(K * K * C) if self.deviation is None else self.deviation
@@ -116,9 +143,10 @@ class MaxPool:
 
     def shapes(self, input_shape: Shape) -> tuple[Shape, Specs]:
         H, W, C = _image_shape(self, input_shape)
+        grid = _window_grid(self, H, W, self.size, self.stride, self.pad)
         if self.pad >= self.size:
             raise ValueError(f"{self}: a window could lie in the padding alone; use a pad below the window size")
-        return (*_window_grid(self, H, W, self.size, self.stride, self.pad), C), {}
+        return (*grid, C), {}
 
     def forward(self, x: Array, params: Views, context: Context) -> tuple[Array, Backward]:
         kernels, shape = context.kernels, x.shape
@@ -142,6 +170,7 @@ class Affine:
     deviation: float | None = None
 
     def shapes(self, input_shape: Shape) -> tuple[Shape, Specs]:
+        _check_whole(self, "outputs", self.outputs)
         C = math.prod(input_shape)
         deviation = he(C) if self.deviation is None else self.deviation
         return (self.outputs,), {"W": Spec((C, self.outputs), deviation), "b": Spec((self.outputs,))}
@@ -176,7 +205,7 @@ class Dropout:
     ratio: float = 0.5
 
     def shapes(self, input_shape: Shape) -> tuple[Shape, Specs]:
-        if not 0 <= self.ratio <= 1:
+        if not is_within(self.ratio, 0, 1):
             raise ValueError(f"{self}: the ratio must lie in 0 to 1")
         return input_shape, {}
 
@@ -194,6 +223,11 @@ class Chain:
     layers: tuple[tuple[str, Layer], ...]
 
     def __init__(self, *layers: Layer) -> None:
+        for i, layer in enumerate(layers, start=1):
+            if not is_layer(layer):
+                raise UsageError(
+                    f"Chain(Conv(8), Affine(10)) is a chain of layers, but argument {i} is {kind_of(layer)}"
+                )
         kinds = [type(layer).__name__.lower() for layer in layers]
         names = [f"{kind}{kinds[: i + 1].count(kind)}" for i, kind in enumerate(kinds)]
         object.__setattr__(self, "layers", tuple(zip(names, layers, strict=True)))
@@ -208,7 +242,7 @@ class Chain:
     def shapes(self, input_shape: Shape) -> tuple[Shape, Specs]:
         specs: dict[str, Specs] = {}
         for name, layer in self.layers:
-            input_shape, specs[name] = layer.shapes(input_shape)
+            input_shape, specs[name] = shapes_of(layer, input_shape)
         return input_shape, specs
 
     def forward(self, x: Array, params: Views, context: Context) -> tuple[Array, Backward]:
@@ -236,9 +270,15 @@ def _image_shape(layer: object, shape: Shape) -> tuple[int, int, int]:
     return shape
 
 
+def _check_whole(layer: object, name: str, number: Any, least: int = 1) -> None:
+    if not is_whole(number) or number < least:
+        raise ValueError(f"{layer}: {name} must be a whole number, at least {least}")
+
+
 def _window_grid(layer: object, H: int, W: int, K: int, stride: int, pad: int) -> tuple[int, int]:
-    if K < 1 or stride < 1 or pad < 0:
-        raise ValueError(f"{layer}: window and stride must be at least 1, padding at least 0")
+    _check_whole(layer, "size", K)
+    _check_whole(layer, "stride", stride)
+    _check_whole(layer, "pad", pad, least=0)
     grid = cpu.output_size(H, K, stride, pad), cpu.output_size(W, K, stride, pad)
     if min(grid) < 1:
         raise ValueError(f"{layer} does not fit into an image of {H} x {W}: use a smaller window or more padding")

@@ -6,9 +6,9 @@ A factory takes the number of classes and returns a layer, usually a Chain. `--m
 from __future__ import annotations
 
 from distconv.errors import UsageError
-from distconv.factory import is_factory, load_factory
-from distconv.nn.layers import Affine, Chain, Conv, Dropout, Layer, MaxPool
-from distconv.nn.parameters import Shape, Specs
+from distconv.factory import call_factory, is_factory
+from distconv.nn.layers import Affine, Chain, Conv, Dropout, Layer, MaxPool, is_layer, kind_of, shapes_of
+from distconv.nn.parameters import Shape, Specs, count
 
 
 def deepconvnet(classes: int) -> Layer:
@@ -46,14 +46,18 @@ NETWORKS = {"deepconvnet": deepconvnet, "simpleconvnet": simpleconvnet}
 def build_network(name: str, image_shape: Shape, classes: int) -> tuple[Layer, Specs]:
     """The network of that name, or of a user's package.module:function, and its parameters for such images (H, W, C).
 
-    Raises UsageError where there is none, where it does not fit the images or gives no score for each class.
+    Raises UsageError where there is none, where it is no layer, has no parameters, does not fit the images or gives no
+    score for each class; what the user's own code raises comes through.
     """
     if name not in NETWORKS and not is_factory(name):
         raise UsageError(f"--model {name}: expected one of {', '.join(NETWORKS)}, or package.module:function")
-    factory = NETWORKS[name] if name in NETWORKS else load_factory(name)
-    model = factory(classes)
+    model = NETWORKS[name](classes) if name in NETWORKS else call_factory(name, classes)
+    if not is_layer(model):
+        raise UsageError(
+            f"--model {name} returned {kind_of(model)}, but a layer, with shapes and forward, was expected"
+        )
     try:
-        output_shape, specs = model.shapes(image_shape)
+        output_shape, specs = shapes_of(model, image_shape)
     except ValueError as error:
         raise UsageError(f"--model {name} does not fit images of {image_shape}: {error}") from None
     if output_shape != (classes,):
@@ -61,4 +65,6 @@ def build_network(name: str, image_shape: Shape, classes: int) -> tuple[Layer, S
             f"--model {name} gives outputs of shape {output_shape}, but the data set has {classes} classes: "
             f"end it with Affine(classes)"
         )
+    if not count(specs):
+        raise UsageError(f"--model {name} has no parameters, so there is nothing to train")
     return model, specs

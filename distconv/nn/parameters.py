@@ -9,9 +9,11 @@ from __future__ import annotations
 import hashlib
 import itertools
 import math
+import sys
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from numbers import Real
 from types import MappingProxyType
 from typing import Any
 
@@ -34,6 +36,36 @@ class Spec:
 
 Specs = Mapping[str, "Spec | Specs"]  # by name, nested as the layers are
 Views = Mapping[str, Any]  # the same nesting, arrays at the leaves
+
+
+def check_specs(specs: Any) -> None:
+    """Raise ValueError where these are not Specs: whatever a user's own layer gave."""
+    if not isinstance(specs, Mapping):
+        raise ValueError(f"its parameters are a {type(specs).__name__}, but a dict of Spec by name was expected")
+    for name, spec in specs.items():
+        if not isinstance(name, str) or not name or not name.isprintable() or "." in name:
+            raise ValueError(f"a parameter is named {name!r}, but a word without a dot was expected")
+        if not isinstance(spec, Spec):
+            check_specs(spec)
+        elif not is_shape(spec.shape):
+            raise ValueError(f"{name} has the shape {spec.shape!r}, but a tuple of whole numbers from 1 was expected")
+        elif not is_within(spec.deviation, 0, sys.float_info.max):
+            raise ValueError(f"{name} has the deviation {spec.deviation!r}, but a number from 0 was expected")
+
+
+def is_shape(shape: Any) -> bool:
+    """Whether this is a tuple of whole numbers from 1, which may be none."""
+    return isinstance(shape, tuple) and all(is_whole(n) and n > 0 for n in shape)
+
+
+def is_whole(number: Any) -> bool:
+    """Whether this is a whole number, Python's or NumPy's, and no truth value."""
+    return isinstance(number, int | np.integer) and not isinstance(number, bool)
+
+
+def is_within(number: Any, least: float, most: float) -> bool:
+    """Whether this is a real number, Python's or NumPy's, in these bounds."""
+    return isinstance(number, Real) and least <= float(number) <= most
 
 
 class Parameters:
@@ -97,6 +129,11 @@ def digest(tensors: Mapping[str, Array], text: str = "") -> str:
         sha.update(f"{name} {tensors[name].shape} {tensors[name].dtype}".encode())
         sha.update(np.ascontiguousarray(tensors[name]).data)
     return sha.hexdigest()
+
+
+def count(specs: Specs) -> int:
+    """How many numbers the parameters are."""
+    return sum(math.prod(spec.shape) for _, spec in _flatten(specs))
 
 
 def _flatten(specs: Specs, prefix: str = "") -> list[tuple[str, Spec]]:

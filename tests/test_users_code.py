@@ -1,0 +1,211 @@
+"""A user's own model or data set that cannot work: one sentence says why; what the user's own code raises is shown."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from distconv.engine import local_gradient
+from distconv.errors import UsageError
+from distconv.nn.checked import checked
+from distconv.nn.layers import Context
+from distconv.nn.networks import build_network
+from distconv.nn.parameters import Parameters
+from tests import jobs
+from tests.test_failures import QUICK, assert_one_sentence
+
+IMPORTS = """
+import numpy as np
+from distconv.data.dataset import Dataset
+from distconv.nn.layers import Affine, Chain, Conv, Dropout, MaxPool
+from distconv.nn.parameters import Spec
+
+class Bad:
+    def __init__(self, shapes=None, forward=None, backward=None):
+        self.found = shapes, forward, backward
+    def shapes(self, shape):
+        return self.found[0](shape) if self.found[0] else (shape, {})
+    def forward(self, x, params, context):
+        if self.found[1]:
+            return self.found[1](x)
+        return x, self.found[2] or (lambda dy, grads, wants_dx: dy)
+
+def shapes(function): return Chain(Bad(function), Affine(10))
+def forward(function): return Chain(Affine(20), Bad(forward=function), Affine(10))
+"""
+
+
+def train(folder: Path, code: str, *flags: str, ranks: int = 2):  # type: ignore[no-untyped-def]
+    """A run of a module that holds this code, with its own model or data set named by flags."""
+    (folder / "mine.py").write_text(IMPORTS + code)
+    arguments = ("-m", "distconv.train", *QUICK, *flags, "--out", folder / "run")
+    return jobs.run(ranks, *arguments, PYTHONPATH=str(folder))
+
+
+TOO_LARGE = (
+    "shapes(lambda s: (s, {'W': Spec((10**15,))}))",
+    "has 1,000,000,000,007,850 parameters",
+)
+MODELS = {
+    "a list": ("[Affine(classes)]", "returned a list, but a layer"),
+    "nothing": ("None", "returned a NoneType, but a layer"),
+    "a class": ("Chain", "returned the class Chain, but a layer"),
+    "no parameters": ("Bad(lambda shape: ((classes,), {}))", "has no parameters"),
+    "a chain of a list": ("Chain([Affine(classes)])", "argument 1 is a list"),
+    "a chain of a class": ("Chain(MaxPool, Affine(classes))", "1 is the class MaxPool"),
+    "0 filters": ("Chain(Conv(0), Affine(classes))", "filters must be a whole number"),
+    "2.5 filters": ("Chain(Conv(2.5), Affine(classes))", "filters must be a whole number"),
+    "a stride of text": ("Chain(MaxPool(stride='2'), Affine(classes))", "stride must be"),
+    "half an output": ("Chain(Affine(0.5), Affine(classes))", "outputs must be a whole"),
+    "a ratio of text": ("Chain(Dropout('x'), Affine(classes))", "the ratio must lie in"),
+    "a deviation of text": (
+        "Chain(Affine(classes, deviation='x'))",
+        "W has the deviation 'x'",
+    ),
+    "no shapes": ("shapes(lambda shape: None)", "Bad.shapes gave None"),
+    "one shape": ("shapes(lambda shape: shape)", "Bad.shapes gave (28, 28, 1)"),
+    "a negative shape": ("shapes(lambda shape: ((-1,), {}))", "Bad.shapes gave ((-1,)"),
+    "a float shape": ("shapes(lambda shape: ((2.0,), {}))", "Bad.shapes gave ((2.0,)"),
+    "specs in a list": ("shapes(lambda shape: (shape, [3]))", "its parameters are a list"),
+    "an array": (
+        "shapes(lambda s: (s, {'W': np.ones(3)}))",
+        "its parameters are a ndarray",
+    ),
+    "a negative spec": (
+        "shapes(lambda s: (s, {'W': Spec((-3,))}))",
+        "W has the shape (-3,)",
+    ),
+    "a float spec": (
+        "shapes(lambda s: (s, {'W': Spec((3.0,))}))",
+        "W has the shape (3.0,)",
+    ),
+    "a spec of a number": ("shapes(lambda s: (s, {'W': Spec(3)}))", "W has the shape 3"),
+    "a dotted name": ("shapes(lambda s: (s, {'a.b': Spec((3,))}))", "is named 'a.b'"),
+    "a name of a number": ("shapes(lambda s: (s, {1: Spec((3,))}))", "is named 1"),
+    "y alone": (
+        "forward(lambda x: x)",
+        "Bad.forward gave float32 of shape (2, 20), but (y,",
+    ),
+    "three": ("forward(lambda x: (x, 1, 2))", "Bad.forward gave 3 values"),
+    "no backward": ("forward(lambda x: (x, None))", "Bad.forward gave 2 values"),
+    "another y": (
+        "forward(lambda x: (x[:, :9], id))",
+        "shape (2, 9), but floats of shape (2, 20)",
+    ),
+    "fewer samples": (
+        "forward(lambda x: (x[:1], id))",
+        "(1, 20), but floats of shape (2, 20)",
+    ),
+    "integers": (
+        "forward(lambda x: (x.astype(int), id))",
+        "int64 of shape (2, 20), but floats",
+    ),
+    "no dx": (
+        "Chain(Affine(20), Bad(None, None, lambda dy, grads, wants: None), Affine(10))",
+        "the backward pass of Bad gave a NoneType",
+    ),
+    "another dx": (
+        "Chain(Affine(20), Bad(None, None, lambda dy, grads, wants: dy[:, :3]), Affine(10))",
+        "the backward pass of Bad gave float32 of shape (2, 3)",
+    ),
+}
+
+
+@pytest.fixture
+def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """Writes the module mine, which the next test does not find."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", sys.path.copy())
+    importlib.invalidate_caches()
+    yield lambda code: (tmp_path / "mine.py").write_text(IMPORTS + code)
+    sys.modules.pop("mine", None)
+
+
+def try_model(name: str) -> None:
+    """What a run does with a model before its first step."""
+    model, specs = build_network(name, (28, 28, 1), 10)
+    context = Context(training=True, samples=np.arange(2))
+    images, labels = np.zeros((2, 28, 28, 1), np.uint8), np.zeros(2, np.uint8)
+    local_gradient(checked(model), Parameters(specs), images, labels, context, 2)
+
+
+@pytest.mark.parametrize("case", MODELS)
+def test_a_model_that_cannot_work_is_a_usage_error_that_says_why(module: Any, case: str) -> None:
+    expression, words = MODELS[case]
+    module(f"def network(classes): return {expression}")
+    with pytest.raises(UsageError) as caught:
+        try_model("mine:network")
+    assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_model_that_takes_no_number_of_classes_is_a_usage_error(module: Any) -> None:
+    module("def network(): return Chain(Affine(10))")
+    with pytest.raises(UsageError, match="mine:network is called with 1 argument, which it does not take"):
+        try_model("mine:network")
+
+
+@pytest.mark.parametrize("case", ["a list", "too large", "another y", "no dx"])
+def test_on_all_ranks_it_is_one_sentence_and_leaves_no_folder(tmp_path: Path, case: str) -> None:
+    expression, words = MODELS.get(case) or TOO_LARGE
+    assert_one_sentence(
+        train(tmp_path, f"def network(classes): return {expression}", "--model", "mine:network"), 2, words
+    )
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_model_that_works_passes_all_looks(module: Any) -> None:
+    names = "{'W-1': Spec((), np.float32(0.5)), 'inner': {'0': Spec((np.int64(3),))}, 'more': {}}"
+    module(f"def network(classes): return Chain(Conv(np.int64(2)), Dropout(1), shapes(lambda s: (s, {names})))")
+    try_model("mine:network")
+
+
+DATA = """
+labels, images = np.arange(60, dtype=np.uint8) % 10, np.zeros((60, 8, 8), np.uint8)
+def data(*, images=images, labels=labels, **more): return Dataset("mine", images, labels, images, labels, **more)
+"""
+SETS = {
+    "300 classes": ("def mine(): return data(classes=300)", 65, "classes is 300, but a whole number from 2 to 256"),
+    "labels in a list": ("def mine(): return data(labels=labels.tolist())", 65, "labels are a list"),
+    "no pixels": ("def mine(): return data(images=images[:, :0])", 65, "60 images of shape (0, 8)"),
+    "an argument": ("def mine(folder): return data()", 2, "called with 0 arguments, which it does not take"),
+}
+
+
+@pytest.mark.parametrize("case", SETS)
+def test_a_data_set_that_cannot_work_is_one_sentence(tmp_path: Path, case: str) -> None:
+    code, exit_code, words = SETS[case]
+    assert_one_sentence(train(tmp_path, DATA + code, "--data", "mine:mine"), exit_code, words)
+
+
+def test_arrays_that_are_not_contiguous_or_not_writable_train(tmp_path: Path) -> None:
+    code = (
+        "def mine(): images.flags.writeable = False; return data(images=images.T.reshape(8, 8, 60).transpose(2, 1, 0))"
+    )
+    code += "\ndef network(classes): return Chain(Conv(4), Affine(classes))"
+    result = train(tmp_path, DATA + code, "--data", "mine:mine", "--model", "mine:network")
+    assert result.returncode == 0, result.stderr
+
+
+RAISING = {
+    "the module": ("raise ZeroDivisionError", "--model", "mine:network"),
+    "the model": ("def network(classes): return 1 / 0", "--model", "mine:network"),
+    "its shapes": ("def network(classes): return shapes(lambda shape: 1 / 0)", "--model", "mine:network"),
+    "its forward pass": ("def network(classes): return forward(lambda x: 1 / 0)", "--model", "mine:network"),
+    "the data set": ("def mine(): return 1 / 0", "--data", "mine:mine"),
+}
+
+
+@pytest.mark.parametrize("case", RAISING)
+def test_what_a_users_code_raises_on_all_ranks_is_told_once_with_its_line(tmp_path: Path, case: str) -> None:
+    code, *flags = RAISING[case]
+    result = train(tmp_path, code, *flags, ranks=3)
+    assert result.returncode == 1
+    assert result.stderr.count("Traceback (most recent call last)") == 1, result.stderr
+    assert result.stderr.count("failed and ends the job: ZeroDivisionError") == 1, result.stderr
+    assert "mine.py" in result.stderr
