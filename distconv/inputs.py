@@ -9,9 +9,10 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from distconv import data
-from distconv.checkpoint import load_checkpoint
+from distconv.checkpoint import Checkpoint, load_checkpoint
 from distconv.comm.world import World
 from distconv.data.dataset import Dataset
+from distconv.errors import MismatchError
 from distconv.nn.layers import Layer
 from distconv.nn.networks import build_network
 from distconv.nn.parameters import Parameters
@@ -49,16 +50,38 @@ def load_model(
         checkpoint = load_checkpoint(arguments.file) if arguments.file.suffix == CHECKPOINT_ENDING else None
         arrays = {} if checkpoint else read_pickle(arguments.file)
     trained_on = checkpoint.data["name"] if checkpoint else data.AUTO
-    dataset, _ = load_dataset(arguments.data or trained_on, world, say)
+    dataset, data_name = load_dataset(arguments.data or trained_on, world, say)
     with world.together():
+        if checkpoint:
+            check_data(checkpoint, dataset, data_name, chosen=bool(arguments.data))
         name = arguments.model or (checkpoint.config["model"] if checkpoint else "deepconvnet")
         model, specs = build_network(name, dataset.image_shape, dataset.classes)
         parameters = Parameters(specs, np.float64)
         if checkpoint:
-            checkpoint.fill({f"value/{name}": view for name, view in parameters.named(parameters.vector).items()})
+            checkpoint.fill({f"value/{array}": view for array, view in parameters.named(parameters.vector).items()})
         else:
             from_source(arrays, model, dataset.image_shape, parameters, arguments.file)
     return model, parameters, dataset
+
+
+def check_data(checkpoint: Checkpoint, dataset: Dataset, name: str, chosen: bool) -> None:
+    """Raise MismatchError for a data set that the model cannot judge, or that nobody has chosen for it.
+
+    chosen: the user has named this one. Else it is what the checkpoint names, and must be what it was trained on still.
+    """
+    was, limit = checkpoint.data, checkpoint.config.get("limit_train", 0)
+    wanted = f"{was['classes']} classes of images of {tuple(was['image_shape'])}"
+    found = f"{dataset.classes} classes of images of {dataset.image_shape}"
+    if wanted != found:
+        raise MismatchError(
+            f"{checkpoint.path} was trained on {wanted}, but {name} has {found}: name another data set by --data"
+        )
+    trained_on = dataset.limited(limit) if limit else dataset
+    if not chosen and trained_on.digest != was["digest"]:
+        raise MismatchError(
+            f"{checkpoint.path} was trained on the data set {name} of SHA-256 {was['digest'][:12]}..., which is now "
+            f"{trained_on.digest[:12]}...: bring the old one back, or say --data {name} to take the new one"
+        )
 
 
 def cast(parameters: Parameters, dtype: DTypeLike) -> Parameters:
