@@ -17,6 +17,7 @@ from distconv.nn.layers import Layer
 from distconv.nn.networks import build_network
 from distconv.nn.parameters import Parameters
 from distconv.pickled import from_source, read_pickle
+from distconv.same_code import agree_on_code
 
 CHECKPOINT_ENDING = ".safetensors"
 
@@ -61,6 +62,7 @@ def load_model(
             checkpoint.fill({f"value/{array}": view for array, view in parameters.named(parameters.vector).items()})
         else:
             from_source(arrays, model, dataset.image_shape, parameters, arguments.file)
+    agree_on_code(world, name, data_name)
     return model, parameters, dataset
 
 

@@ -28,6 +28,7 @@ from distconv.nn.networks import build_network
 from distconv.nn.optimizers import OPTIMIZERS
 from distconv.nn.parameters import Parameters, count
 from distconv.run import Run
+from distconv.same_code import agree_on_code
 
 
 def build_run(
@@ -60,6 +61,7 @@ def unplaced_run(settings: Config, dataset: Dataset, world: World) -> Run:
             parameters = Parameters(specs, WIRES[settings.wire].dtype)  # no use in sums finer than what is summed
         except (MemoryError, ValueError) as error:
             raise UsageError(f"--model {settings.model} has {count(specs):,} parameters: {error}") from None
+    agree_on_code(world, settings.model, settings.data)
     world.agree("the model", parameters.layout(), "give all hosts the same code")
     parameters.initialize(settings.seed)
     world.comm.Bcast(parameters.vector)

@@ -20,7 +20,7 @@ FLOORS = (
     ("train", "launch", "evaluate", "misclassified", "prove", "bench", "doctor", "__main__"),
     ("benchmarks", "checkup"),
     ("inputs", "wiring", "folder", "supervisor"),
-    ("loop", "checkpoint", "runlog", "plots", "pickled", "launcher", "stopping"),
+    ("loop", "checkpoint", "runlog", "plots", "pickled", "launcher", "stopping", "same_code"),
     ("engine", "replicas"),
     ("run",),
     ("config",),
