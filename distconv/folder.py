@@ -185,13 +185,9 @@ def _refuse_lost_checkpoints(out: Path) -> None:
     if find_checkpoints(out / "checkpoints"):
         return
     events = [record.get("event") for record in read_metrics(out / "metrics.jsonl")]
-    if not (out / "checkpoints").exists():
-        lost = "step" in events  # a run makes the folder before its first step
-    elif any((out / "checkpoints").iterdir()):
-        lost = False  # they have been set aside
-    else:  # there is one at the end of each epoch
-        lost = "epoch" in events and not {"step", "final"}.isdisjoint(events[events.index("epoch") :])
-    if lost:
+    # A run makes the folder before its first step, and may come far without a state that is worth saving.
+    there = (out / "checkpoints").exists()
+    if ("final" if there else "step") in events and not (there and any((out / "checkpoints").iterdir())):
         raise errors.MissingInputError(
             f"{out / 'metrics.jsonl'} tells of a run, but its checkpoints are gone from {out / 'checkpoints'}: put "
             "them back to go on, or give another --out to start afresh"

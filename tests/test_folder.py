@@ -259,7 +259,7 @@ def keep_metrics(out: Path, count: int) -> None:
     (out / "metrics.jsonl").write_text("".join(lines[:count]))
 
 
-@pytest.mark.parametrize(("folder_too", "records"), [(True, 99), (False, 99), (False, 9), (True, 9), (True, 4)])
+@pytest.mark.parametrize(("folder_too", "records"), [(True, 99), (False, 99), (True, 9), (True, 4)])
 def test_metrics_are_not_forgotten_where_the_checkpoints_are_gone(
     finished: Path, folder_too: bool, records: int
 ) -> None:
