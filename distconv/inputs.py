@@ -13,6 +13,7 @@ from distconv.checkpoint import Checkpoint, load_checkpoint
 from distconv.comm.world import World
 from distconv.data.dataset import Dataset
 from distconv.errors import MismatchError
+from distconv.kernels.compiled import CACHE
 from distconv.nn.layers import Layer
 from distconv.nn.networks import build_network
 from distconv.nn.parameters import Parameters
@@ -47,6 +48,7 @@ def load_model(
     arguments: argparse.Namespace, world: World, say: Callable[[str], None]
 ) -> tuple[Layer, Parameters, Dataset]:
     """Model, parameters in float64 and data set, on every rank. Raises DistconvError on all of them alike."""
+    CACHE.say = say
     with world.together():
         checkpoint = load_checkpoint(arguments.file) if arguments.file.suffix == CHECKPOINT_ENDING else None
         arrays = {} if checkpoint else read_pickle(arguments.file)

@@ -43,7 +43,7 @@ def train(settings: Config, world: World, stop: StopRequest) -> int:
     """The whole run on this rank; returns the exit code."""
     from distconv.comm.placement import place
     from distconv.inputs import load_dataset
-    from distconv.kernels.compiled import MUST_COMPILE
+    from distconv.kernels.compiled import CACHE
     from distconv.runlog import RunLog
     from distconv.wiring import build_run
 
@@ -56,8 +56,7 @@ def train(settings: Config, world: World, stop: StopRequest) -> int:
         log.say("this run is finished: nothing is left to do, and nothing was changed")
         return conclude(final, settings, Path(settings.out), log)
     placed = place(world, settings.device, settings.precision)
-    if MUST_COMPILE:
-        log.say("compiling the kernels, once for this version of distconv on this machine: some 10 to 20 s")
+    CACHE.say = log.say
     world.at("data")
     dataset, data_name = load_dataset(settings.data, world, log.say)
     if settings.limit_train:

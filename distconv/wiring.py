@@ -18,7 +18,7 @@ from distconv.config import Config
 from distconv.data.dataset import Dataset
 from distconv.engine import CPU, GpuEngine, local_gradient
 from distconv.errors import UsageError
-from distconv.kernels.compiled import MUST_COMPILE
+from distconv.kernels.compiled import CACHE
 from distconv.kernels.cuda import Cuda
 from distconv.kernels.gpu import Gpu
 from distconv.kernels.half import BLOCK
@@ -108,7 +108,7 @@ def compile_kernels(run: Run) -> None:
     Raises UsageError for a model whose layers do not give what they should.
     """
     parameters, data = run.parameters, run.dataset
-    in_turn = run.world.local.allreduce(MUST_COMPILE) > 0
+    in_turn = run.world.local.allreduce(not CACHE.holds_some()) > 0
     with run.world.together(), one_of_a_host_first(run.world) if in_turn else contextlib.nullcontext():
         images, labels = data.train_images[:2], data.train_labels[:2]
         context = Context(training=True, samples=np.arange(len(labels)))

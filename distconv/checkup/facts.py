@@ -139,8 +139,7 @@ def kernel_cache() -> Facts:
         from distconv.kernels import compiled
     except Exception:  # no Numba, or a broken one: told as its version
         return {"compiled": False, "cache_problem": ""}
-    problem = write_problem(compiled.CACHE) if compiled.CACHE else "it cannot be made"
-    return {"compiled": not compiled.MUST_COMPILE, "cache_problem": problem}
+    return {"compiled": compiled.CACHE.holds_some(), "cache_problem": compiled.CACHE.problem()}
 
 
 def gpus() -> Facts:

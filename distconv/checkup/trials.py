@@ -47,9 +47,10 @@ def exchange(world: World) -> Finding:
         return ok("exchange", "one rank alone has none: start this by mpirun or srun to try it")
     vector = random_vector(world.rank)
     seconds = {}
+    unkept = world.comm.bcast(compiled.CACHE.problem())
     for wire in ("float32", "float16"):
         carrier = choose(world, SIZE, wire)
-        with one_of_a_host_first(world) if compiled.CACHE else contextlib.nullcontext():  # each for itself, at once
+        with contextlib.nullcontext() if unkept else one_of_a_host_first(world):  # unkept: each for itself, at once
             compile_wire(carrier.wire)
         times = []
         for _ in range(ROUNDS):
