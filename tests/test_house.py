@@ -23,7 +23,7 @@ FLOORS = (
     ("loop", "checkpoint", "runlog", "plots", "pickled", "launcher", "stopping", "same_code"),
     ("engine", "replicas"),
     ("run",),
-    ("config",),
+    ("config", "unpickler"),
     ("nn", "data", "comm"),
     ("kernels", "factory", "tensorfile"),
     ("errors",),

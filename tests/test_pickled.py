@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import codecs
 import functools
+import itertools
 import operator
 import os
 import pickle
+import pickletools
 import random
 import struct
 import subprocess
@@ -189,7 +191,22 @@ def array_by_call(*arguments: Any) -> bytes:
     return pickle.dumps({"W1": Call(np.ndarray, *arguments)})
 
 
+def instructions(*parts: bytes) -> bytes:
+    """A program that ends with a dict of what the parts make."""
+    return b"\x80\x04}\x8c\x02W1" + b"".join(parts) + b"s."
+
+
+def text(content: bytes) -> bytes:
+    return b"X" + struct.pack("<I", len(content)) + content
+
+
+LATIN = text(b"latin1") + b"\x94"  # remembered in place 1
+AGAIN = b"c_codecs\nencode\nh\x00h\x01\x86R"
 BOMBS = {
+    "bytes made again and again": instructions(text(bytes(MIB)), b"\x94", LATIN, *[AGAIN] * 1500),
+    "a text that one character makes wide": instructions(text(bytes(MIB) + "\U0001f600".encode())),
+    "the same in protocol 0": b"(dVW1\nV" + b"a" * MIB + b"\\U0001f600\ns.",
+    "many texts that are wide": instructions(*[text(b"a" * 1000 + "\U0001f600".encode())] * 1000),
     "a shape alone": array_by_call((32 * MIB,), np.dtype("u1")),
     "one number again and again": array_by_call((32 * MIB,), np.dtype("f8"), bytes(8), 0, (0,)),
     "more than any memory": array_by_call((1 << 50,), np.dtype("u1"), b"1", 0, (0,)),
@@ -205,7 +222,13 @@ def test_a_small_file_gets_no_memory_for_what_it_only_declares(tmp_path: Path, n
         with pytest.raises(BadDataError, match=r"params\.pkl"):
             read(tmp_path, BOMBS[name])
 
-    assert peak_memory(refused) < 4 * MIB
+    assert peak_memory(refused) < 4 * len(BOMBS[name]) + 4 * MIB
+
+
+def test_a_large_pickle_takes_no_more_than_its_size_and_an_arrays_check(tmp_path: Path) -> None:
+    for protocol in range(6):
+        content = pickle.dumps({"W1": np.random.default_rng(0).standard_normal(MIB)}, protocol)
+        assert peak_memory(lambda content=content: read(tmp_path, content)) < 3.5 * len(content)  # type: ignore[misc]
 
 
 READ_ALL = """
@@ -248,15 +271,53 @@ def test_pickles_with_bytes_changed_are_read_or_refused(tmp_path: Path) -> None:
 POINTER = Call(np.dtype, "V8", False, True)
 POINTER.call += ((3, "|", None, ("a",), {"a": (np.dtype("O"), 0)}, 8, 1, 0),)
 POINTERS = pickle.dumps(Call(np.dtype, [Call(np.frombuffer, b"AAAAAAAA", POINTER, (1,), "C")]), 2)
+TUPLES = b"K\x00K\x00\x86" + b"2\x86" * 60  # each holds the last one twice: 2^60 numbers, were they counted
+TUPLES_RECALLED = b"K\x00\x94" + b"".join(b"h%ch%c\x86\x94" % (i, i) for i in range(60))
+SMALL_AND_ENDLESS = {
+    f"{what} {how}": program
+    for how, tuples in (("doubled", TUPLES), ("recalled", TUPLES_RECALLED))
+    for what, program in {
+        "as a name": b"\x80\x04}(" + tuples + b"K\x01u.",
+        "as the only name": b"\x80\x04}" + tuples + b"K\x01s.",
+        "as the name of a class": b"\x80\x04}\x8c\x02W1\x8c\x05numpy" + tuples + b"\x93s.",
+        "as a type": b"\x80\x04}\x8c\x02W1cnumpy\ndtype\n" + tuples + b"\x85Rs.",
+        "as an encoding": b"\x80\x04}\x8c\x02W1c_codecs\nencode\n\x8c\x01a" + tuples + b"\x86Rs.",
+        "as a shape": pickle.dumps({"W1": np.ones(2)}, 4).replace(b"K\x02\x85", tuples),
+        "as an array": b"\x80\x04}\x8c\x02W1" + tuples + b"s.",
+        "alone": b"\x80\x04" + tuples + b".",
+    }.items()
+}
 CRASHES = {
+    **SMALL_AND_ENDLESS,
     "a pointer": POINTERS.replace(b"cnumpy\nfrombuffer\n", b"cnumpy._core.numeric\n_frombuffer\n"),
     "a name of many tuples, each in the next": b"\x80\x02})" + b"\x85" * 300_000 + b"K\x01s.",
 }
 
 
-@pytest.mark.parametrize("name", CRASHES)
-def test_no_pickle_crashes_the_interpreter(tmp_path: Path, name: str) -> None:
-    assert outcomes(tmp_path / "crash", [CRASHES[name]]) == ["BadDataError"]
+def test_no_pickle_crashes_the_interpreter_or_keeps_it_busy(tmp_path: Path) -> None:
+    assert outcomes(tmp_path / "crash", list(CRASHES.values())) == ["BadDataError"] * len(CRASHES)
+
+
+def made_of_instructions(draw: random.Random) -> bytes:
+    """A program that no pickler wrote: instructions of all kinds, in any order, and parts of a good one."""
+    good = pickle.dumps({"W1": np.ones((2, 3)), "b1": np.zeros(2, np.float32)}, draw.randrange(6))
+    pieces = [opcode.code.encode("latin-1") for opcode in pickletools.opcodes]
+    pieces += [b"K\x02", b"h\x00", b"h\x05", b"q\x00", text(b"W1"), text(b"latin1"), b"C\x08" + bytes(8), b"\x86", b"2"]
+    pieces += [b"cnumpy\ndtype\n", b"cnumpy\nndarray\n", b"c_codecs\nencode\n", b"ccollections\nOrderedDict\n"]
+    pieces += [b"cnumpy._core.numeric\n_frombuffer\n", b"cnumpy.core.multiarray\n_reconstruct\n", b"I1\n", b"L5L\n"]
+    places = sorted(place for _, _, place in pickletools.genops(good) if place is not None)
+    parts = [good[a:b] for a, b in itertools.pairwise(places)]
+    for _ in range(draw.randint(1, 30)):
+        parts.insert(draw.randint(0, len(parts)), draw.choice(pieces))
+    for _ in range(draw.randint(0, 3)):
+        parts.pop(draw.randrange(len(parts)))
+    return b"".join(parts) + b"."
+
+
+def test_programs_that_no_pickler_wrote_are_read_or_refused(tmp_path: Path) -> None:
+    draw = random.Random(1)
+    found = outcomes(tmp_path / "made", [made_of_instructions(draw) for _ in range(2000)])
+    assert len(found) == 2000 and set(found) <= {"read", "BadDataError"}
 
 
 @pytest.mark.parametrize(
