@@ -11,17 +11,26 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from distconv.config import Config
-from distconv.errors import BadDataError, MismatchError, MissingInputError, StorageError
+from distconv.errors import (
+    BadDataError,
+    MismatchError,
+    MissingInputError,
+    StorageError,
+    UsageError,
+)
 from distconv.kernels.cpu import Array
-from distconv.nn.optimizers import Optimizer
+from distconv.nn.optimizers import OPTIMIZERS, Optimizer
 from distconv.nn.parameters import Parameters, digest
 from distconv.tensorfile import TensorFile, write_tensors
 
@@ -29,6 +38,31 @@ FORMAT = "distconv-1"
 OURS = re.compile(r"step-\d{10,}\.safetensors")  # not a copy that a user made and named
 KEEP = 3  # newest checkpoints that stay
 MUST_MATCH = ("model", "batch_size", "optimizer", "seed", "limit_train")  # else it would be another run
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 2**63
+
+
+def _is_text(value: Any) -> bool:
+    return type(value) is str and value != ""
+
+
+# What must be in each part of a file's description, and what it can be. config is held against Config besides.
+DESCRIBED: Mapping[str, Mapping[str, Callable[[Any], bool]]] = {
+    "position": {
+        **dict.fromkeys(("step", "epoch", "cursor", "samples", "skipped"), _is_count),
+        **dict.fromkeys(("loss_sum", "first_loss"), lambda value: type(value) is float and not math.isnan(value)),
+    },
+    "config": dict.fromkeys(MUST_MATCH, lambda value: value is not None),
+    "data": {
+        "name": _is_text,
+        "digest": _is_text,
+        "classes": _is_count,
+        "image_shape": lambda value: isinstance(value, list) and len(value) == 3 and all(map(_is_count, value)),
+    },
+}
+SINCE_LATER = {"first_loss": 0.0}  # what older files lack, and what holds for them
 
 
 @dataclass(frozen=True)
@@ -57,7 +91,14 @@ class Checkpoint:
             )
         try:
             for name, start, piece in self.tensors.pieces(views):
-                views[name].reshape(-1)[start : start + len(piece)] = piece
+                with np.errstate(over="ignore"):
+                    there = views[name].reshape(-1)[start : start + len(piece)]
+                    there[...] = piece
+                if not np.isfinite(there).all():
+                    raise MismatchError(
+                        f"{self.path} holds numbers in {name} that are too large for {there.dtype}: give --wire "
+                        "float64, as the run had that wrote it"
+                    )
         except OSError as error:
             raise StorageError(f"{self.path} cannot be read: {error}") from None
 
@@ -119,19 +160,46 @@ def load_checkpoint(path: Path) -> Checkpoint:
     try:
         tensors = TensorFile(path)
         text = tensors.metadata.get("distconv", "")
-        whole, state = _digests(text, tensors)
+        whole, state, finite = _digests(text, tensors)
     except OSError as error:
         raise StorageError(f"{path} cannot be read: {error}") from None
     except Exception as error:  # what a header says can make the reader stumble in many ways
         raise BadDataError(f"{path} is not a whole checkpoint ({error}): use an earlier one") from None
     if tensors.metadata.get("sha256") != whole:
         raise BadDataError(f"{path} is damaged, or no checkpoint: its content does not have the SHA-256 it should have")
-    about = json.loads(text)
-    if about["format"] != FORMAT:
-        raise MismatchError(f"{path} has the format {about['format']}; this version reads {FORMAT}")
+    return Checkpoint(path, tensors, **_read_about(text, tensors, state, finite, path))
+
+
+def _read_about(text: str, names: Iterable[str], state: str, finite: bool, path: Path) -> dict[str, Any]:
+    """The position, config and data of a file whose SHA-256 is right, so that what uses them need not look again.
+
+    Another version, or another program, may have written them. names, state, finite: of the tensors, and what _digests
+    has found in them. Raises BadDataError, MismatchError.
+    """
+    try:
+        about = json.loads(text, object_pairs_hook=_without_repeats, parse_int=_short_int)
+        if about["format"] != FORMAT:
+            raise MismatchError(f"{path} has the format {str(about['format'])[:40]!r}; this version reads {FORMAT}")
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise BadDataError(f"{path} is no checkpoint: its description cannot be read ({error})") from None
+    for part, fields in DESCRIBED.items():
+        given = about.get(part)
+        for name, valid in fields.items():
+            if not isinstance(given, dict) or not valid(given.get(name, SINCE_LATER.get(name))):
+                raise BadDataError(
+                    f"{path} cannot be used, as its {part} has no {name} that can be: use an earlier one"
+                )
+    config = about["config"]
+    try:
+        Config(**{field.name: config[field.name] for field in dataclasses.fields(Config) if field.name in config})
+    except UsageError as error:
+        raise BadDataError(f"{path} cannot be used, as it was made with {str(error)[:200]}") from None
+    slots = {"value", *OPTIMIZERS[config["optimizer"]].slots}
+    if slots != set(map(_slot, names)) or not finite:
+        raise BadDataError(f"{path} cannot be used, as it is not {', '.join(sorted(slots))} of finite numbers")
     if about.get("state_sha256", state) != state:  # older files have none
         raise BadDataError(f"{path} does not hold the state that its ranks had agreed on: use an earlier one")
-    return Checkpoint(path, tensors, about["position"], about["config"], about["data"])
+    return {part: about[part] for part in DESCRIBED}
 
 
 def find_checkpoints(folder: Path) -> list[Path]:
@@ -184,15 +252,39 @@ def check_same_run(checkpoint: Checkpoint, config: Config, data_digest: str) -> 
     ]
 
 
-def _digests(text: str, tensors: TensorFile) -> tuple[str, str]:
-    """What nn.parameters.digest says of the text and the tensors, and of the tensors alone. Raises OSError."""
-    whole, state = hashlib.sha256(text.encode()), hashlib.sha256()
+def _digests(text: str, tensors: TensorFile) -> tuple[str, str, bool]:
+    """What nn.parameters.digest says of the text and the tensors, and of the tensors alone; whether all is finite.
+
+    Raises OSError.
+    """
+    whole, state, finite = hashlib.sha256(text.encode()), hashlib.sha256(), True
     for name, start, piece in tensors.pieces(sorted(tensors)):
         head = f"{name} {tensors.shapes[name]} {piece.dtype}".encode() if start == 0 else b""
         for sha in (whole, state):
             sha.update(head)
             sha.update(piece.data)
-    return whole.hexdigest(), state.hexdigest()
+        finite &= bool(np.isfinite(piece).all())
+    return whole.hexdigest(), state.hexdigest(), finite
+
+
+def _slot(name: str) -> str:
+    """value/conv1.W -> value"""
+    return name.partition("/")[0]
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON. Of two fields of one name, programs read the one or the other."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("it says a thing twice")
+    return found
+
+
+def _short_int(digits: str) -> int:
+    """A long one would take a time that grows with the square of its length."""
+    if len(digits) > 20:
+        raise ValueError("it has a number of more than 64 bits")
+    return int(digits)
 
 
 def _sync_folder(folder: Path) -> None:

@@ -17,6 +17,7 @@ from safetensors import safe_open
 Array = NDArray[Any]
 DTYPES: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "F64": np.dtype("<f8")}  # by their names in the format
 PIECE = 1 << 18  # numbers
+LARGEST_HEADER = 4 << 20  # bytes: that of 10,000 tensors is shorter
 
 
 def write_tensors(file: IO[bytes], tensors: Mapping[str, Array], metadata: Mapping[str, str]) -> None:
@@ -41,6 +42,9 @@ class TensorFile(Mapping[str, Array]):
     """
 
     def __init__(self, path: Path) -> None:
+        with path.open("rb") as raw:
+            if int.from_bytes(raw.read(8), "little") > LARGEST_HEADER:
+                raise ValueError("its header is too long")
         with safe_open(path, framework="numpy") as checked:  # the tensors fill the file, none lies on another
             self.metadata: Mapping[str, str] = checked.metadata() or {}
         with path.open("rb") as file:

@@ -31,19 +31,23 @@ CONFIG = Config()
 
 
 def content(step: int, dtype: type = np.float32) -> dict[str, np.ndarray]:
-    """What a step's checkpoint holds: any bits but NaN, the awkward ones too."""
+    """What a step's checkpoint holds: any finite number, the awkward ones too."""
     size = Parameters(SPECS).size
     vectors = np.random.default_rng(step).standard_normal((3, size)).astype(dtype)
-    vectors[0, :4] = -0.0, np.finfo(dtype).tiny / 8, np.finfo(dtype).max, np.inf
+    vectors[0, :4] = -0.0, np.finfo(dtype).tiny / 8, np.finfo(dtype).max, np.finfo(dtype).min
     return dict(zip(("value", "m", "v"), vectors, strict=True))
+
+
+def position(step: int) -> dict[str, Any]:
+    done = {"step": step, "epoch": step // 5, "cursor": 100 * (step % 5)}
+    return {**done, "loss_sum": 0.1 * step, "samples": step, "skipped": 0}
 
 
 def write(folder: Path, step: int, dtype: type = np.float32, config: Config = CONFIG) -> Path:
     parameters = Parameters(SPECS, dtype)
     optimizer = Adam(parameters.size, dtype, 0.001)
     parameters.vector[...], optimizer.state["m"][...], optimizer.state["v"][...] = content(step, dtype).values()
-    position = {"step": step, "epoch": step // 5, "cursor": 100 * (step % 5), "loss_sum": 0.1 * step, "samples": step}
-    return files.save_checkpoint(folder, parameters, optimizer, position, config, DATA)
+    return files.save_checkpoint(folder, parameters, optimizer, position(step), config, DATA)
 
 
 def assert_holds(checkpoint: Checkpoint | None, step: int, dtype: type = np.float32) -> None:
@@ -78,7 +82,7 @@ def test_every_bit_of_parameters_and_moments_comes_back(tmp_path: Path, dtype: t
     assert path.name == "step-0000000012.safetensors"
     checkpoint = load_checkpoint(path)
     assert_holds(checkpoint, 12, dtype)
-    assert checkpoint.position == {"step": 12, "epoch": 2, "cursor": 200, "loss_sum": 0.1 * 12, "samples": 12}
+    assert checkpoint.position == position(12)
     assert Config(**checkpoint.config) == Config(seed=7, out='odd "name"') and checkpoint.data == DATA
 
 
