@@ -33,6 +33,17 @@ EXCHANGES = ("auto", "flat", "two-level", "buckets", "mpi", "nccl", "cuda-mpi")
 DEVICES = ("auto", "cpu", "cuda")
 PRECISIONS = ("float32", "tf32", "float16", "bfloat16")
 RESUME = ("auto", "never")
+LARGEST_TOML = 1 << 14  # bytes: tomllib's time grows with the square of some files' length
+LONGEST_SHOWN = 200  # characters of a wrong value
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether config.toml can hold it. Bytes of a command line that are no UTF-8 come as characters that are none."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _setting(default: Any, text: str, valid: Callable[[Any], bool], expected: str) -> Any:
@@ -131,11 +142,13 @@ class Config:
             if kind is float and type(value) is int and abs(value) < 2**53:
                 value = float(value)
                 object.__setattr__(self, field.name, value)
-            if type(value) is not kind or not field.metadata["valid"](value):
-                expected = field.metadata["expected"] or "text"
+            is_text = not isinstance(value, str) or _is_unicode(value)
+            if type(value) is not kind or not is_text or not field.metadata["valid"](value):
+                expected = (field.metadata["expected"] or "text") + ", in UTF-8" * (not is_text)
                 if isinstance(value, int) and abs(value) >= 2**64:
                     value = "with a number of more than 64 bits"  # Python shows no number of thousands of digits
-                raise UsageError(f"{flag(field.name)} {value}: expected {expected}{_nearest(value, expected)}")
+                shown = str(value)[:LONGEST_SHOWN]
+                raise UsageError(f"{flag(field.name)} {shown}: expected {expected}{_nearest(value, expected)}")
 
     def toml(self) -> str:
         """The settings as a TOML file that --config reads."""
@@ -153,9 +166,17 @@ def flag(name: str) -> str:
 
 
 def read_toml(path: Path) -> dict[str, Any]:
-    """Settings from a file. Raises MissingInputError or UsageError."""
+    """Settings from a file, which may begin with a byte order mark. Raises MissingInputError or UsageError."""
     try:
-        settings = tomllib.loads(path.read_text(encoding="utf-8"))
+        if path.exists() and not path.is_file():  # to open a pipe is to wait for its writer
+            raise MissingInputError(f"--config {path} is not a file: give one that --print-config has written")
+        with path.open("rb") as file:
+            content = file.read(LARGEST_TOML + 1)
+        if len(content) > LARGEST_TOML:
+            raise UsageError(f"--config {path} has more than {LARGEST_TOML:,} bytes: settings take fewer than 1,000")
+        settings = tomllib.loads(content.decode("utf-8-sig"))
+    except RecursionError:
+        raise UsageError(f"--config {path} is not a TOML file of settings: it has lists within lists") from None
     except ValueError as error:  # not UTF-8, not TOML, or a number of thousands of digits
         raise UsageError(f"--config {path} is not a TOML file: {error}") from None
     except OSError as error:
@@ -163,7 +184,8 @@ def read_toml(path: Path) -> dict[str, Any]:
     names = [field.name for field in dataclasses.fields(Config)]
     for name in settings:
         if name not in names:
-            raise UsageError(f"--config {path} sets {name}, which is no setting{_nearest(name, ' '.join(names))}")
+            nearest = _nearest(name, " ".join(names))
+            raise UsageError(f"--config {path} sets {name[:LONGEST_SHOWN]}, which is no setting{nearest}")
     return settings
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -135,12 +137,44 @@ def test_no_flag_can_be_cut_short(short: str) -> None:
         (b"out = '\xff\xfe'", ("run.toml", "TOML")),
         (b"\x89PNG\r\n\x1a\n\0", ("run.toml", "TOML")),
         (f"seed = 1{'0' * 5000}", ()),
+        ("epochs = " + "[" * 5000 + "]" * 5000, ("run.toml", "lists within lists")),
+        ("epochs = " + "{a = " * 1500 + "1" + "}" * 1500, ("run.toml", "lists within lists")),
+        ("#" * 20_000, ("run.toml", "16,384 bytes")),
+        ("epochs = 3\0", ("run.toml", "TOML")),
+        ("[epochs]\nfirst = 1", ("--epochs", "first", "whole number")),
+        ("lr = {a = 1}", ("--lr", "finite number")),
+        ("lr = 1979-05-27T07:32:00Z", ("--lr", "1979", "finite number")),
+        ("lr = 1e999999", ("--lr", "inf", "finite number")),
+        ("seed = 0x1" + "0" * 5000, ("--seed", "64 bits")),
     ],
     ids=lambda value: repr(value)[:30],
 )
 def test_a_file_with_a_mistake_is_one_sentence(tmp_path: Path, text: str | bytes, parts: tuple[str, ...]) -> None:
     message = refused("--config", toml(tmp_path, text))
     assert all(part in message for part in parts)
+
+
+def test_a_byte_order_mark_is_no_mistake(tmp_path: Path) -> None:
+    assert parse("--config", toml(tmp_path, "\ufeffepochs = 3\r\n")).epochs == 3
+
+
+@pytest.mark.parametrize("text", [f"epochs = '{'3' * 9000}'", f"{'a' * 9000} = 3", f"epochs = [{'3, ' * 3000}]"])
+def test_a_long_mistake_is_a_short_sentence(tmp_path: Path, text: str) -> None:
+    assert len(refused("--config", toml(tmp_path, text))) < 400 + len(str(tmp_path))
+
+
+@pytest.mark.parametrize("kind", ["pipe", "zeros", "socket"])
+def test_what_is_no_regular_file_is_not_waited_for(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / kind
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "zeros":
+        path.symlink_to("/dev/zero")
+    else:
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(str(path))
+    with pytest.raises(MissingInputError, match=f"{path} is not a file"):
+        parse("--config", path)
 
 
 def test_a_file_that_is_not_there_is_a_missing_input(tmp_path: Path) -> None:
