@@ -52,9 +52,7 @@ def gather_facts(world: World) -> Facts:
         "shared_memory": free_bytes("/dev/shm"),
         "reading_refused": reading_is_refused(),
         "name_resolves": own_name_resolves(),
-        "folder": str(Path.cwd()),
-        "folder_free": free_bytes(Path.cwd()),
-        "folder_problem": write_problem(Path.cwd()),
+        **working_folder(),
         "mnist": mnist_folder(),
         **kernel_cache(),
         **gpus(),
@@ -111,6 +109,15 @@ def free_bytes(path: str | Path) -> int | None:
         return shutil.disk_usage(path).free
     except OSError:
         return None
+
+
+def working_folder() -> Facts:
+    """The current folder, where runs are written."""
+    try:
+        folder = Path.cwd()
+    except FileNotFoundError:
+        return {"folder": "the current folder", "folder_free": None, "folder_problem": "it has been removed"}
+    return {"folder": str(folder), "folder_free": free_bytes(folder), "folder_problem": write_problem(folder)}
 
 
 def write_problem(folder: Path) -> str:
