@@ -16,7 +16,7 @@ from typing import IO, Any
 from tqdm import tqdm
 
 from distconv.comm.launched import PROCESSES, parents
-from distconv.comm.start import mute_stdout
+from distconv.comm.streams import lead_nowhere
 from distconv.errors import StorageError
 
 SECONDS_BETWEEN_LINES = 10.0  # of progress, where there is no terminal
@@ -39,7 +39,7 @@ class RunLog:
                 with tqdm.external_write_mode(file=sys.stdout):
                     print(text, flush=True)
             except BrokenPipeError:  # nobody listens any more, but the run goes on
-                mute_stdout()
+                lead_nowhere(sys.stdout.fileno())
             except OSError as error:
                 raise StorageError(f"standard output cannot be written: {error.strerror}") from None
 

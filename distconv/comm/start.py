@@ -12,6 +12,7 @@ import ctypes
 import errno
 import fcntl
 import os
+import resource
 import signal
 import socket
 import sys
@@ -24,6 +25,7 @@ from typing import Any, NoReturn
 from distconv.comm.launched import GRACE, Launched, launched, launcher_process
 from distconv.comm.roll_call import LIMIT, roll_call
 from distconv.comm.segments import forget_names, sweep
+from distconv.comm.streams import prepare_streams
 from distconv.comm.turns import take_long_turns
 from distconv.comm.voice import claim, speak, write
 from distconv.comm.world import BLAS_THREADS, World, cores_are_short, init_mpi, load_mpi
@@ -33,39 +35,54 @@ from distconv.kernels.memory import keep_freed_memory
 # Bytes of /dev/shm that MPICH 5.0.2 needs for so many ranks of a host, and for few. With less it ends in a segmentation
 # fault or a bus error, or goes on, by chance: measured with 1, 2, 4, 8 and 16 ranks.
 SHARED_BYTES, SHARED_BYTES_OF_A_RANK, LEAST_SHARED_BYTES = 8 << 20, 6 << 20, 20 << 20
+# What a process may use at least, by the limit's name in the shell. With less, libraries end in ways of their own.
+LEAST_LIMITS = (
+    (resource.RLIMIT_NOFILE, "ulimit -n", 64, "open files"),
+    (resource.RLIMIT_AS, "ulimit -v", 1 << 30, "bytes of memory"),
+    (resource.RLIMIT_FSIZE, "ulimit -f", 1 << 20, "bytes of a file"),
+)
+# For a user without an entry in /etc/passwd, as containers have them, where HOME is not set either: no folder can be
+# made in it, so each use of it says what to set instead.
+NO_HOME = "/dev/null"
 UNMAPPED_USERS = ["0", "0", str(2**32 - 1)]  # what /proc/self/uid_map says outside of user namespaces
 
 
 def run_command(command: Callable[[Sequence[str]], int], argv: Sequence[str] | None = None) -> NoReturn:
     """Run a command and exit with its code; a DistconvError becomes one sentence, said once for all ranks."""
-    for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:  # it was closed when the process started
-            setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115 (until the process ends)
+    prepare_streams()
+    if not os.path.isabs(os.path.expanduser("~")):  # noqa: PTH111, PTH117 (pathlib raises where there is no home)
+        os.environ["HOME"] = NO_HOME
+    code = _run(command, sys.argv[1:] if argv is None else argv)
     try:
-        code = command(sys.argv[1:] if argv is None else argv)
+        sys.stdout.flush()  # Python does so when it ends, when it is too late for a sentence
+    except BrokenPipeError:
+        code = code or 1
+    except DistconvError as error:
+        write(str(error))
+        code = code or error.exit_code
+    sys.exit(code)
+
+
+def _run(command: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
+    try:
+        return command(argv)
     except DistconvError as error:
         if not error.everywhere and not launched().alone:
             error = tell_the_others(error)
         if launched().rank == 0:
             write(str(error))
-        code = error.exit_code
-    except BrokenPipeError:
-        mute_stdout()
-        code = 1
+        return error.exit_code
+    except BrokenPipeError:  # its reader has left, as in `... | head`
+        return 1
     except KeyboardInterrupt:
-        code = 130
+        return 130
     except (Exception, SystemExit) as error:  # never from within a world, which ends the job itself
-        harmless = isinstance(error, SystemExit) and error.code in (0, None)  # after --help, say
-        if harmless or launched().alone:
+        if isinstance(error, SystemExit) and error.code in (0, None):  # after --help, say
+            return 0
+        if launched().alone:
             raise
         traceback.print_exc()
-        code = tell_the_others(DistconvError(f"{type(error).__name__}: {error}")).exit_code
-    sys.exit(code)
-
-
-def mute_stdout() -> None:
-    """Send what is still printed to nowhere: its reader has left, as in `... | head`."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return tell_the_others(DistconvError(f"{type(error).__name__}: {error}")).exit_code
 
 
 def start(failure: DistconvError | None = None, limit: float = LIMIT, absent: Callable[[], str] | None = None) -> World:
@@ -79,6 +96,7 @@ def start(failure: DistconvError | None = None, limit: float = LIMIT, absent: Ca
     if reading_is_refused() or in_a_user_namespace():
         switch_off_cma()
     try:
+        check_limits()
         MPI = load_mpi()
         if not MPI.Is_initialized():
             check_protocol(MPI, told)
@@ -107,6 +125,16 @@ def start(failure: DistconvError | None = None, limit: float = LIMIT, absent: Ca
             take_long_turns()
         failing.pop_all()
     return world
+
+
+def check_limits() -> None:
+    """Raise DistconvError where the system lets this process have too little; a limit of its own choice is raised."""
+    for limit, command, least, what in LEAST_LIMITS:
+        soft, hard = resource.getrlimit(limit)
+        if soft != resource.RLIM_INFINITY and soft < least:
+            if hard != resource.RLIM_INFINITY and hard < least:
+                raise DistconvError(f"only {hard:,} {what} are allowed here ({command}): allow {least:,} or more")
+            resource.setrlimit(limit, (least, hard))
 
 
 def check_shared_memory(MPI: Any, told: Launched) -> None:

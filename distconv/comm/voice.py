@@ -41,6 +41,10 @@ def speak(sentence: str) -> None:
 
 
 def write(sentence: str) -> None:
-    """One line on standard error, past Python's buffer, which another thread may hold; no matter if nobody hears."""
+    """One line on standard error, past Python's buffer, which another thread may hold; no matter if nobody hears.
+
+    A name in it may have characters that no locale can show, or that a terminal would obey: those are written as such.
+    """
+    shown = "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in sentence)
     with contextlib.suppress(OSError):
-        os.write(2, f"distconv: {sentence}\n".encode())
+        os.write(2, f"distconv: {shown}\n".encode())
