@@ -69,12 +69,12 @@ def use(path: Path) -> None:
     checkpoint = load_checkpoint(path)
     for dtype in (np.float32, np.float64):
         parameters = Parameters(SPECS, dtype)
-        vectors = checkpoint.vectors(parameters)
         check_same_run(checkpoint, CONFIG, DATA["digest"])
         nobody = SimpleNamespace(push=lambda run: None)
         run = Run(*[None] * 8, nobody)  # type: ignore[arg-type]
         run.parameters, run.optimizer = parameters, Adam(parameters.size, dtype, 0.001)
-        run.restore(dict(checkpoint.position), vectors)
+        checkpoint.fill(run.state())
+        run.restore(dict(checkpoint.position), {"value": parameters.vector, **run.optimizer.state})
         f"{run.step:,} {run.loss_sum / (run.samples or 1):.4f}"
     Parameters(build_network(checkpoint.config["model"], (28, 28, 1), 10)[1])
 
@@ -184,7 +184,8 @@ def test_numbers_too_large_for_a_narrower_run_are_told_and_not_made_infinite(tmp
     path = tmp_path / "step-0000000005.safetensors"
     path.write_bytes(forged(good_about(), arrays))
     with pytest.raises(MismatchError, match=r"too large for float32.*--wire float64"):
-        load_checkpoint(path).vectors(Parameters(SPECS))
+        parameters = Parameters(SPECS)
+        load_checkpoint(path).fill({f"value/{k}": view for k, view in parameters.named(parameters.vector).items()})
 
 
 def test_no_description_makes_anything_but_a_sentence(tmp_path: Path) -> None:
