@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -153,3 +154,16 @@ def test_help_needs_no_mpi_and_no_compiler(command: str) -> None:
 def test_the_printed_settings_need_no_mpi_and_no_arithmetic() -> None:
     found = loaded("-m", "distconv.train", "--print-config")
     assert "distconv" in found and not found & {"mpi4py", "numba", "cupy", "numpy"}
+
+
+def test_the_table_of_failures_names_tests_that_are_there() -> None:
+    tests = Path(__file__).parent
+    text = (tests.parent / "docs" / "failures.md").read_text()
+    rows = [line.split("|")[-2] for line in text.splitlines() if "test_" in line and line.startswith("|")]
+    assert len(rows) > 30
+    for row in rows:
+        files = [tests / f"{name}.py" for name in re.findall(r"(?:parallel/)?test_\w+", row)]
+        assert files and all(file.exists() for file in files), row
+        source = "".join(file.read_text() for file in files)
+        for words in re.findall(r"`…?(\w+)…`", row):
+            assert re.search(rf"def test_\w*{words}", source), words
