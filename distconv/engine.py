@@ -19,7 +19,7 @@ from distconv.comm.exchange import Headers
 from distconv.comm.on_gpu import GpuExchange
 from distconv.data.dataset import Bytes, pixels
 from distconv.errors import DistconvError
-from distconv.kernels import cpu
+from distconv.kernels import cpu, updates
 from distconv.kernels.cpu import Array
 from distconv.kernels.gpu import FINITE, Gpu
 from distconv.nn.fusion import fused
@@ -77,9 +77,8 @@ class CpuEngine:
         return good
 
     def checksum(self, run: Run) -> int:
-        # Modulo 2^32, another value of one word always makes another sum.
         vectors = (run.parameters.vector, *run.optimizer.state.values())
-        return sum(int(np.add.reduce(vector.view(np.uint32), dtype=np.uint32)) for vector in vectors)
+        return sum(int(updates.checksum(vector.view(np.uint32))) for vector in vectors)
 
     def classify(self, model: Layer, parameters: Parameters, images: Bytes) -> NDArray[np.int64]:
         scores, _ = model.forward(pixels(images, parameters.vector.dtype), parameters.values, EVALUATION)

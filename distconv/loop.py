@@ -154,7 +154,11 @@ def _step(
     contribution = run.engine.contribution(run) if probing else None
     world.at("exchange")
     ready = time.perf_counter()
-    header = np.array((run.step, len(mine), loss_sum, -1, stop, save, run.changed, ready - run.exchanged), HEADER)
+    header = np.zeros((), HEADER)
+    header["step"], header["samples"], header["loss_sum"], header["bad_at"] = run.step, len(mine), loss_sum, -1
+    header["stop"], header["save"] = stop, save
+    header["checksum"], header["changed"] = run.checksum, run.changed
+    header["busy_seconds"] = ready - run.exchanged
     asleep = Barrier.asleep
     headers = run.engine.sum(run, header)
     run.exchanged = time.perf_counter()
@@ -164,8 +168,7 @@ def _step(
 
     if np.any(headers["step"] != run.step) or headers["samples"].sum() != global_batch:
         raise DistconvError(f"the ranks are not at the same step: {headers['step'].tolist()}; this is a bug")
-    if headers["changed"].any():
-        raise replicas.changed_by_themselves(np.flatnonzero(headers["changed"]).tolist(), run.step)
+    replicas.compare(run.step, headers["checksum"].tolist(), headers["changed"].tolist())
     loss = float(headers["loss_sum"].sum())
     run.step += 1
     run.changed = run.engine.checksum(run) != run.checksum
@@ -177,7 +180,7 @@ def _step(
     if run.diverging == MOST_FAR:
         raise _diverged(run)
     stopping, asked = bool(headers["stop"].any()), bool(headers["save"].any())
-    agreed = not last_of_epoch and (stopping or asked or run.step % replicas.STEPS == 0)
+    agreed = not last_of_epoch and (stopping or asked)
     if agreed:
         replicas.agree(run)
     record = StepRecord(

@@ -9,13 +9,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-
-import numpy as np
+from typing import NoReturn
 
 from distconv.errors import DistconvError, ReplicasDifferError
 from distconv.run import Run
-
-STEPS = 50  # between looks at whether the ranks agree, where no checkpoint asks for one
 
 
 def agree(run: Run) -> str:
@@ -26,32 +23,36 @@ def agree(run: Run) -> str:
     run.world.at("agree")
     run.engine.pull(run)
     changed = run.changed or run.engine.checksum(run) != run.checksum
-    found = run.world.comm.allgather((run.digest(), changed))
-    if any(changed for _, changed in found):
-        raise changed_by_themselves([rank for rank, (_, changed) in enumerate(found) if changed], run.step)
+    found: list[tuple[str, bool]] = run.world.comm.allgather((run.digest(), changed))
     digests = [digest for digest, _ in found]
-    if len(set(digests)) > 1:
-        raise _differ(f"the replicas differ after step {run.step}: {odd_ones(digests)}")
-    for name, tensor in run.state().items():
-        if not np.isfinite(tensor).all():
+    compare(run.step, digests, [changed for _, changed in found])
+    for slot, vector in {"value": run.parameters.vector, **run.optimizer.state}.items():
+        if (bad := run.exchange.wire.first_bad(vector)) >= 0:
             failure = DistconvError(
-                f"after step {run.step}, {name} is not finite on any rank: use a smaller --lr than {run.config.lr:g}; "
-                "the last checkpoint is good"
+                f"after step {run.step}, {slot}/{run.parameters.name_at(bad)} is not finite on any rank: use a smaller "
+                f"--lr than {run.config.lr:g}; the last checkpoint is good"
             )
             failure.everywhere = True
             raise failure
-    run.agreed = str(digests[0])
-    return run.agreed
+    run.agreed = digests[0]
+    return digests[0]
 
 
-def changed_by_themselves(ranks: Sequence[int], step: int) -> ReplicasDifferError:
-    """For ranks whose checksum was another before an update than after the one before."""
-    who = f"rank {ranks[0]} differs" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks))} differ"
-    what = "bits of the parameters or of the optimizer's state have changed between two updates"
-    return _differ(f"step {step}: {who} from before: {what}")
+def compare(step: int, digests: Sequence[object], changed: Sequence[object]) -> None:
+    """Raise ReplicasDifferError where a rank has another digest than the others, or says that its state has changed.
+
+    digests: of each rank's state after so many steps; changed: whether it was another before an update than after the
+    one before.
+    """
+    if ranks := [str(rank) for rank, has_changed in enumerate(changed) if has_changed]:
+        who = f"rank {ranks[0]} differs" if len(ranks) == 1 else f"ranks {', '.join(ranks)} differ"
+        what = "bits of the parameters or of the optimizer's state have changed between two updates"
+        _refuse(f"step {step}: {who} from before: {what}")
+    if len(set(digests)) > 1:
+        _refuse(f"the replicas differ after step {step}: {odd_ones(digests)}")
 
 
-def odd_ones(digests: Sequence[str]) -> str:
+def odd_ones(digests: Sequence[object]) -> str:
     """Which ranks differ from the majority, or that there is none."""
     commonest, count = Counter(digests).most_common(1)[0]
     odd = [str(rank) for rank, digest in enumerate(digests) if digest != commonest]
@@ -60,8 +61,8 @@ def odd_ones(digests: Sequence[str]) -> str:
     return f"none of the ranks 0 to {len(digests) - 1} has the majority on its side"
 
 
-def _differ(what: str) -> ReplicasDifferError:
+def _refuse(what: str) -> NoReturn:
     advice = "the same command goes on from the last good checkpoint; if it comes back, suspect the hardware"
     failure = ReplicasDifferError(f"{what}; {advice}")
     failure.everywhere = True
-    return failure
+    raise failure

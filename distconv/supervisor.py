@@ -48,6 +48,8 @@ KILLERS = (
     signal.SIGTERM,
 )
 LONGEST_PAUSE = 30.0  # seconds
+LOOK = 2.0  # seconds between two looks whether a job has failed that does not end
+SECONDS_AFTER_A_REPORT = 20.0  # that a job has to end
 TAIL = 1 << 16  # bytes at the end of metrics.jsonl that hold its last record
 CHECKPOINT = re.compile(r"step-(\d{10,})\.safetensors")
 SET_DEATH_SIGNAL, SET_CHILD_SUBREAPER = 1, 36  # prctl(2)
@@ -123,7 +125,7 @@ class Supervisor:
 
     def start(self, command: Sequence[str]) -> int:
         """One job to its end; returns its exit code. Raises DistconvError where it cannot be started."""
-        before = last_record(self.metrics)
+        before, old_reports, hung_for = last_record(self.metrics), self.reports(), 0.0
         try:
             process = subprocess.Popen(
                 command,
@@ -135,8 +137,15 @@ class Supervisor:
         except OSError as error:
             raise errors.DistconvError(f"{command[0]} cannot be started: {error.strerror}") from None
         while process.poll() is None:
-            number = signal.sigwaitinfo(EVENTS).si_signo
-            if number == signal.SIGCHLD:
+            event = signal.sigtimedwait(EVENTS, LOOK)
+            # Open MPI's mpirun waits for the daemon of a host that is gone, though its ranks have ended.
+            report = None if event else self.first_report(old_reports)
+            hung_for += LOOK if report else 0.0
+            if report and hung_for > SECONDS_AFTER_A_REPORT:
+                end(process)
+                end_leftovers()
+                return int(report.get("exit_code") or 1)
+            if event is None or (number := event.si_signo) == signal.SIGCHLD:
                 continue
             self.asked.append(number)
             if len(self.asked) == 1:

@@ -116,6 +116,7 @@ def compile_kernels(run: Run) -> None:
         parameters.gradient[...] = 0
         value, gradient = np.zeros((2, 1), parameters.vector.dtype)
         type(run.optimizer)(1, parameters.vector.dtype, 1.0).step(value, gradient, 1)
+        run.engine.checksum(run)
         compile_wire(run.exchange.wire)
 
 

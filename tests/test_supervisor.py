@@ -234,6 +234,22 @@ def test_what_a_dead_job_has_left_is_gone_before_the_next_one_starts(out: Path) 
     assert result.returncode == 0 and lines(out / "alive") == [{"it_is": False}]
 
 
+STUCK = """
+import pathlib, sys
+from distconv import supervisor
+supervisor.LOOK, supervisor.SECONDS_AFTER_A_REPORT = 0.1, 0.3
+print(supervisor.Supervisor(None, pathlib.Path(sys.argv[1]), 0).start([sys.executable, "-c", sys.argv[2]]))
+"""
+
+
+def test_a_launcher_that_does_not_end_after_a_failure_is_ended(out: Path) -> None:
+    (out / "errors").mkdir(parents=True)
+    report = json.dumps({"rank": 1, "host": "n1", "error": "the host is gone", "exit_code": 76})
+    reports = f"import pathlib, time; pathlib.Path({str(out / 'errors' / 'rank-1.json')!r}).write_text({report!r})"
+    result = jobs.run(0, "-c", STUCK, out, f"{reports}; time.sleep(60)", seconds=30)
+    assert result.stdout == "76\n", result.stderr
+
+
 def test_a_request_to_stop_during_a_pause_acts_at_once(out: Path) -> None:
     job = supervise(out, "killed()")
     assert job.process.stderr is not None

@@ -106,6 +106,12 @@ def test_without_a_wish_a_rank_may_stand_as_befits_the_place(place: str, moving:
     assert "did not come on" in sentence and limit <= after - moving * LOOK <= limit + 3
 
 
+def test_a_download_may_take_its_time() -> None:
+    judge = Judge(0, HOSTS)
+    judge.moves_limit = 5.0
+    assert standing(judge, "data", 0, 3 * PATIENCE)[1] == ""
+
+
 def test_slow_steps_make_the_limit_longer() -> None:
     judge, step = Judge(0, HOSTS), 40.0
     judge.moves_limit = 0.0

@@ -39,6 +39,7 @@ HEADER = np.dtype(
         ("bad_at", np.int64),  # where this rank's gradient first holds an infinity or NaN, or -1; filled in by sum
         ("stop", np.int64),  # 1: this rank was asked to stop
         ("save", np.int64),  # 1: this rank wants a state that may be saved
+        ("checksum", np.uint64),  # of the parameters and the optimizer's state: all ranks hold the same
         ("changed", np.int64),  # 1: its parameters or the optimizer's state have changed between updates
         ("busy_seconds", np.float64),  # since the end of its last exchange: who is slow, and who waits
     ]

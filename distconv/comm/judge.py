@@ -89,6 +89,8 @@ class Judge:
                 self.longest = max(self.longest, before, LOOK)
             self.places[entry.rank] = PLACES[entry.place]
         last = behind(everyone)
+        if PLACES[last[0].place] == "data":
+            return ""  # a download may be slow, and ends by itself where it stalls
         seconds = min(self.still.seconds["moves", entry.rank] for entry in last)
         limit = self.moves_limit or max(LEAST, TIMES * self.longest)
         if PLACES[last[0].place] in PATIENT or not (self.longest or self.moves_limit):

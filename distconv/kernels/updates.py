@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
+
 from distconv.kernels.compiled import compiled
 
 
@@ -18,3 +20,12 @@ def adam(p: Any, g: Any, m: Any, v: Any, gain1: Any, gain2: Any, rate: Any, epsi
         m[i] += gain1 * (g[i] - m[i])
         v[i] += gain2 * (g[i] * g[i] - v[i])
         p[i] -= rate * m[i] / (math.sqrt(v[i]) + epsilon)
+
+
+@compiled
+def checksum(words: Any) -> Any:
+    """The sum of unsigned 32-bit words (n,): another value of any one of them makes another sum."""
+    total = np.uint64(0)
+    for i in range(words.size):
+        total += words[i]
+    return total

@@ -35,18 +35,42 @@ def test_a_rank_whose_bits_change_between_updates_is_named_within_two_steps(
     assert run.step <= step + 2
 
 
+def odd_one(world: World, rank: int) -> str:
+    return f"rank {rank} differs from the others" if world.size > 2 else "none of the ranks 0 to 1 has the majority"
+
+
 @pytest.mark.parametrize(("number", "slot", "index", "bit"), FLIPS)
-def test_replicas_that_differ_are_found_by_the_ranks_together(
+def test_a_rank_whose_update_goes_wrong_is_found_by_all_in_the_next_step(
     world: World, monkeypatch: pytest.MonkeyPatch, number: int, slot: str, index: int, bit: int
 ) -> None:
     if world.size == 1:
         pytest.skip("one replica cannot differ from another")
-    monkeypatch.setattr(type(CPU), "checksum", lambda engine, run: 0)  # as if an update itself had gone wrong
-    monkeypatch.setattr(replicas, "STEPS", 4)
-    run, odd = make_run(world, dataclasses.replace(SETTINGS, epochs=2)), number % world.size
-    who = f"rank {odd} differs from the others" if world.size > 2 else "none of the ranks 0 to 1 has the majority"
-    with pytest.raises(ReplicasDifferError, match=who):
-        for record in loop.train(run, never):
+    run, odd = make_run(world), number % world.size
+    update = type(CPU).update
+
+    def wrong(engine: object, run: Run, t: int) -> bool:
+        good = update(CPU, run, t)
+        if t == 2 and world.rank == odd:
+            flip(run, slot, index, bit)
+        return good
+
+    monkeypatch.setattr(type(CPU), "update", wrong)
+    with pytest.raises(ReplicasDifferError, match=odd_one(world, odd)):
+        list(loop.train(run, never))
+    assert run.step == 2
+
+
+@pytest.mark.parametrize(("number", "slot", "index", "bit"), FLIPS)
+def test_what_has_no_checksum_is_compared_before_it_is_saved(
+    world: World, monkeypatch: pytest.MonkeyPatch, number: int, slot: str, index: int, bit: int
+) -> None:
+    if world.size == 1:
+        pytest.skip("one replica cannot differ from another")
+    monkeypatch.setattr(type(CPU), "checksum", lambda engine, run: 0)  # as on a GPU
+    run, odd = make_run(world), number % world.size
+    wants = iter([False, False, False, world.rank == 0])
+    with pytest.raises(ReplicasDifferError, match=odd_one(world, odd)):
+        for record in loop.train(run, never, lambda: next(wants)):
             if isinstance(record, loop.StepRecord) and record.step == 2 and world.rank == odd:
                 flip(run, slot, index, bit)
     assert run.step == 4
