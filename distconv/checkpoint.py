@@ -84,7 +84,7 @@ class Checkpoint:
         have = {name: shape for name, shape in self.tensors.shapes.items() if name.split("/")[0] in slots}
         want = {name: view.shape for name, view in views.items()}
         if have != want:
-            name = next(iter(dict(have.items() ^ want.items())))
+            name = max(dict(have.items() ^ want.items()))  # value/... before m/...
             raise MismatchError(
                 f"{self.path} is of another model: {name} has shape {have.get(name, 'none')} there and "
                 f"{want.get(name, 'none')} here; name its model by --model"

@@ -72,3 +72,4 @@ class MismatchError(DistconvError):
 
 
 STOPPED = 75  # not an error: stopped on request with a checkpoint, run me again
+HUNG = 76  # a rank or a host gave no sign of life, or did not come on

@@ -115,17 +115,21 @@ def write_text(path: Path, text: str) -> None:
 
 
 def cannot_be_written(out: Path, error: OSError | ValueError) -> errors.CannotCreateError:
-    why = error.strerror if isinstance(error, OSError) else error
+    why: object = error
+    if isinstance(error, OSError) and error.strerror:
+        inside = error.filename is not None and out in Path(str(error.filename)).parents
+        why = f"{error.filename}: {error.strerror}" if inside else error.strerror
     return errors.CannotCreateError(f"--out {str(out)!r} cannot be written ({why}): give a folder that can be")
 
 
 def new_folder(model: str) -> Path:
     """Make a folder under runs/ that was not there: two runs may start in the same second."""
     name = f"{time.strftime('%Y%m%d-%H%M%S')}-{model.split(':')[-1]}"
+    Path("runs").mkdir(exist_ok=True)
     for n in itertools.count(1):
         path = Path("runs") / f"{name}{f'-{n}' * (n > 1)}"
         with contextlib.suppress(FileExistsError):
-            path.mkdir(parents=True)
+            path.mkdir()
             break
     return path
 

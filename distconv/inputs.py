@@ -29,6 +29,7 @@ def load_dataset(name: str, world: World, say: Callable[[str], None]) -> tuple[D
     say prints a line for the user. Raises DistconvError on all ranks alike.
     """
     note = ""
+    world.at("download")
     with world.together():
         if world.rank == 0:
             name, note = data.prepare(name)
@@ -38,6 +39,7 @@ def load_dataset(name: str, world: World, say: Callable[[str], None]) -> tuple[D
     with world.together():
         if world.local_rank == 0 and world.rank != 0:
             data.prepare(name)
+    world.at("data")
     with world.together():
         dataset = data.load(name)
     world.agree("the data set", dataset.digest, "give all hosts the same files")

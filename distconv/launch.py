@@ -48,8 +48,8 @@ def from_command_line(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str
         usage="python -m distconv.launch -n RANKS [--restarts N] [--mpirun COMMAND] -- FLAGS OF distconv.train",
         description="Train, and after an accident start again from the last good checkpoint, at once, or after a pause "
         "that\ngrows where no new checkpoint is made. Starts mpirun by itself.\n\n"
-        "It ends with the job's exit code: done; a mistake that another start would not mend; twice the same error at\n"
-        "the same step. SIGTERM, SIGUSR1 or Ctrl-C: the job stops with a checkpoint, and this ends with 75; the same\n"
+        "It ends, with the job's exit code, when the run is done, when another start would not help (a wrong flag, bad\n"
+        "data), or when the same error came twice at the same step. SIGTERM, SIGUSR1 or Ctrl-C: the job stops with a checkpoint, and this ends with 75; the same\n"
         "command with the same --out goes on. A second Ctrl-C ends the job at once.\n\n"
         "At the end it says the goodput: the share of its own time that got the run ahead for good. From each first\n"
         "step to the last record that stays in metrics.jsonl, all counts: steps, evaluations, checkpoints. What does\n"
@@ -60,7 +60,11 @@ def from_command_line(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str
     )
     parser.add_argument("-n", "--ranks", type=int, required=True, help="how many ranks train")
     parser.add_argument(
-        "--restarts", type=int, default=10, metavar="N", help="in a row, without a new checkpoint (default: 10)"
+        "--restarts",
+        type=int,
+        default=10,
+        metavar="N",
+        help="give up after so many in a row that made no new checkpoint (default: 10)",
     )
     parser.add_argument(
         "--mpirun",

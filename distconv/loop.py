@@ -157,7 +157,7 @@ def _step(
     header = np.zeros((), HEADER)
     header["step"], header["samples"], header["loss_sum"], header["bad_at"] = run.step, len(mine), loss_sum, -1
     header["stop"], header["save"] = stop, save
-    header["checksum"], header["changed"] = run.checksum, run.changed
+    header["checksum"], header["changed"] = run.checksum, run.corrupted
     header["busy_seconds"] = ready - run.exchanged
     asleep = Barrier.asleep
     headers = run.engine.sum(run, header)
@@ -171,7 +171,7 @@ def _step(
     replicas.compare(run.step, headers["checksum"].tolist(), headers["changed"].tolist())
     loss = float(headers["loss_sum"].sum())
     run.step += 1
-    run.changed = run.engine.checksum(run) != run.checksum
+    run.corrupted = run.engine.checksum(run) != run.checksum
     good = run.engine.update(run, run.step)
     run.checksum = run.engine.checksum(run)
     _note_loss(run, good, loss, global_batch)

@@ -53,7 +53,7 @@ class Engine(Protocol):
         ...
 
     def checksum(self, run: Run) -> int:
-        """A sum over the bits of the parameters and the optimizer's state, which is another if any of them changes."""
+        """A sum over the bits of parameters and optimizer's state: another if one changes; 0 where none is kept."""
         ...
 
     def classify(self, model: Layer, parameters: Parameters, images: Bytes) -> NDArray[np.int64]:
@@ -90,8 +90,8 @@ class Run:
     diverging: int = 0  # updates in a row after a loss that was not finite or far above the first
     good_until: int = 0  # the step whose state last gave a loss that was neither
     checksum: int = 0  # after the last update; see Engine
-    changed: bool = False  # whether it was another before the last update than after the one before
-    agreed: str = ""  # SHA-256 of the last state that all ranks were seen to share
+    corrupted: bool = False  # whether bits of the state have changed between two updates, when nothing may write them
+    agreed_sha256: str = ""  # SHA-256 of the last state that all ranks were seen to share
     exchanged: float = field(default_factory=time.perf_counter)  # when the last exchange ended
 
     @property

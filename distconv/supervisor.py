@@ -49,6 +49,7 @@ KILLERS = (
 )
 LONGEST_PAUSE = 30.0  # seconds
 LOOK = 2.0  # seconds between two looks whether a job has failed that does not end
+ONE_CTRL_C = 0.5  # seconds within which another SIGINT is the same: a wrapper may pass on what the terminal sends, too
 SECONDS_AFTER_A_REPORT = 20.0  # that a job has to end
 TAIL = 1 << 16  # bytes at the end of metrics.jsonl that hold its last record
 CHECKPOINT = re.compile(r"step-(\d{10,})\.safetensors")
@@ -65,6 +66,8 @@ class Failure:
     report: Mapping[str, Any] | None
 
     def __str__(self) -> str:
+        if self.report and self.report.get("cause"):
+            return str(self.report["cause"])
         if self.report:
             return f"rank {self.report['rank']} on {self.report['host']} failed: {self.report['error']}"
         if self.code == 0:
@@ -125,7 +128,8 @@ class Supervisor:
 
     def start(self, command: Sequence[str]) -> int:
         """One job to its end; returns its exit code. Raises DistconvError where it cannot be started."""
-        before, old_reports, hung_for = last_record(self.metrics), self.reports(), 0.0
+        before, old_reports = last_record(self.metrics), self.reports()
+        hung_for, interrupted = 0.0, -ONE_CTRL_C
         try:
             process = subprocess.Popen(
                 command,
@@ -147,6 +151,9 @@ class Supervisor:
                 return int(report.get("exit_code") or 1)
             if event is None or (number := event.si_signo) == signal.SIGCHLD:
                 continue
+            if number == signal.SIGINT and time.monotonic() - interrupted < ONE_CTRL_C:
+                continue  # the same one, on two ways
+            interrupted = time.monotonic() if number == signal.SIGINT else interrupted
             self.asked.append(number)
             if len(self.asked) == 1:
                 process.send_signal(signal.SIGUSR1)  # every launcher passes this one on, and no other
@@ -201,14 +208,15 @@ class Supervisor:
         return {}
 
     def first_report(self, old: Mapping[Path, int]) -> Mapping[str, Any] | None:
-        """The first report that is not among old ones, or None."""
+        """The first report that is not among old ones, of those that tell the cause if there are any; or None."""
         new = {path: when for path, when in self.reports().items() if old.get(path) != when}
+        found = []
         for path in sorted(new, key=lambda path: new[path]):
             with contextlib.suppress(OSError, ValueError):
                 report = json.loads(path.read_text())
                 if isinstance(report, dict) and report.keys() >= {"rank", "host", "error"}:
-                    return report
-        return None
+                    found.append(report)
+        return next((report for report in found if report.get("cause")), found[0] if found else None)
 
     def summary(self) -> str:
         """How often the job was started again, and how much of the time was lost to what."""
@@ -256,7 +264,7 @@ def _step(record: Mapping[str, Any]) -> int:
 
 
 def end_leftovers() -> None:
-    """Kill what a job has left on this host: where its mpirun is gone, its processes are this one's children now."""
+    """Kill all children of this process: what a job has left on this host, as its mpirun is gone."""
     import psutil
 
     for _ in range(5):  # seconds; a process may hang within the kernel

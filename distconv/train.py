@@ -57,7 +57,6 @@ def train(settings: Config, world: World, stop: StopRequest) -> int:
         return conclude(final, settings, Path(settings.out), log)
     placed = place(world, settings.device, settings.precision)
     CACHE.say = log.say
-    world.at("data")
     dataset, data_name = load_dataset(settings.data, world, log.say)
     if settings.limit_train:
         dataset = dataset.limited(settings.limit_train)
@@ -279,7 +278,7 @@ class Saver:
         if run.world.rank == 0:
             run.world.at("save")
             save_checkpoint(
-                self.folder, run.parameters, run.optimizer, run.position(), run.config, self.data, run.agreed
+                self.folder, run.parameters, run.optimizer, run.position(), run.config, self.data, run.agreed_sha256
             )
             now, asked = time.monotonic(), run.config.checkpoint_seconds
             self.due = now + (max(asked, COST * (now - began)) if asked else 0)

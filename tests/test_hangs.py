@@ -54,7 +54,7 @@ def test_a_stopped_rank_is_named_and_ends_the_job(tmp_path: Path, ranks: int, ra
     stop(job, out, rank)
     result = job.finish(SECONDS)
     assert result.returncode == 76, result.stdout + result.stderr
-    assert f"rank {rank} of {ranks} on " in result.stderr and f"rank {rank} was stopped (kill -STOP)" in result.stderr
+    assert f"rank {rank} of {ranks} on " in result.stderr and f"kill -STOP has stopped rank {rank}" in result.stderr
     assert result.stderr.count("so the job ends") == 1
     for every in range(ranks):
         assert "loop.py" in report(out, every)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import shlex
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
 import psutil
 import pytest
 
+from distconv import supervisor
 from distconv.runlog import read_metrics
 from distconv.supervisor import last_record, useful_seconds
 from tests import jobs
@@ -222,7 +224,10 @@ def test_ctrl_c_on_a_terminal_reaches_the_supervisor_only(out: Path) -> None:
 def test_a_second_ctrl_c_ends_the_job_at_once_and_leaves_nothing(out: Path) -> None:
     job = waiting(out, "leaves(); waits(); time.sleep(60)")
     job.process.send_signal(signal.SIGINT)
+    job.process.send_signal(signal.SIGINT)  # the same, on two ways
     jobs.wait_until((out / "signals").exists, job)
+    with pytest.raises(subprocess.TimeoutExpired):
+        job.process.wait(2 * supervisor.ONE_CTRL_C)
     job.process.send_signal(signal.SIGINT)
     assert job.finish(20).returncode == 130
     assert starts(out) == 1 and not psutil.pid_exists(int(str(lines(out / "left")[0]["pid"])))
@@ -240,6 +245,14 @@ from distconv import supervisor
 supervisor.LOOK, supervisor.SECONDS_AFTER_A_REPORT = 0.1, 0.3
 print(supervisor.Supervisor(None, pathlib.Path(sys.argv[1]), 0).start([sys.executable, "-c", sys.argv[2]]))
 """
+
+
+def test_of_all_reports_the_one_that_tells_the_cause_is_said(out: Path) -> None:
+    where = '{"rank": 0, "host": "n0", "error": "in exchange", "exit_code": 76}'
+    cause = '{"rank": 1, "host": "n1", "error": "in compute", "exit_code": 76, "cause": "rank 1 did not come on"}'
+    writes = "; ".join(f"(out / 'errors/rank-{n}.json').write_text({text!r})" for n, text in enumerate((where, cause)))
+    result = supervise(out, f"{writes}; sys.exit(76) | finishes()").finish(20)
+    assert result.returncode == 0 and "rank 1 did not come on, after step 0; restart 1" in result.stderr
 
 
 def test_a_launcher_that_does_not_end_after_a_failure_is_ended(out: Path) -> None:

@@ -109,7 +109,7 @@ def test_without_a_wish_a_rank_may_stand_as_befits_the_place(place: str, moving:
 def test_a_download_may_take_its_time() -> None:
     judge = Judge(0, HOSTS)
     judge.moves_limit = 5.0
-    assert standing(judge, "data", 0, 3 * PATIENCE)[1] == ""
+    assert standing(judge, "download", 0, 3 * PATIENCE)[1] == ""
 
 
 def test_slow_steps_make_the_limit_longer() -> None:

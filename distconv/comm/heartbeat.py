@@ -1,4 +1,4 @@
-"""Signs of life between hosts. One rank of each host tells rank 0 of its host now and then, and rank 0 answers.
+"""Signs of life between hosts. One rank of each host tells the job's rank 0 how it is there, and that one answers.
 
 MPI carries them, from the thread that watches, so there is no port to open and no other network to configure.
 """

@@ -14,7 +14,7 @@ from distconv.comm.whereabouts import HEAD, PATIENT, PLACES, Entry, is_stopped
 
 LOOK = 0.5  # seconds between two looks
 LEAST = 60.0  # seconds that a rank may stand still, unless a user says otherwise
-TIMES = 20  # what was the longest so far
+TIMES = 20  # the longest that one was seen to stand still
 PATIENCE = 900.0  # seconds at a place where it may stay long, and where none was seen to move yet
 
 
@@ -64,11 +64,11 @@ class Judge:
         """Ranks of this host whose threads do not look any more."""
         quiet = {e.rank: self.still.look(("beats", e.rank), e.beats, elapsed) for e in near if e.rank != self.own}
         silent = [entry for entry in near if quiet.get(entry.rank, 0.0) > self.limit]
-        turn = sum(quiet[entry.rank] <= self.limit for entry in near if entry.rank < self.own)
-        if not silent or max(quiet.values()) <= self.limit + turn * GRACE:  # the first of the others speaks, if it can
+        earlier = sum(quiet[entry.rank] <= self.limit for entry in near if entry.rank < self.own)
+        if not silent or max(quiet.values()) <= self.limit + earlier * GRACE:  # the first one alive speaks
             return ""
         stopped = [entry.rank for entry in silent if is_stopped(entry.process)]
-        why = f": rank {listed(stopped)} was stopped (kill -STOP)" if stopped else ""
+        why = f": kill -STOP has stopped rank {listed(stopped)}" if stopped else ""
         return f"{self._named(silent)} gave no sign of life for {max(quiet.values()):.0f} s{why}"
 
     def _silent_hosts(self, far: Sequence[Sequence[Entry]], elapsed: float) -> str:
@@ -89,8 +89,8 @@ class Judge:
                 self.longest = max(self.longest, before, LOOK)
             self.places[entry.rank] = PLACES[entry.place]
         last = behind(everyone)
-        if PLACES[last[0].place] == "data":
-            return ""  # a download may be slow, and ends by itself where it stalls
+        if PLACES[last[0].place] == "download":
+            return ""  # it may be slow, and ends by itself where it stalls
         seconds = min(self.still.seconds["moves", entry.rank] for entry in last)
         limit = self.moves_limit or max(LEAST, TIMES * self.longest)
         if PLACES[last[0].place] in PATIENT or not (self.longest or self.moves_limit):

@@ -39,7 +39,7 @@ class _Stream(io.FileIO):
 def prepare_streams() -> None:
     """To be called once, before anything else is opened."""
     while (free := os.open(os.devnull, os.O_RDWR)) <= 2:  # where one was closed, a file of ours would take its place
-        pass
+        os.set_inheritable(free, True)  # an mpirun of ours needs it, too
     os.close(free)
     for descriptor, name in ((1, "stdout"), (2, "stderr")):
         before = getattr(sys, name) or io.TextIOWrapper(io.BytesIO(), encoding="utf-8")  # None where it was closed

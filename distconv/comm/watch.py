@@ -21,8 +21,8 @@ from distconv.comm.heartbeat import Heartbeat
 from distconv.comm.judge import LEAST, LOOK, Judge, read
 from distconv.comm.launched import GRACE, launcher_process
 from distconv.comm.whereabouts import Whereabouts
+from distconv.errors import HUNG
 
-HUNG = 76  # the exit code
 LAUNCHER = -1  # in place of a rank
 
 

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 # What a rank may be doing, in the order in which a step comes to it: of two ranks at the same step, the one at the
-# earlier place is behind. In the first ones it may stay long.
-PLACES = ("start", "data", "compile", "compute", "exchange", "agree", "evaluate", "gather", "save", "end")
-PATIENT = ("start", "data", "compile", "end")
+# earlier place is behind.
+PLACES = ("start", "download", "data", "compile", "compute", "exchange", "agree", "evaluate", "gather", "save", "end")
+PATIENT = ("start", "download", "data", "compile", "end")  # where a rank may stay long
 STACK_SIGNAL = signal.SIGRTMIN + 3 if hasattr(signal, "SIGRTMIN") else None  # asks a rank for its stack
 SECONDS_FOR_A_STACK = 0.5
 HEAD = 8  # bytes before the entries

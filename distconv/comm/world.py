@@ -17,7 +17,8 @@ import textwrap
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -27,9 +28,9 @@ from distconv.comm.heartbeat import Heartbeat
 from distconv.comm.judge import Judge
 from distconv.comm.launched import GRACE, launched, listed
 from distconv.comm.voice import claim, write
-from distconv.comm.watch import HUNG, Watch
+from distconv.comm.watch import Watch
 from distconv.comm.whereabouts import Whereabouts
-from distconv.errors import DistconvError, MismatchError
+from distconv.errors import HUNG, DistconvError, MismatchError
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -82,10 +83,8 @@ class World:
     def agree(self, what: str, value: str, advice: str, error: type[DistconvError] = MismatchError) -> None:
         """Raise on all ranks if value is not the same on each of them; says what differs, where, and the advice."""
         values = self.comm.allgather(value)
-        odd = [rank for rank, other in enumerate(values) if other != values[0]]
-        if odd:
-            ranks = ", ".join(map(str, odd[:8])) + (", ..." if len(odd) > 8 else "")
-            failure = error(f"ranks disagree about {what}: rank {ranks} differs from rank 0 ({advice})")
+        if len(set(values)) > 1:
+            failure = error(f"ranks disagree about {what}: {odd_ones(values)} ({advice})")
             failure.everywhere = True
             raise failure
 
@@ -109,7 +108,7 @@ class World:
             self.wait()  # nobody ends while another one still watches
             if self.heartbeat:
                 self.heartbeat.close()
-            return  # `run` speaks and exits, on all ranks alike
+            return  # run_command speaks and exits, on all ranks alike
         code = self._exit_code(error)
         with contextlib.suppress(Exception):  # a full disk, a closed pipe: the others must not wait for words
             self._report(error, code)
@@ -150,8 +149,8 @@ class World:
             with contextlib.suppress(OSError):
                 self.error_folder.mkdir(exist_ok=True)
                 for entry in self.whereabouts.entries:
-                    where = f"in {entry.where()} when the job was ended: {sentence or 'another host says why'}"
-                    self._write_report(entry.rank, where, HUNG, stacks.get(entry.rank, "no stack could be had"))
+                    where, stack = f"in {entry.where()}", stacks.get(entry.rank, "no stack could be had")
+                    self._write_report(entry.rank, where, HUNG, stack, cause=sentence)
         if sentence:
             where = f"; what each rank was doing is in {self.error_folder}" if self.error_folder else ""
             write(f"{sentence}; so the job ends{where}")
@@ -191,10 +190,21 @@ class World:
                 self._write_report(self.rank, _sentence(error), code, "".join(traceback.format_exception(error)))
         return first
 
-    def _write_report(self, rank: int, error: str, code: int, text: str) -> None:
+    def _write_report(self, rank: int, error: str, code: int, text: str, cause: str = "") -> None:
+        """cause: why the job has ended, where that is not this rank's error."""
         report = {"rank": rank, "host": socket.gethostname(), "error": error, "exit_code": code, "traceback": text}
+        report |= {"cause": cause} if cause else {}
         assert self.error_folder is not None
         (self.error_folder / f"rank-{rank}.json").write_text(json.dumps(report, indent=1) + "\n")
+
+
+def odd_ones(values: Sequence[object]) -> str:
+    """Which ranks differ from the majority, or from rank 0 where there is none. values: of all ranks, not all alike."""
+    commonest, count = Counter(values).most_common(1)[0]
+    right = commonest if 2 * count > len(values) else values[0]
+    odd = [rank for rank, value in enumerate(values) if value != right]
+    who = f"rank {odd[0]} differs" if len(odd) == 1 else f"ranks {listed(odd)} differ"
+    return f"{who} from {'the others' if values[0] != right else 'rank 0'}"
 
 
 def _sentence(error: BaseException) -> str:
