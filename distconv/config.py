@@ -125,8 +125,8 @@ class Config:
     hang_seconds: float = _setting(
         0.0,
         "end the job, with exit code 76 and the stacks of all ranks, where one stands still for so long; 0: for 20 "
-        "times as long as any was seen to, and a minute at least (default: 0); before and after the training a rank may "
-        "stand for 15 minutes",
+        "times as long as any was seen to, and a minute at least (default: 0); before and after the training, one may "
+        "stand still for 15 minutes",
         lambda v: v == 0 or v >= 2,
         "a number of seconds, 2 or more, or 0",
     )
