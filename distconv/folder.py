@@ -152,6 +152,7 @@ def _refuse_what_is_not_ours(out: Path) -> None:
     if (out / LOCK).exists() or any(map(_is_start, read_metrics(out / "metrics.jsonl"))):
         reports = (out / "errors").iterdir() if (out / "errors").exists() else ()
         taken = [f"errors/{path.name}" for path in reports if not _is_report(path)]
+        taken += [name for name in REWRITTEN[:-1] if (out / name).exists() and not (out / name).is_file()]
     else:
         taken = [name for name in REWRITTEN if os.path.lexists(out / name)]
     if taken:
@@ -206,7 +207,8 @@ def _finished(out: Path, settings: Config) -> Mapping[str, Any] | None:
     from distconv.checkpoint import newest_good
 
     last = read_metrics(out / "metrics.jsonl")[-1:] if (out / "DONE").exists() else []
-    if not last or last[0].get("event") != "final":
+    known = bool(last) and last[0].get("event") == "final"
+    if not known or None in (last[0].get(name) for name in ("test_accuracy", "correct", "total")):
         return None
     found, _ = newest_good(out / "checkpoints")
     if found is None or found.position["step"] != last[0].get("step") or settings.epochs > found.position["epoch"]:
@@ -238,8 +240,9 @@ def _refuse_vain_changes(found: Checkpoint, settings: Config) -> None:
 def _try_to_write(out: Path) -> None:
     """Raise OSError where the folder cannot be made or written, and leave nothing behind."""
     new = [folder for folder in (out, *out.parents) if not folder.exists()]
-    out.mkdir(parents=True, exist_ok=True)
     # Another job that tries the same at this moment may take the folder away, or have its own file in it.
+    with contextlib.suppress(FileExistsError):  # of a folder that comes and goes; what is none is found out below
+        out.mkdir(parents=True, exist_ok=True)
     with contextlib.suppress(FileNotFoundError), tempfile.TemporaryFile(dir=out):
         pass
     for folder in new:

@@ -207,7 +207,7 @@ def _note_loss(run: Run, updated: bool, loss: float, global_batch: int) -> None:
     finite = math.isfinite(mean)
     if finite and not run.first_loss:
         run.first_loss = mean
-    far = not finite or mean > FAR * run.first_loss
+    far = not finite or mean > FAR * max(run.first_loss, math.log(run.dataset.classes))  # the loss of a blind guess
     if not far:
         run.good_until = run.step - 1
     if updated:
@@ -219,7 +219,8 @@ def _note_loss(run: Run, updated: bool, loss: float, global_batch: int) -> None:
 
 
 def _diverged(run: Run, what: str = "") -> DivergedError:
-    what = what or f"a loss that is not finite, or more than {FAR} times the {run.first_loss:.3g} of the first step"
+    least = max(run.first_loss, math.log(run.dataset.classes))
+    what = what or f"a loss that is not finite, or more than {FAR} times the {least:.3g} of the start"
     bad = run.skipped or run.diverging
     failure = DivergedError(
         f"step {run.step}: {bad} step{'s' * (bad > 1)} in a row had {what}: use a smaller --lr than {run.config.lr:g}",
@@ -236,12 +237,12 @@ def _who_is_bad(bad_at: NDArray[np.int64], parameters: Parameters) -> str:
 
 
 def _end_of_epoch(run: Run, epoch: int, images_per_second: float) -> EpochRecord:
-    """Check that all replicas hold the same bits, and measure the accuracies."""
-    replicas.agree(run)
+    """Measure the accuracies, check that all replicas hold the same bits, and begin the sums of the next epoch."""
     train_accuracy = _accuracy(run, run.dataset.train_images, run.dataset.train_labels)
     test_accuracy = _accuracy(run, run.dataset.test_images, run.dataset.test_labels)
     train_loss = run.loss_sum / run.samples if run.samples else float("nan")
     run.loss_sum, run.samples = 0.0, 0
+    replicas.agree(run)  # at last, as what follows is saved
     health = run.probe.health
     return EpochRecord(
         run.step,

@@ -6,25 +6,28 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from distconv.data.dataset import Bytes
 
+matplotlib.rcdefaults()  # a user's own settings may need what is not there, as LaTeX
+
 
 def draw_curves(records: Sequence[Mapping[str, Any]], title: str, path: Path) -> None:
     """Loss and accuracies of each epoch, from the records of metrics.jsonl, as a PNG."""
-    epochs = [record for record in records if record["event"] == "epoch"]
-    number = [record["epoch"] for record in epochs]
+    epochs = [record for record in records if record.get("event") == "epoch"]
+    number = [record.get("epoch") or 0 for record in epochs]
     figure = Figure(figsize=(10, 4), layout="constrained")
     loss, accuracy = figure.subplots(1, 2)
     figure.suptitle(title)
-    loss.plot(number, [record["train_loss"] for record in epochs], "o-", color="tab:blue")
+    loss.plot(number, [record.get("train_loss") for record in epochs], "o-", color="tab:blue")
     loss.set(title="training loss (with dropout)", xlabel="epoch", ylabel="mean cross-entropy")
     loss.set_ylim(bottom=0)
     for key, label, color in (("train_accuracy", "training", "tab:gray"), ("test_accuracy", "test", "tab:orange")):
-        accuracy.plot(number, [record[key] for record in epochs], "o-", color=color, label=label)
+        accuracy.plot(number, [record.get(key) for record in epochs], "o-", color=color, label=label)
     accuracy.set(title="accuracy (without dropout)", xlabel="epoch")
     accuracy.yaxis.set_major_formatter(PercentFormatter(1, decimals=2))
     accuracy.legend()

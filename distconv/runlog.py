@@ -19,6 +19,20 @@ from distconv.comm.launched import PROCESSES, parents
 from distconv.comm.streams import lead_nowhere
 from distconv.errors import StorageError
 
+READ_AGAIN = (
+    "epoch",
+    "train_loss",
+    "train_accuracy",
+    "test_accuracy",
+    "compute_seconds",
+    "exchange_seconds",
+    "wait_seconds",
+    "wire_bytes",
+    "wire_seconds_float32",
+    "slowest_rank",
+    "correct",
+    "total",
+)
 SECONDS_BETWEEN_LINES = 10.0  # of progress, where there is no terminal
 
 
@@ -103,33 +117,40 @@ class RunLog:
 
 
 def read_metrics(path: Path) -> list[Mapping[str, Any]]:
-    """The records of a metrics.jsonl, none if there is no such file; a torn line, left by a kill, is passed over."""
+    """The records of a metrics.jsonl, none if there is no such file; a torn line, left by a kill, is passed over.
+
+    So is what this file never held: text or a list, say, where a number is.
+    """
     records: list[Mapping[str, Any]] = []
-    if path.exists():
+    if path.is_file():
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-            try:
+            with contextlib.suppress(ValueError, RecursionError):
                 record = json.loads(line)
-            except ValueError:
-                continue
-            if isinstance(record, dict):
-                records.append(record)
+                if isinstance(record, dict) and _is_ours(record):
+                    records.append(record)
     return records
+
+
+def _is_ours(record: Mapping[str, Any]) -> bool:
+    """Whether the fields that are read again are numbers, or null where they were not finite."""
+    whole = isinstance(record.get("step", 0), int) and isinstance(record.get("time", 0.0), (int, float))
+    return whole and all(isinstance(record.get(name), (int, float, type(None))) for name in READ_AGAIN)
 
 
 def describe_steps(steps: Sequence[Mapping[str, Any]], ranks: int) -> str:
     """Where the time of a step went and what it sent: medians over the step records of a run, in a line for people."""
 
     def milliseconds(key: str) -> str:
-        return f"{1e3 * statistics.median(record[key] or 0.0 for record in steps):.2f} ms"
+        return f"{1e3 * statistics.median(record.get(key) or 0.0 for record in steps):.2f} ms"
 
     line = "a step on rank 0: " + ", ".join(
         f"{milliseconds(f'{part}_seconds')} {part}" for part in ("compute", "exchange", "wait")
     )
     if ranks == 1:
         return line
-    slowest, times = Counter(record["slowest_rank"] for record in steps).most_common(1)[0]
+    slowest, times = Counter(record.get("slowest_rank") or 0 for record in steps).most_common(1)[0]
     return (
-        f"{line}; {steps[-1]['wire_bytes']:,} bytes sent, a float32 wire would exchange in "
+        f"{line}; {steps[-1].get('wire_bytes') or 0:,} bytes sent, a float32 wire would exchange in "
         f"{milliseconds('wire_seconds_float32')}; rank {slowest} was slowest in {times / len(steps):.0%} of steps"
     )
 

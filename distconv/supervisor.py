@@ -36,7 +36,9 @@ FINAL = (  # a mistake stays one, however often it is repeated; who has asked fo
     errors.MismatchError.exit_code,
     errors.STOPPED,
 )
-KILLERS = (
+KILLERS = (  # what an exit code may tell of; 2 is a wrong flag, too, but only before there is a record
+    signal.SIGINT,
+    signal.SIGQUIT,
     signal.SIGILL,
     signal.SIGABRT,
     signal.SIGBUS,
@@ -104,16 +106,19 @@ class Supervisor:
         checkpoint = self.newest_checkpoint()
         while True:
             old_reports = self.reports()
+            before = last_record(self.metrics)
             code = self.start(self.command(self.restarts, checkpoint))
-            if code in FINAL or self.asked or (code in (0, 1) and self.is_done()):
+            if self.asked or (code in (0, 1) and self.is_done()):
+                return code
+            if code in FINAL and not (code in KILLERS and last_record(self.metrics) != before):
                 return code
             failure = Failure(code, _step(last_record(self.metrics)), self.first_report(old_reports))
             if previous and self.would_fail_again(previous, failure):
                 where = f"its report is in {self.out / 'errors'}" if failure.report else "why stands above"
                 write(f"{failure}, twice in a row after step {failure.step:,}: given up; {where}")
                 return code or 1
-            before, checkpoint = checkpoint, self.newest_checkpoint()
-            in_vain = 0 if checkpoint > before else in_vain + 1
+            older, checkpoint = checkpoint, self.newest_checkpoint()
+            in_vain = 0 if checkpoint > older else in_vain + 1
             if in_vain > self.most_in_vain:
                 write(f"{failure}: given up after {self.most_in_vain} restarts in a row without a new checkpoint")
                 return code or 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import platform
+import textwrap
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -207,13 +208,16 @@ def introduce(run: Run, out: Path, data_name: str, checkpoint: Checkpoint | None
 
 def finish(run: Run, out: Path, log: RunLog) -> int:
     """Final accuracy on the whole test set, curves and DONE; exit code 1 where the target is missed."""
+    from distconv import replicas
     from distconv.loop import count_correct
     from distconv.runlog import describe_steps, read_metrics
 
     total = len(run.dataset.test_labels)
+    run.world.at("evaluate", run.step)
     correct = count_correct(
         run.model, run.parameters, run.dataset.test_images, run.dataset.test_labels, run.world, run.engine
     )
+    replicas.agree(run)  # nothing has changed while it was evaluated
     final = {"step": run.step, "test_accuracy": correct / total, "correct": correct, "total": total}
     log.write("final", **final, parameters_sha256=run.parameters.digest())
     log.close()
@@ -221,8 +225,8 @@ def finish(run: Run, out: Path, log: RunLog) -> int:
     with run.world.together():
         if run.world.rank == 0:
             metrics = read_metrics(out / "metrics.jsonl")
-            draw(metrics, run, out)
-            if steps := [record for record in metrics if record["event"] == "step"]:
+            draw(metrics, run, out, log)
+            if steps := [record for record in metrics if record.get("event") == "step"]:
                 log.say(describe_steps(steps, run.world.size))
             write_text(out / "DONE", f"{run.step}\n")
     return conclude(final, run.config, out, log)
@@ -241,14 +245,17 @@ def conclude(final: Mapping[str, Any], settings: Config, out: Path, log: RunLog)
     return int(missed)
 
 
-def draw(metrics: Sequence[Mapping[str, Any]], run: Run, out: Path) -> None:
-    from distconv.plots import draw_curves
-
+def draw(metrics: Sequence[Mapping[str, Any]], run: Run, out: Path, log: RunLog) -> None:
+    """The curves; a picture that cannot be drawn is told, and does not fail the run. Raises StorageError."""
     title = f"{run.config.model} on {run.world.size} rank{'s' * (run.world.size > 1)}"
     try:
+        from distconv.plots import draw_curves
+
         draw_curves(metrics, title, out / "curves.png")
     except OSError as error:
         raise errors.StorageError(f"{out / 'curves.png'} cannot be written: {error}") from None
+    except Exception as error:  # Matplotlib's own, of many kinds
+        log.say(f"the curves could not be drawn ({textwrap.shorten(str(error), 200)})")
 
 
 class Saver:
@@ -277,6 +284,10 @@ class Saver:
             return False
         if run.world.rank == 0:
             run.world.at("save")
+            if not self.folder.exists():
+                raise errors.StorageError(
+                    f"{self.folder} is gone: somebody has removed or renamed the folder of the run"
+                )
             save_checkpoint(
                 self.folder, run.parameters, run.optimizer, run.position(), run.config, self.data, run.agreed_sha256
             )

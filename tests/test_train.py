@@ -233,17 +233,20 @@ class Flipping:
     def shapes(self, shape): return self.inner.shapes(shape)
     def forward(self, x, params, context):
         rank, slot, step, index, bit = os.environ.get("FLIP", "-1 - 0 0 0").split()
-        if context.training and context.step == int(step) > 0 and launcher_rank() == int(rank):
+        here = context.step == int(step) > 0 if context.training else int(step) < 0
+        if here and launcher_rank() == int(rank):
             run = next(found for found in gc.get_objects() if isinstance(found, Run))
             vector = run.parameters.vector if slot == "value" else run.optimizer.state[slot]
-            vector.view(np.uint32)[int(index)] ^= np.uint32(1 << int(bit))
+            if context.training or run.step == -int(step):
+                vector.view(np.uint32)[int(index)] ^= np.uint32(1 << int(bit))
+                os.environ["FLIP"] = "-1 - 0 0 0"  # once
         return self.inner.forward(x, params, context)
 
 def network(classes): return Flipping(deepconvnet(classes))
 """
 
 
-@pytest.mark.parametrize("flip", ["0 m 7 99 3", "1 v 3 123551 30", "0 value 12 5000 22"])
+@pytest.mark.parametrize("flip", ["0 m 7 99 3", "1 v 3 123551 30", "0 value -15 5000 22"])
 def test_after_a_flipped_bit_the_same_command_ends_as_the_undisturbed_run(
     whole: Path, tmp_path: Path, flip: str
 ) -> None:
@@ -264,7 +267,7 @@ def test_a_diverged_run_goes_on_from_its_last_good_checkpoint(tmp_path: Path) ->
     for _ in range(2):  # a second attempt finds what the first one found
         diverged = train(2, *often, "--epochs", "4", "--lr", "1e30")
         assert diverged.returncode == 1 and "use a smaller --lr than 1e+30" in diverged.stderr
-        assert "Traceback" not in diverged.stderr and not list(out.glob("errors"))
+        assert "Traceback" not in diverged.stderr
         assert find_checkpoints(out / "checkpoints")[0].name == "step-0000000005.safetensors"
     assert train(2, *often, "--epochs", "4").returncode == 0
     assert metrics(out, "final")[0]["test_accuracy"] > 0.2

@@ -20,7 +20,7 @@ HOSTS = ("a", "a", "b")
 
 def entries(*places: str, step: int = 7, beats: int = 1, moves: int = 1) -> list[Entry]:
     """One for each place, of ranks 0, 1, ..."""
-    return [Entry(rank, 100 + rank, -1, PLACES.index(at), beats, moves, step) for rank, at in enumerate(places)]
+    return [Entry(rank, 100 + rank, -1, PLACES.index(at), beats, moves, 0, step) for rank, at in enumerate(places)]
 
 
 def looks(
@@ -180,6 +180,16 @@ def test_one_that_has_ended_before_is_told_and_hides_no_other(monkeypatch: pytes
     processes[0].communicate()  # which waits for its end
     watcher(processes, told)
     assert told.get(timeout=20) == ([10], [11, 12])
+
+
+def test_who_has_said_that_it_leaves_is_not_missed(monkeypatch: pytest.MonkeyPatch, processes) -> None:  # type: ignore[no-untyped-def]
+    monkeypatch.setattr(watch, "GRACE", 0)
+    told: Queue[Any] = Queue()
+    watching = watcher(processes, told)
+    watching.table.entries = [Entry(rank, 1, -1, 0, 0, 0, int(rank == 11), 0) for rank in (10, 11, 12)]  # type: ignore[assignment]
+    processes[1].communicate()
+    processes[2].kill()
+    assert told.get(timeout=20) == ([12], [10, 11])
 
 
 def test_after_stop_nothing_is_told(monkeypatch: pytest.MonkeyPatch, processes) -> None:  # type: ignore[no-untyped-def]

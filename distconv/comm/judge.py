@@ -93,7 +93,8 @@ class Judge:
             return ""  # it may be slow, and ends by itself where it stalls
         seconds = min(self.still.seconds["moves", entry.rank] for entry in last)
         limit = self.moves_limit or max(LEAST, TIMES * self.longest)
-        if PLACES[last[0].place] in PATIENT or not (self.longest or self.moves_limit):
+        slow = PLACES[last[0].place] in PATIENT or not (self.moves_limit or self.longest)
+        if slow or (PLACES[last[0].place] == "save" and not self.moves_limit):  # a disk may be
             limit = max(limit, PATIENCE)
         # A rank without a sign of life is told of first, by those who see why.
         return f"{self._named(last)} did not come on for {seconds:.0f} s" if seconds > limit + 2 * LOOK else ""

@@ -60,6 +60,7 @@ def run_command(command: Callable[[Sequence[str]], int], argv: Sequence[str] | N
     except DistconvError as error:
         write(str(error))
         code = code or error.exit_code
+    signal.alarm(round(World.limit_at_end))  # MPI_Finalize waits for the other ranks, and nobody watches any more
     sys.exit(code)
 
 
@@ -108,6 +109,7 @@ def start(failure: DistconvError | None = None, limit: float = LIMIT, absent: Ca
             raise
         end_alone(str(error))
     vendor, version = MPI.get_vendor()
+    signal.alarm(round(limit))  # nobody watches yet whether a rank hangs
     world = World(MPI.COMM_WORLD.Dup(), f"{vendor} {'.'.join(map(str, version))}")
     with contextlib.ExitStack() as failing:
         failing.push(world)  # what is raised from here on ends the job
@@ -123,6 +125,7 @@ def start(failure: DistconvError | None = None, limit: float = LIMIT, absent: Ca
         keep_freed_memory()
         if cores_are_short(world.local):
             take_long_turns()
+        signal.alarm(0)
         failing.pop_all()
     return world
 

@@ -88,6 +88,8 @@ class Watch:
             for descriptor, _ in poll.poll(1000 * LOOK):
                 poll.unregister(descriptor)
                 self.gone += [self.descriptors[descriptor]] if descriptor in self.descriptors else []
+            done = {entry.rank for entry in self.table.entries if entry.leaving}
+            self.gone = [rank for rank in self.gone if rank not in done]
             elapsed, last = min(time.monotonic() - last, 2 * LOOK), time.monotonic()
             self.table.own.beats += 1
             gone_for += elapsed if self.gone else 0.0

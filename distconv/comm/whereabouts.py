@@ -17,7 +17,7 @@ from typing import Any
 
 # What a rank may be doing, in the order in which a step comes to it: of two ranks at the same step, the one at the
 # earlier place is behind.
-PLACES = ("start", "download", "data", "compile", "compute", "exchange", "agree", "evaluate", "gather", "save", "end")
+PLACES = ("start", "download", "data", "compile", "compute", "exchange", "evaluate", "gather", "agree", "save", "end")
 PATIENT = ("start", "download", "data", "compile", "end")  # where a rank may stay long
 STACK_SIGNAL = signal.SIGRTMIN + 3 if hasattr(signal, "SIGRTMIN") else None  # asks a rank for its stack
 SECONDS_FOR_A_STACK = 0.5
@@ -27,7 +27,8 @@ HEAD = 8  # bytes before the entries
 class Entry(ctypes.Structure):
     """Of one rank. beats: how often its watching thread has looked; moves: how often its work has come to a new place.
 
-    stack: the descriptor of the file into which it writes its stack when it is asked to, or -1.
+    stack: the descriptor of the file into which it writes its stack when it is asked to, or -1; leaving: whether it is
+    done, and may end.
     """
 
     _fields_ = (
@@ -37,6 +38,7 @@ class Entry(ctypes.Structure):
         ("place", ctypes.c_uint32),
         ("beats", ctypes.c_uint32),
         ("moves", ctypes.c_uint32),
+        ("leaving", ctypes.c_uint32),
         ("step", ctypes.c_int64),
     )
 

@@ -35,6 +35,24 @@ def test_a_rank_whose_bits_change_between_updates_is_named_within_two_steps(
     assert run.step <= step + 2
 
 
+@pytest.mark.parametrize(("number", "slot", "index", "bit"), FLIPS)
+def test_a_bit_that_changes_while_an_epoch_is_evaluated_is_not_saved(
+    world: World, monkeypatch: pytest.MonkeyPatch, number: int, slot: str, index: int, bit: int
+) -> None:
+    run, odd = make_run(world), number % world.size
+    accuracy = loop._accuracy
+
+    def flipping(run: Run, *data: object) -> float:
+        if world.rank == odd:
+            flip(run, slot, index, bit)
+        monkeypatch.setattr(loop, "_accuracy", accuracy)
+        return accuracy(run, *data)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(loop, "_accuracy", flipping)
+    with pytest.raises(ReplicasDifferError, match=f"rank {odd} differs from before"):
+        assert not [record for record in loop.train(run, never) if isinstance(record, loop.EpochRecord)]
+
+
 def odd_one(world: World, rank: int) -> str:
     if world.size == 2:
         return "none of the ranks 0 to 1 has the majority"
