@@ -22,6 +22,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from distconv.comm.judge import LEAST
 from distconv.comm.launched import GRACE, Launched, launched, launcher_process
 from distconv.comm.roll_call import LIMIT, roll_call
 from distconv.comm.segments import forget_names, sweep
@@ -60,7 +61,7 @@ def run_command(command: Callable[[Sequence[str]], int], argv: Sequence[str] | N
     except DistconvError as error:
         write(str(error))
         code = code or error.exit_code
-    signal.alarm(round(World.limit_at_end))  # MPI_Finalize waits for the other ranks, and nobody watches any more
+    signal.alarm(round(LEAST))  # MPI_Finalize waits for the other ranks, and nobody watches any more whether one hangs
     sys.exit(code)
 
 

@@ -21,11 +21,11 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from distconv.comm.futex import Barrier
 from distconv.comm.heartbeat import Heartbeat
-from distconv.comm.judge import LEAST, Judge
+from distconv.comm.judge import Judge
 from distconv.comm.launched import GRACE, launched, listed
 from distconv.comm.voice import claim, write
 from distconv.comm.watch import Watch
@@ -43,11 +43,8 @@ class World:
 
     rank, size: in the job; local_rank, local_size: among the ranks of this host, whose communicator is local; hosts:
     how many there are; threads: whether another thread than the first may send; in_place: MPI's word for "no buffer".
-    error_folder: where a failing rank leaves its report, once there is such a folder. limit_at_end: seconds that the
-    last world of this process gave a rank for a sign of life.
+    error_folder: where a failing rank leaves its report, once there is such a folder.
     """
-
-    limit_at_end: ClassVar[float] = LEAST
 
     def __init__(self, comm: Any, library: str) -> None:
         self.comm = comm
@@ -108,7 +105,6 @@ class World:
                 self._leave_report(error, error.exit_code)
             self.wait()  # srun -K ends the others once the first has left with an exit code, and one may still write
             self.whereabouts.own.leaving = 1  # who still watches does not miss it
-            World.limit_at_end = self.watch.judge.limit
             self.watch.stop()
             if self.heartbeat:
                 self.heartbeat.close()
