@@ -116,10 +116,7 @@ def save_checkpoint(
 
     state_sha256: what the ranks have agreed on, see Run.digest; a file that holds something else is never loaded.
     """
-    vectors = {"value": parameters.vector, **optimizer.state}
-    tensors = {
-        f"{slot}/{name}": view for slot, vector in vectors.items() for name, view in parameters.named(vector).items()
-    }
+    tensors = parameters.by_slot({"value": parameters.vector, **optimizer.state})
     about = {
         "format": FORMAT,
         "position": dict(position),

@@ -77,8 +77,7 @@ class CpuEngine:
         return good
 
     def checksum(self, run: Run) -> int:
-        vectors = (run.parameters.vector, *run.optimizer.state.values())
-        return sum(int(updates.checksum(vector.view(np.uint32))) for vector in vectors)
+        return sum(int(updates.checksum(vector.view(np.uint32))) for vector in run.vectors().values())
 
     def classify(self, model: Layer, parameters: Parameters, images: Bytes) -> NDArray[np.int64]:
         scores, _ = model.forward(pixels(images, parameters.vector.dtype), parameters.values, EVALUATION)

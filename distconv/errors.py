@@ -13,7 +13,10 @@ class DistconvError(Exception):
 
 
 class DivergedError(DistconvError):
-    """The loss is not finite, or far above that of the first step. bad_from: the step whose state gave it first."""
+    """The loss or the state is not finite, or the loss far above that of the start.
+
+    bad_from: the step whose state gave it first.
+    """
 
     def __init__(self, sentence: str, bad_from: int) -> None:
         super().__init__(sentence, bad_from)

@@ -30,7 +30,7 @@ def main(argv: Sequence[str]) -> int:
         from distconv.loop import count_correct
         from distconv.runlog import RunLog
 
-        world.watch.demand(0.0)
+        world.watch.set_limits(0.0)
         log = RunLog(world.rank == 0)
         model, parameters, dataset = inputs.load_model(arguments, world, log.say_aside)
         total = len(dataset.test_labels)

@@ -63,7 +63,7 @@ def load_model(
         model, specs = build_network(name, dataset.image_shape, dataset.classes)
         parameters = Parameters(specs, np.float64)
         if checkpoint:
-            checkpoint.fill({f"value/{array}": view for array, view in parameters.named(parameters.vector).items()})
+            checkpoint.fill(parameters.by_slot({"value": parameters.vector}))
         else:
             from_source(arrays, model, dataset.image_shape, parameters, arguments.file)
     agree_on_code(world, name, data_name)

@@ -28,7 +28,7 @@ from distconv.nn.parameters import Parameters
 from distconv.run import Engine, Run
 
 MOST_SKIPPED = 10  # steps in a row without a finite gradient
-MOST_FAR = 5  # steps in a row whose loss is FAR times that of the first, or not finite
+MOST_FAR = 5  # steps in a row whose loss is not finite, or more than FAR times that of the start
 FAR = 10
 
 
@@ -114,7 +114,7 @@ def train(
 
     save_requested: whether this rank wants a state that may be saved; then all ranks look whether they agree on it.
     Between records the run's position and vectors are those of a checkpoint, except between the last step of an epoch
-    and the record of the epoch. Raises DivergedError, ReplicasDifferError, and what replicas.agree raises.
+    and the record of the epoch. Raises DivergedError, ReplicasDifferError.
     """
     run.checksum, run.good_until, stopping = run.engine.checksum(run), run.step - 1, False
     while run.step < run.steps and not stopping:
@@ -154,11 +154,9 @@ def _step(
     contribution = run.engine.contribution(run) if probing else None
     world.at("exchange")
     ready = time.perf_counter()
-    header = np.zeros((), HEADER)
-    header["step"], header["samples"], header["loss_sum"], header["bad_at"] = run.step, len(mine), loss_sum, -1
-    header["stop"], header["save"] = stop, save
-    header["checksum"], header["changed"] = run.checksum, run.corrupted
-    header["busy_seconds"] = ready - run.exchanged
+    busy = ready - run.exchanged
+    told = (run.step, len(mine), loss_sum, -1, stop, save, run.checksum, run.corrupted, busy)
+    header = np.array(told, HEADER)
     asleep = Barrier.asleep
     headers = run.engine.sum(run, header)
     run.exchanged = time.perf_counter()
@@ -207,7 +205,7 @@ def _note_loss(run: Run, updated: bool, loss: float, global_batch: int) -> None:
     finite = math.isfinite(mean)
     if finite and not run.first_loss:
         run.first_loss = mean
-    far = not finite or mean > FAR * max(run.first_loss, math.log(run.dataset.classes))  # the loss of a blind guess
+    far = not finite or mean > FAR * _loss_of_the_start(run)
     if not far:
         run.good_until = run.step - 1
     if updated:
@@ -218,9 +216,13 @@ def _note_loss(run: Run, updated: bool, loss: float, global_batch: int) -> None:
         run.skipped += 1
 
 
+def _loss_of_the_start(run: Run) -> float:
+    """Of the first step, or of a blind guess, should the first samples have been easy ones."""
+    return max(run.first_loss, math.log(run.dataset.classes))
+
+
 def _diverged(run: Run, what: str = "") -> DivergedError:
-    least = max(run.first_loss, math.log(run.dataset.classes))
-    what = what or f"a loss that is not finite, or more than {FAR} times the {least:.3g} of the start"
+    what = what or f"a loss that is not finite, or more than {FAR} times the {_loss_of_the_start(run):.3g} of the start"
     bad = run.skipped or run.diverging
     failure = DivergedError(
         f"step {run.step}: {bad} step{'s' * (bad > 1)} in a row had {what}: use a smaller --lr than {run.config.lr:g}",

@@ -34,7 +34,7 @@ def main(argv: Sequence[str]) -> int:
         from distconv.plots import draw_mistakes
         from distconv.runlog import RunLog
 
-        world.watch.demand(0.0)
+        world.watch.set_limits(0.0)
         log = RunLog(world.rank == 0)
         model, parameters, dataset = inputs.load_model(arguments, world, log.say_aside)
         inferences = predict(model, inputs.cast(parameters, np.float32), dataset.test_images, world)

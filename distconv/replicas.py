@@ -11,13 +11,13 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import NoReturn
 
-from distconv.comm.world import odd_ones
+from distconv.comm.world import odd_ones, who_differ
 from distconv.errors import DivergedError, ReplicasDifferError
 from distconv.run import Run
 
 
-def agree(run: Run) -> str:
-    """Bring the run's own vectors up to date, and return the SHA-256 of the state that all ranks hold; collective.
+def agree(run: Run) -> None:
+    """Bring the run's own vectors up to date, and note the SHA-256 of the state that all ranks hold; collective.
 
     Raises ReplicasDifferError where they differ, DivergedError where a number is not finite; on all ranks alike.
     """
@@ -27,7 +27,7 @@ def agree(run: Run) -> str:
     found: list[tuple[str, bool]] = run.world.comm.allgather((run.digest(), changed))
     digests = [digest for digest, _ in found]
     compare(run.step, digests, [changed for _, changed in found])
-    for slot, vector in {"value": run.parameters.vector, **run.optimizer.state}.items():
+    for slot, vector in run.vectors().items():
         if (bad := run.exchange.wire.first_bad(vector)) >= 0:
             failure = DivergedError(
                 f"after step {run.step}, {slot}/{run.parameters.name_at(bad)} holds NaN or infinity, on all ranks "
@@ -37,7 +37,6 @@ def agree(run: Run) -> str:
             failure.everywhere = True
             raise failure
     run.agreed_sha256 = digests[0]
-    return digests[0]
 
 
 def compare(step: int, digests: Sequence[object], changed: Sequence[object]) -> None:
@@ -46,10 +45,9 @@ def compare(step: int, digests: Sequence[object], changed: Sequence[object]) -> 
     digests: of each rank's state after so many steps; changed: whether it was another before an update than after the
     one before.
     """
-    if ranks := [str(rank) for rank, has_changed in enumerate(changed) if has_changed]:
-        who = f"rank {ranks[0]} differs" if len(ranks) == 1 else f"ranks {', '.join(ranks)} differ"
+    if ranks := [rank for rank, has_changed in enumerate(changed) if has_changed]:
         what = "bits of the parameters or of the optimizer's state have changed between two updates"
-        _refuse(f"step {step}: {who} from before: {what}")
+        _refuse(f"step {step}: {who_differ(ranks)} from before: {what}")
     if len(set(digests)) > 1:
         P, most = len(digests), Counter(digests).most_common(1)[0][1]
         who = odd_ones(digests) if 2 * most > P else f"none of the ranks 0 to {P - 1} has the majority"

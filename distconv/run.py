@@ -109,16 +109,13 @@ class Run:
         moving = {name: getattr(self, name) for name in ("step", "loss_sum", "samples", "skipped", "first_loss")}
         return {**moving, "epoch": epoch, "cursor": cursor}
 
-    def state(self) -> dict[str, Array]:
-        """Views of what a checkpoint holds, by slot and name: value/conv1.W, and m/conv1.W of an optimizer's m."""
-        vectors = {"value": self.parameters.vector, **self.optimizer.state}
-        return {
-            f"{slot}/{name}": view for slot, of in vectors.items() for name, view in self.parameters.named(of).items()
-        }
+    def vectors(self) -> dict[str, Array]:
+        """The state, which checkpoints hold and all ranks share: parameters and optimizer's vectors, by slot."""
+        return {"value": self.parameters.vector, **self.optimizer.state}
 
     def digest(self) -> str:
         """SHA-256 over the bits of the state: equal replicas have it in common."""
-        return digest(self.state())
+        return digest(self.parameters.by_slot(self.vectors()))
 
     def restore(self, position: dict[str, Any], vectors: dict[str, Any]) -> None:
         """Go to the position of a checkpoint."""

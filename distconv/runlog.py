@@ -19,7 +19,7 @@ from distconv.comm.launched import PROCESSES, parents
 from distconv.comm.streams import lead_nowhere
 from distconv.errors import StorageError
 
-READ_AGAIN = (
+READ_AGAIN = (  # fields of the records that curves, lines and finished runs are made of
     "epoch",
     "train_loss",
     "train_accuracy",

@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import itertools
 import json
+import math
 import os
 import re
 import signal
@@ -36,7 +37,7 @@ FINAL = (  # a mistake stays one, however often it is repeated; who has asked fo
     errors.MismatchError.exit_code,
     errors.STOPPED,
 )
-KILLERS = (  # what an exit code may tell of; 2 is a wrong flag, too, but only before there is a record
+KILLERS = (
     signal.SIGINT,
     signal.SIGQUIT,
     signal.SIGILL,
@@ -106,19 +107,16 @@ class Supervisor:
         checkpoint = self.newest_checkpoint()
         while True:
             old_reports = self.reports()
-            before = last_record(self.metrics)
             code = self.start(self.command(self.restarts, checkpoint))
-            if self.asked or (code in (0, 1) and self.is_done()):
-                return code
-            if code in FINAL and not (code in KILLERS and last_record(self.metrics) != before):
+            if code in FINAL or self.asked or (code in (0, 1) and self.is_done()):
                 return code
             failure = Failure(code, _step(last_record(self.metrics)), self.first_report(old_reports))
             if previous and self.would_fail_again(previous, failure):
                 where = f"its report is in {self.out / 'errors'}" if failure.report else "why stands above"
                 write(f"{failure}, twice in a row after step {failure.step:,}: given up; {where}")
                 return code or 1
-            older, checkpoint = checkpoint, self.newest_checkpoint()
-            in_vain = 0 if checkpoint > older else in_vain + 1
+            before, checkpoint = checkpoint, self.newest_checkpoint()
+            in_vain = 0 if checkpoint > before else in_vain + 1
             if in_vain > self.most_in_vain:
                 write(f"{failure}: given up after {self.most_in_vain} restarts in a row without a new checkpoint")
                 return code or 1
@@ -133,8 +131,7 @@ class Supervisor:
 
     def start(self, command: Sequence[str]) -> int:
         """One job to its end; returns its exit code. Raises DistconvError where it cannot be started."""
-        before, old_reports = last_record(self.metrics), self.reports()
-        hung_for, interrupted = 0.0, -ONE_CTRL_C
+        before = last_record(self.metrics)
         try:
             process = subprocess.Popen(
                 command,
@@ -145,34 +142,43 @@ class Supervisor:
             )
         except OSError as error:
             raise errors.DistconvError(f"{command[0]} cannot be started: {error.strerror}") from None
+        code = self.attend(process)
+        end_leftovers()
+        if self.asked.count(signal.SIGINT) > 1:
+            return code
+        recorded = last_record(self.metrics) != before
+        if code == signal.SIGINT and recorded:
+            code += 128  # MPICH's mpirun gives the bare number of a signal; as a usage error, 2 comes before any record
+        unheard = killed_by(code) and not recorded  # asked before the ranks could listen
+        if self.asked and (unheard or code == 0) and not self.is_done():
+            return errors.STOPPED
+        return code
+
+    def attend(self, process: subprocess.Popen[Any]) -> int:
+        """Pass requests to stop on to a job until it ends; returns its exit code, as a shell would give it."""
+        old_reports, failed_at, interrupted = self.reports(), math.inf, -math.inf
         while process.poll() is None:
-            event = signal.sigtimedwait(EVENTS, LOOK)
-            # Open MPI's mpirun waits for the daemon of a host that is gone, though its ranks have ended.
-            report = None if event else self.first_report(old_reports)
-            hung_for += LOOK if report else 0.0
-            if report and hung_for > SECONDS_AFTER_A_REPORT:
-                end(process)
-                end_leftovers()
-                return int(report.get("exit_code") or 1)
-            if event is None or (number := event.si_signo) == signal.SIGCHLD:
+            event, now = signal.sigtimedwait(EVENTS, LOOK), time.monotonic()
+            if event is None and (report := self.first_report(old_reports)):
+                failed_at = min(failed_at, now)
+                if now - failed_at > SECONDS_AFTER_A_REPORT:
+                    # Open MPI's mpirun waits for the daemon of a host that is gone, though its ranks have ended.
+                    end(process)
+                    return int(report.get("exit_code") or 1)
+            if event is None or event.si_signo == signal.SIGCHLD:
                 continue
-            if number == signal.SIGINT and time.monotonic() - interrupted < ONE_CTRL_C:
-                continue  # the same one, on two ways
-            interrupted = time.monotonic() if number == signal.SIGINT else interrupted
-            self.asked.append(number)
+            if event.si_signo == signal.SIGINT:
+                again, interrupted = now - interrupted < ONE_CTRL_C, now
+                if again:
+                    continue  # the same one, on two ways
+            self.asked.append(event.si_signo)
             if len(self.asked) == 1:
                 process.send_signal(signal.SIGUSR1)  # every launcher passes this one on, and no other
                 write("the job is asked to stop, with a checkpoint; a second Ctrl-C ends it at once")
             if self.asked.count(signal.SIGINT) == 2:
                 end(process)
-                end_leftovers()
                 return 128 + signal.SIGINT
-        end_leftovers()
-        code = process.returncode if process.returncode >= 0 else 128 - process.returncode
-        unheard = killed_by(code) and last_record(self.metrics) == before  # asked before the ranks could listen
-        if self.asked and (unheard or code == 0) and not self.is_done():
-            return errors.STOPPED
-        return code
+        return process.returncode if process.returncode >= 0 else 128 - process.returncode
 
     def asked_within(self, seconds: float) -> bool:
         """Wait so long, or until a request to stop; whether there was one."""

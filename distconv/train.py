@@ -48,7 +48,7 @@ def train(settings: Config, world: World, stop: StopRequest) -> int:
     from distconv.runlog import RunLog
     from distconv.wiring import build_run
 
-    world.watch.demand(settings.hang_seconds)
+    world.watch.set_limits(settings.hang_seconds)
     world.agree("the command line or the version", f"{__version__} {settings.toml()}", "start all ranks alike")
     with world.together():
         check_settings(settings, world)
@@ -150,14 +150,13 @@ def resume(run: Run, out: Path, log: RunLog) -> Checkpoint | None:
             if found:
                 for change in files.check_same_run(found, run.config, run.dataset.digest):
                     log.say(f"resumed with a change: {change}")
-                found.fill(run.state())
+                found.fill(run.parameters.by_slot(run.vectors()))
                 position = dict(found.position)
     position = run.world.comm.bcast(position)
     if position:
-        vectors = {"value": run.parameters.vector, **run.optimizer.state}
-        for vector in vectors.values():
+        for vector in run.vectors().values():
             run.world.comm.Bcast(vector)
-        run.restore(position, vectors)
+        run.restore(position, run.vectors())
     return found
 
 
@@ -271,6 +270,7 @@ class Saver:
             "image_shape": shape,
         }
         self.due = time.monotonic() + run.config.checkpoint_seconds
+        self.saved_at = -1  # step
 
     def is_due(self) -> bool:
         return self.run.world.rank == 0 and time.monotonic() >= self.due
@@ -282,7 +282,7 @@ class Saver:
         run, began = self.run, time.monotonic()
         if run.skipped or run.diverging:
             return False
-        if run.world.rank == 0:
+        if run.world.rank == 0 and self.saved_at != run.step:
             run.world.at("save")
             if not self.folder.exists():
                 raise errors.StorageError(
@@ -291,6 +291,7 @@ class Saver:
             save_checkpoint(
                 self.folder, run.parameters, run.optimizer, run.position(), run.config, self.data, run.agreed_sha256
             )
+            self.saved_at = run.step
             now, asked = time.monotonic(), run.config.checkpoint_seconds
             self.due = now + (max(asked, COST * (now - began)) if asked else 0)
         return True

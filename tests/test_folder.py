@@ -114,6 +114,38 @@ def test_reports_of_failures_go_but_what_somebody_put_beside_them_is_kept(finish
     assert not (finished / "errors").exists()
 
 
+@pytest.mark.parametrize("name", ["metrics.jsonl", "config.toml", "DONE", "curves.png"])
+def test_a_pipe_in_place_of_a_file_of_ours_is_refused_and_not_waited_for(finished: Path, name: str) -> None:
+    (finished / name).unlink()
+    os.mkfifo(finished / name)
+    with pytest.raises(CannotCreateError, match=name):
+        look(finished)
+
+
+def test_two_jobs_that_try_the_same_new_folder_do_not_disturb_each_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def made_meanwhile(*arguments: object, **how: object) -> None:
+        mkdir(tmp_path / "new")
+        monkeypatch.setattr(Path, "mkdir", mkdir)
+        raise FileExistsError  # what mkdir says of a folder that another one has made and is about to remove
+
+    mkdir = Path.mkdir
+    monkeypatch.setattr(Path, "mkdir", made_meanwhile)
+    assert look(tmp_path / "new") is None
+
+
+def test_a_run_whose_folder_is_taken_away_ends_and_makes_no_other(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    job = jobs.Job(2, ("-m", "distconv.train", *QUICK, "--epochs", "100000", "--out", out))
+    jobs.wait_until(lambda: "epoch" in events(out), job)
+    out.rename(tmp_path / "moved")
+    result = job.finish(30)
+    assert result.returncode == 74 and "Traceback" not in result.stderr
+    assert f"rank 0 of 2 failed and ends the job: {out}/checkpoints is gone" in result.stderr
+    assert not out.exists()
+
+
 def test_a_run_made_before_folders_were_marked_goes_on(finished: Path) -> None:
     (finished / folder.LOCK).unlink()
     assert run(finished, "--epochs", "3").returncode == 0

@@ -73,8 +73,8 @@ def use(path: Path) -> None:
         nobody = SimpleNamespace(push=lambda run: None)
         run = Run(*[None] * 8, nobody)  # type: ignore[arg-type]
         run.parameters, run.optimizer = parameters, Adam(parameters.size, dtype, 0.001)
-        checkpoint.fill(run.state())
-        run.restore(dict(checkpoint.position), {"value": parameters.vector, **run.optimizer.state})
+        checkpoint.fill(parameters.by_slot(run.vectors()))
+        run.restore(dict(checkpoint.position), run.vectors())
         f"{run.step:,} {run.loss_sum / (run.samples or 1):.4f}"
     Parameters(build_network(checkpoint.config["model"], (28, 28, 1), 10)[1])
 

@@ -15,7 +15,8 @@ import pytest
 
 from distconv import runlog
 from distconv.errors import StorageError
-from distconv.runlog import RunLog, read_metrics
+from distconv.plots import draw_curves
+from distconv.runlog import RunLog, describe_steps, read_metrics
 from tests.files import ROOT
 
 RECORDS = [
@@ -100,6 +101,31 @@ def test_a_damaged_line_costs_only_itself(path: Path, damage: bytes) -> None:
     start, end = lines(RECORDS[:3]).encode(), lines(RECORDS[3:]).encode()
     path.write_bytes(start + damage + end)
     assert read_metrics(path) == RECORDS
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        "[" * 100_000,
+        '{"event": "step", "step": "x"}',
+        '{"event": "step", "step": null}',
+        '{"event": "start", "time": null}',
+        '{"event": "epoch", "epoch": []}',
+        '{"event": "final", "correct": "9"}',
+    ],
+)
+def test_a_record_of_another_shape_costs_only_itself(path: Path, odd: str) -> None:
+    before = read_metrics(path)
+    with path.open("a") as file:
+        file.write(odd + "\n")
+    assert read_metrics(path) == before
+
+
+def test_records_without_their_fields_are_described(tmp_path: Path) -> None:
+    steps = [{"event": "step"}, {"event": "step", "compute_seconds": None}]
+    assert "0.00 ms compute" in describe_steps(steps, 2)
+    draw_curves([{"event": "epoch"}, *steps, {}], "a run", tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").stat().st_size > 0
 
 
 def test_no_file_means_no_records(tmp_path: Path) -> None:

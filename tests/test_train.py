@@ -221,6 +221,17 @@ def test_output_that_nobody_reads_does_not_end_the_run(tmp_path: Path) -> None:
     assert (out / "DONE").exists()
 
 
+@pytest.mark.parametrize("odd", ["settings", "backend"])
+def test_a_picture_that_cannot_be_drawn_does_not_fail_the_run(tmp_path: Path, odd: str) -> None:
+    (tmp_path / "matplotlibrc").write_text("text.usetex: True\n")  # needs LaTeX
+    environment = {"MATPLOTLIBRC": str(tmp_path)} if odd == "settings" else {"MPLBACKEND": "garbage"}
+    out = tmp_path / "run"
+    result = train(1, *QUICK, "--epochs", "1", "--out", out, **environment)
+    assert result.returncode == 0 and "Traceback" not in result.stderr
+    assert (out / "DONE").exists()
+    assert (out / "curves.png").exists() or "the curves could not be drawn" in result.stdout
+
+
 FLIPPING = """
 import gc, os
 import numpy as np

@@ -97,7 +97,13 @@ def test_a_rank_that_lives_but_stands_still_is_named_after_the_seconds_that_were
 
 @pytest.mark.parametrize(
     ("place", "moving", "limit"),
-    [("compute", 20, LEAST), ("compute", 0, PATIENCE), ("compile", 0, PATIENCE), ("end", 20, PATIENCE)],
+    [
+        ("compute", 20, LEAST),
+        ("compute", 0, PATIENCE),
+        ("compile", 0, PATIENCE),
+        ("save", 20, PATIENCE),  # a disk may be slow
+        ("end", 20, PATIENCE),
+    ],
 )
 def test_without_a_wish_a_rank_may_stand_as_befits_the_place(place: str, moving: int, limit: float) -> None:
     judge = Judge(0, HOSTS)
@@ -110,6 +116,13 @@ def test_a_download_may_take_its_time() -> None:
     judge = Judge(0, HOSTS)
     judge.moves_limit = 5.0
     assert standing(judge, "download", 0, 3 * PATIENCE)[1] == ""
+
+
+def test_a_slow_disk_is_waited_for_as_long_as_was_asked_for() -> None:
+    judge = Judge(0, HOSTS)
+    judge.moves_limit = 5.0
+    after, sentence = standing(judge, "save", 0, 60)
+    assert 5 <= after <= 8 and "(save, step 8) did not come on" in sentence
 
 
 def test_slow_steps_make_the_limit_longer() -> None:

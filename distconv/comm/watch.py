@@ -54,7 +54,7 @@ class Watch:
         self.thread = threading.Thread(target=self._run, daemon=True)
         self.thread.start()
 
-    def demand(self, seconds: float) -> None:
+    def set_limits(self, seconds: float) -> None:
         """From now on end the job where a rank stands still for so long; 0: for much longer than one was seen to."""
         self.judge.limit, self.judge.moves_limit = seconds or LEAST, seconds
 

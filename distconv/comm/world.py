@@ -203,8 +203,12 @@ def odd_ones(values: Sequence[object]) -> str:
     commonest, count = Counter(values).most_common(1)[0]
     right = commonest if 2 * count > len(values) else values[0]
     odd = [rank for rank, value in enumerate(values) if value != right]
-    who = f"rank {odd[0]} differs" if len(odd) == 1 else f"ranks {listed(odd)} differ"
-    return f"{who} from {'the others' if values[0] != right else 'rank 0'}"
+    return f"{who_differ(odd)} from {'the others' if values[0] != right else 'rank 0'}"
+
+
+def who_differ(ranks: Sequence[int]) -> str:
+    """rank 2 differs, ranks 0, 2 differ"""
+    return f"rank {ranks[0]} differs" if len(ranks) == 1 else f"ranks {listed(ranks)} differ"
 
 
 def _sentence(error: BaseException) -> str:

@@ -92,6 +92,11 @@ class Parameters:
             for name, start in self.starts.items()
         }
 
+    def by_slot(self, vectors: Mapping[str, Array]) -> dict[str, Array]:
+        """Views of several such vectors, each named by its slot: value/conv1.W, and m/conv1.W of an optimizer's m."""
+        named = {slot: self.named(vector) for slot, vector in vectors.items()}
+        return {f"{slot}/{name}": view for slot, views in named.items() for name, view in views.items()}
+
     def nested(self, vector: Array) -> Views:
         """The same views, nested as the layers are: ["conv1"]["W"]."""
         return _nest(self.named(vector))

@@ -125,6 +125,12 @@ def test_a_loss_far_above_the_first_ends_the_run_on_every_rank(world: World) -> 
     assert len(set(world.comm.allgather(run.step))) == 1
 
 
+def test_a_first_loss_that_is_small_by_luck_is_no_measure(world: World) -> None:
+    run = make_run(world, dataclasses.replace(SETTINGS, epochs=2))
+    run.first_loss = 1e-3  # ten classes that are guessed blindly give 2.3
+    assert sum(isinstance(record, loop.EpochRecord) for record in loop.train(run, never)) == 2
+
+
 def test_a_run_that_ends_far_above_its_first_loss_has_failed(world: World) -> None:
     run = make_run(world, dataclasses.replace(SETTINGS, lr=1.0))
     with pytest.raises(DivergedError, match="use a smaller --lr than 1"):
