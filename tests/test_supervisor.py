@@ -226,13 +226,31 @@ def test_ctrl_c_on_a_terminal_reaches_the_supervisor_only(out: Path) -> None:
 def test_a_second_ctrl_c_ends_the_job_at_once_and_leaves_nothing(out: Path) -> None:
     job = waiting(out, "leaves(); waits(); time.sleep(60)")
     job.process.send_signal(signal.SIGINT)
-    job.process.send_signal(signal.SIGINT)  # the same, on two ways
     jobs.wait_until((out / "signals").exists, job)
     with pytest.raises(subprocess.TimeoutExpired):
         job.process.wait(2 * supervisor.ONE_CTRL_C)
     job.process.send_signal(signal.SIGINT)
     assert job.finish(20).returncode == 130
     assert starts(out) == 1 and not psutil.pid_exists(int(str(lines(out / "left")[0]["pid"])))
+
+
+TWO_WAYS = """
+import pathlib, signal, sys
+from types import SimpleNamespace
+from distconv import supervisor
+supervisor.time.monotonic = iter([0.0, 10.0, 10.2, 11.0]).__next__
+came = []
+signal.sigtimedwait = lambda *events: came.append(events) or SimpleNamespace(si_signo=signal.SIGINT)
+job = SimpleNamespace(poll=lambda: None, send_signal=lambda number: print("asked"), returncode=None)
+supervisor.end = lambda process: print("ended")
+supervising = supervisor.Supervisor(None, pathlib.Path(sys.argv[1]), 0)
+print(supervising.attend(job), len(came))
+"""
+
+
+def test_a_ctrl_c_that_comes_on_two_ways_is_one(out: Path) -> None:
+    result = jobs.run(0, "-c", TWO_WAYS, out)  # at 10.0, 10.2 and 11.0 s
+    assert result.stdout.split() == ["asked", "ended", "130", "3"], result.stderr
 
 
 def test_what_a_dead_job_has_left_is_gone_before_the_next_one_starts(out: Path) -> None:

@@ -229,7 +229,10 @@ def test_a_picture_that_cannot_be_drawn_does_not_fail_the_run(tmp_path: Path, od
     result = train(1, *QUICK, "--epochs", "1", "--out", out, **environment)
     assert result.returncode == 0 and "Traceback" not in result.stderr
     assert (out / "DONE").exists()
-    assert (out / "curves.png").exists() or "the curves could not be drawn" in result.stdout
+    if odd == "settings":
+        assert (out / "curves.png").exists()  # they are the user's, and not for these curves
+    else:
+        assert "the curves could not be drawn" in result.stdout
 
 
 FLIPPING = """

@@ -19,11 +19,9 @@ from collections.abc import Callable, Mapping
 
 from distconv.comm.heartbeat import Heartbeat
 from distconv.comm.judge import LEAST, LOOK, Judge, read
-from distconv.comm.launched import GRACE, launcher_process
+from distconv.comm.launched import GRACE
 from distconv.comm.whereabouts import Whereabouts
 from distconv.errors import HUNG
-
-LAUNCHER = -1  # in place of a rank
 
 
 class Watch:
@@ -47,10 +45,10 @@ class Watch:
         self.table, self.heartbeat, self.judge, self.processes = table, heartbeat, judge, processes
         self.lost, self.hung, self.end = lost, hung, end
         self.far = dict.fromkeys(heartbeat.others if heartbeat else (), b"")  # what each other host has last told
-        self.gone: list[int] = []  # ranks that have ended; LAUNCHER may be among them
+        self.gone: list[int] = []  # ranks that have ended
         self.over = threading.Event()
         self.woken, self.wake = os.pipe()
-        self.descriptors = self._open({**processes, LAUNCHER: launcher_process()})
+        self.descriptors = self._open(processes)
         self.thread = threading.Thread(target=self._run, daemon=True)
         self.thread.start()
 
@@ -64,7 +62,7 @@ class Watch:
         os.write(self.wake, b"\0")
         self.thread.join()
 
-    def _open(self, processes: Mapping[int, int | None]) -> dict[int, int]:
+    def _open(self, processes: Mapping[int, int]) -> dict[int, int]:
         """Descriptors that become readable when a process has ended, with its rank.
 
         Where Linux lacks pidfd_open(2), as before 5.3, or refuses it, as in some containers, there are none.
@@ -72,8 +70,7 @@ class Watch:
         found: dict[int, int] = {}
         for rank, process in processes.items():
             try:
-                if process is not None:
-                    found[os.pidfd_open(process)] = rank
+                found[os.pidfd_open(process)] = rank
             except ProcessLookupError:
                 self.gone.append(rank)
             except (AttributeError, OSError):
@@ -96,8 +93,7 @@ class Watch:
             if self.over.is_set():
                 return
             if gone_for > GRACE:
-                ended = [rank for rank in self.gone if rank != LAUNCHER]
-                self.lost(ended, [rank for rank in self.processes if rank not in ended])
+                self.lost(self.gone, [rank for rank in self.processes if rank not in self.gone])
                 self.end(1)
             elif self._told_to_end() or self.table.ending:
                 self._await_the_end()

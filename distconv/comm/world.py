@@ -134,12 +134,12 @@ class World:
         return {rank: process for other, rank, process in found if other == numbering and rank != self.rank}
 
     def _lost(self, ended: list[int], alive: list[int]) -> None:
-        """Say why the job ends where ranks, or the launcher, are gone; in a thread of its own."""
+        """Say why the job ends where ranks are gone; in a thread of its own."""
         if self.rank > min(alive, default=self.size):
             time.sleep(GRACE / 4)
             return  # that one speaks
         if self.error_folder is None or not self.error_folder.exists():  # else they have spoken themselves
-            who = f"rank{'s' * (len(ended) > 1)} {listed(ended)} of {self.size}" if ended else "the launcher"
+            who = f"rank{'s' * (len(ended) > 1)} {listed(ended)} of {self.size}"
             write(f"{who} ended without a word, and so ends the job")
 
     def _hung(self, sentence: str) -> None:
