@@ -158,20 +158,20 @@ class Supervisor:
         """Pass requests to stop on to a job until it ends; returns its exit code, as a shell would give it."""
         old_reports, failed_at, interrupted = self.reports(), math.inf, -math.inf
         while process.poll() is None:
-            event, now = signal.sigtimedwait(EVENTS, LOOK), time.monotonic()
+            event, now = next_event(LOOK), time.monotonic()
             if event is None and (report := self.first_report(old_reports)):
                 failed_at = min(failed_at, now)
                 if now - failed_at > SECONDS_AFTER_A_REPORT:
                     # Open MPI's mpirun waits for the daemon of a host that is gone, though its ranks have ended.
                     end(process)
                     return int(report.get("exit_code") or 1)
-            if event is None or event.si_signo == signal.SIGCHLD:
+            if event not in REQUESTS:
                 continue
-            if event.si_signo == signal.SIGINT:
+            if event == signal.SIGINT:
                 again, interrupted = now - interrupted < ONE_CTRL_C, now
                 if again:
                     continue  # the same one, on two ways
-            self.asked.append(event.si_signo)
+            self.asked.append(event)
             if len(self.asked) == 1:
                 process.send_signal(signal.SIGUSR1)  # every launcher passes this one on, and no other
                 write("the job is asked to stop, with a checkpoint; a second Ctrl-C ends it at once")
@@ -183,24 +183,26 @@ class Supervisor:
     def asked_within(self, seconds: float) -> bool:
         """Wait so long, or until a request to stop; whether there was one."""
         until = time.monotonic() + seconds
-        while event := signal.sigtimedwait(EVENTS, max(0.0, until - time.monotonic())):
-            if event.si_signo != signal.SIGCHLD:
+        while True:
+            event = next_event(max(0.0, until - time.monotonic()))
+            if event in REQUESTS:
                 return True
-        return False
+            if event is None and time.monotonic() >= until:
+                return False
 
     def would_fail_again(self, previous: Failure, failure: Failure) -> bool:
         """Whether two failures in a row have one cause, rather than being two accidents: the same report and step.
 
-        Or exit code 1 without a report, before any start has come as far as a record: so ends a mistake in a user's
-        model.
+        Or the same exit code without a report, if it is that of no signal, before any start has come as far as a step:
+        so end a mistake in a user's model or in --mpirun, and an output that cannot be written.
         """
         if previous.report and failure.report:
             return (previous.report["error"], previous.step) == (failure.report["error"], failure.step)
-        return previous.code == failure.code == 1 and not self.has_trained()
+        return previous.code == failure.code and not killed_by(failure.code) and not self.has_trained()
 
     def has_trained(self) -> bool:
-        """Whether a start has come as far as a record."""
-        return last_record(self.metrics) != self.first_record
+        """Whether a start has come as far as a step."""
+        return _step(last_record(self.metrics)) != _step(self.first_record)
 
     def newest_checkpoint(self) -> int:
         """The step of the newest checkpoint; 0 if there is none."""
@@ -237,6 +239,15 @@ class Supervisor:
             f"{self.restarts} restart{'s' * (self.restarts != 1)}; {whole - useful:,.1f} of {whole:,.1f} s went into "
             f"starts, lost steps and pauses: goodput {useful / whole:.1%}"
         )
+
+
+def next_event(seconds: float) -> int | None:
+    """The number of the next signal of EVENTS, or None where none has come within so many seconds.
+
+    Where this process was stopped (kill -STOP, Ctrl-Z) beyond that time, CPython 3.11 returns a number without meaning.
+    """
+    event = signal.sigtimedwait(EVENTS, seconds)
+    return event.si_signo if event and event.si_signo in EVENTS else None
 
 
 def killed_by(code: int) -> signal.Signals | None:

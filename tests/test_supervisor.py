@@ -7,6 +7,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import psutil
@@ -41,7 +42,7 @@ def fails(error, code=1):
     sys.exit(code)
 
 def finishes(code=0):
-    note("metrics.jsonl", event="final")
+    note("metrics.jsonl", event="final", step=99)
     (out / "DONE").touch()
     sys.exit(code)
 
@@ -156,10 +157,18 @@ def test_the_same_end_without_a_report_may_be_an_accident_of_a_run_that_could_tr
     assert result.returncode == 0 and starts(out) == 3
 
 
-def test_a_mistake_before_there_is_a_folder_is_not_tried_a_third_time(out: Path) -> None:
-    result = supervise(out, "sys.exit(1)").finish(20)
-    assert result.returncode == 1 and starts(out) == 2
+@pytest.mark.parametrize("code", [0, 1, 125, 255])
+@pytest.mark.parametrize("before", ["", "note('metrics.jsonl', event='start'); "])
+def test_a_mistake_before_the_first_step_is_not_tried_a_third_time(out: Path, before: str, code: int) -> None:
+    """As in a user's model, in --mpirun, or where mpirun cannot write its output."""
+    result = supervise(out, f"{before}sys.exit({code})").finish(20)
+    assert result.returncode == (code or 1) and starts(out) == 2
     assert "twice in a row" in result.stderr
+
+
+def test_kills_before_the_first_step_are_accidents(out: Path) -> None:
+    result = supervise(out, "killed() | sys.exit(137) | sys.exit(9) | sys.exit(9) | finishes()").finish(20)
+    assert result.returncode == 0 and starts(out) == 5
 
 
 def test_restarts_in_vain_are_counted_and_a_checkpoint_resets_them(out: Path) -> None:
@@ -281,6 +290,30 @@ def test_a_launcher_that_does_not_end_after_a_failure_is_ended(out: Path) -> Non
     reports = f"import pathlib, time; pathlib.Path({str(out / 'errors' / 'rank-1.json')!r}).write_text({report!r})"
     result = jobs.run(0, "-c", STUCK, out, f"{reports}; time.sleep(60)", seconds=30)
     assert result.stdout == "76\n", result.stderr
+
+
+def test_a_supervisor_that_is_suspended_and_goes_on_has_asked_for_nothing(out: Path) -> None:
+    """As by Ctrl-Z and fg, for longer than the time between two of its looks."""
+    job = waiting(out, "waits(); finishes()")
+    job.process.send_signal(signal.SIGSTOP)
+    time.sleep(supervisor.LOOK + 1)
+    job.process.send_signal(signal.SIGCONT)
+    jobs.wait_until(lambda: psutil.Process(job.process.pid).status() == psutil.STATUS_SLEEPING, job)
+    assert lines(out / "signals") == []
+    (child,) = psutil.Process(job.process.pid).children()
+    child.send_signal(signal.SIGUSR1)  # has it finish
+    result = job.finish(20)
+    assert result.returncode == 0 and "asked to stop" not in result.stderr
+
+
+def test_a_supervisor_that_is_suspended_in_a_pause_starts_again(out: Path) -> None:
+    job = supervise(out, "killed() | killed() | killed() | finishes()")
+    assert job.process.stderr is not None
+    assert any("in 2 s" in line for line in job.process.stderr)
+    job.process.send_signal(signal.SIGSTOP)
+    time.sleep(3)
+    job.process.send_signal(signal.SIGCONT)
+    assert job.finish(20).returncode == 0 and starts(out) == 4
 
 
 def test_a_request_to_stop_during_a_pause_acts_at_once(out: Path) -> None:
