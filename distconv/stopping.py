@@ -39,6 +39,7 @@ class StopRequest:
         threading.Thread(target=self._end_early, args=(wakeups,), daemon=True).start()
         for number in SIGNALS:
             signal.signal(number, self._note)
+        os.register_at_fork(before=_hold_signals, after_in_parent=_release_signals, after_in_child=self._forget)
 
     def requested(self) -> bool:
         return bool(self.received)
@@ -50,6 +51,14 @@ class StopRequest:
         """
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+
+    def _forget(self) -> None:
+        """In a child that a user's code has forked, signals mean what they usually do; it would wake this rank, too."""
+        signal.set_wakeup_fd(-1)
+        for number in SIGNALS:
+            if signal.getsignal(number) == self._note:
+                signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+        _release_signals()
 
     def _note(self, number: int, frame: Any) -> None:
         again = number in self.received and time.monotonic() - self.received[number] > ONE_REQUEST
@@ -66,3 +75,12 @@ class StopRequest:
                 if not self.can_save:
                     speak("stopped on request before the first step; the same command starts again")
                     end_job(STOPPED)
+
+
+def _hold_signals() -> None:
+    """While a child is made; until it has forgotten what they mean to a run, one to it would be one to this rank."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+
+
+def _release_signals() -> None:
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)

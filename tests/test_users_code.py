@@ -209,3 +209,62 @@ def test_what_a_users_code_raises_on_all_ranks_is_told_once_with_its_line(tmp_pa
     assert result.stderr.count("Traceback (most recent call last)") == 1, result.stderr
     assert result.stderr.count("failed and ends the job: ZeroDivisionError") == 1, result.stderr
     assert "mine.py" in result.stderr
+
+
+PROCESSES = {  # what a data set's own code starts
+    "a pool that is left": "multiprocessing.Pool(2).map(abs, range(9))",
+    "a pool": "with multiprocessing.Pool(2) as pool: pool.map(abs, range(9))",
+    "a terminated process": "p = start(); p.terminate(); p.join(); assert p.exitcode == -signal.SIGTERM",
+    "an interrupted process": "p = start(); os.read(ready, 1); os.kill(p.pid, 2); p.join(); assert p.exitcode == 1",
+    "a daemon": "start(daemon=True)",
+    "a child that exits": "os.fork() or sys.exit(0); os.wait()",
+    "a child that fails": "os.fork() or 1 / 0; assert os.waitstatus_to_exitcode(os.wait()[1]) == 1",
+}
+
+
+@pytest.mark.parametrize("what", PROCESSES)
+@pytest.mark.parametrize("ranks", [0, 2])
+def test_processes_of_a_users_code_are_no_ranks(tmp_path: Path, what: str, ranks: int) -> None:
+    """They hear no requests to stop, but what signals usually mean; and their end is not that of the job."""
+    code = f"""
+import multiprocessing, os, signal, sys, time
+from distconv.data.digits import load
+
+def start(**flags):
+    process = multiprocessing.get_context("fork").Process(target=work, **flags)
+    process.start()
+    return process
+
+def work():
+    os.write(working, b"1")
+    time.sleep(100)
+
+ready, working = os.pipe()
+
+def data():
+    {PROCESSES[what]}
+    return load()
+"""
+    result = train(tmp_path, code, "--data", "mine:data", ranks=ranks)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert (tmp_path / "run/DONE").exists() and "stopped" not in result.stdout + result.stderr
+
+
+@pytest.mark.parametrize("what", ["threading.Thread", "multiprocessing.get_context('fork').Process"])
+@pytest.mark.parametrize("ranks", [0, 2])
+def test_what_a_users_code_leaves_behind_does_not_keep_a_finished_run(tmp_path: Path, what: str, ranks: int) -> None:
+    code = f"""
+import multiprocessing, os, threading, time
+from distconv.comm import leave
+from distconv.comm.launched import launcher_rank
+from distconv.data.digits import load
+leave.LEAST = 4.0  # seconds; a minute, else
+
+def data():
+    if launcher_rank() == {ranks // 2}:
+        {what}(target=time.sleep, args=(1000,), name="prefetch").start()
+    return load()
+"""
+    result = train(tmp_path, code, "--data", "mine:data", ranks=ranks)
+    assert result.returncode == 0 and (tmp_path / "run/DONE").exists(), result.stdout + result.stderr
+    assert result.stderr.count("does not end, and is ended now") == 1 and "prefetch" in result.stderr

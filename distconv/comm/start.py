@@ -22,8 +22,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from distconv.comm.judge import LEAST
 from distconv.comm.launched import GRACE, Launched, launched, launcher_process
+from distconv.comm.leave import leave, prepare_to_leave
 from distconv.comm.roll_call import LIMIT, roll_call
 from distconv.comm.segments import forget_names, sweep
 from distconv.comm.streams import prepare_streams
@@ -51,6 +51,7 @@ UNMAPPED_USERS = ["0", "0", str(2**32 - 1)]  # what /proc/self/uid_map says outs
 def run_command(command: Callable[[Sequence[str]], int], argv: Sequence[str] | None = None) -> NoReturn:
     """Run a command and exit with its code; a DistconvError becomes one sentence, said once for all ranks."""
     prepare_streams()
+    prepare_to_leave()
     if not os.path.isabs(os.path.expanduser("~")):  # noqa: PTH111, PTH117 (pathlib raises where there is no home)
         os.environ["HOME"] = NO_HOME
     code = _run(command, sys.argv[1:] if argv is None else argv)
@@ -61,8 +62,7 @@ def run_command(command: Callable[[Sequence[str]], int], argv: Sequence[str] | N
     except DistconvError as error:
         write(str(error))
         code = code or error.exit_code
-    signal.alarm(round(LEAST))  # MPI_Finalize waits for the other ranks, and nobody watches any more whether one hangs
-    sys.exit(code)
+    leave(code)
 
 
 def _run(command: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:

@@ -48,6 +48,7 @@ class World:
 
     def __init__(self, comm: Any, library: str) -> None:
         self.comm = comm
+        self.process = os.getpid()
         self.library = library
         self.in_place = load_mpi().IN_PLACE
         self.threads = bool(load_mpi().Query_thread() >= load_mpi().THREAD_SERIALIZED)
@@ -100,6 +101,12 @@ class World:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if os.getpid() != self.process:  # a child that a user's code has forked: it is no rank
+            if error is not None and not isinstance(error, SystemExit):
+                traceback.print_exception(error)
+            os._exit(
+                0 if error is None or (isinstance(error, SystemExit) and not error.code) else self._exit_code(error)
+            )
         if error is None or (isinstance(error, DistconvError) and error.everywhere):
             if error is not None and self.rank == 0:
                 self._leave_report(error, error.exit_code)
