@@ -108,6 +108,7 @@ def write_text(path: Path, text: str) -> None:
     """Write a file, whole or not at all. Raises StorageError."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
+        temporary.unlink(missing_ok=True)  # it may be a link to a file of somebody's
         temporary.write_text(text, encoding="utf-8")
         temporary.replace(path)
     except OSError as error:
@@ -116,7 +117,9 @@ def write_text(path: Path, text: str) -> None:
 
 def cannot_be_written(out: Path, error: OSError | ValueError) -> errors.CannotCreateError:
     why: object = error
-    if isinstance(error, OSError) and error.strerror:
+    if isinstance(error, FileExistsError):
+        why = "a file or a broken link has this name"
+    elif isinstance(error, OSError) and error.strerror:
         inside = error.filename is not None and out in Path(str(error.filename)).parents
         why = f"{error.filename}: {error.strerror}" if inside else error.strerror
     return errors.CannotCreateError(f"--out {str(out)!r} cannot be written ({why}): give a folder that can be")
@@ -143,7 +146,7 @@ def _look_into(out: Path, settings: Config) -> Mapping[str, Any] | None:
         if final := _finished(out, settings):
             return final
     if (out / LOCK).exists():
-        with (out / LOCK).open("a+") as file:
+        with _open_lock(out) as file:
             _acquire(file, out)  # ends here where another job has it, before this one takes the memory of its GPU
     return None
 
@@ -243,8 +246,9 @@ def _try_to_write(out: Path) -> None:
     # Another job that tries the same at this moment may take the folder away, or have its own file in it.
     with contextlib.suppress(FileExistsError):  # of a folder that comes and goes; what is none is found out below
         out.mkdir(parents=True, exist_ok=True)
-    with contextlib.suppress(FileNotFoundError), tempfile.TemporaryFile(dir=out):
-        pass
+    for folder in (out, out / "checkpoints"):
+        with contextlib.suppress(FileNotFoundError), tempfile.TemporaryFile(dir=folder):
+            pass
     for folder in new:
         with contextlib.suppress(OSError):
             folder.rmdir()
@@ -253,7 +257,7 @@ def _try_to_write(out: Path) -> None:
 @contextlib.contextmanager
 def _lock(out: Path, say: Callable[[str], None]) -> Iterator[None]:
     """Keep other jobs out of a folder until this process leaves the context or dies. Raises CannotCreateError."""
-    with (out / LOCK).open("a+") as file:
+    with _open_lock(out) as file:
         if trouble := _acquire(file, out):
             say(f"{out} cannot be locked ({trouble}): see to it yourself that no other job writes there")
         file.truncate(0)
@@ -261,6 +265,20 @@ def _lock(out: Path, say: Callable[[str], None]) -> Iterator[None]:
         file.flush()
         os.fsync(file.fileno())  # for other hosts
         yield
+
+
+def _open_lock(out: Path) -> IO[str]:
+    """Its file, made if need be. Raises OSError, also where it is a link: to what it leads is not ours to write."""
+    flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW
+    return os.fdopen(os.open(out / LOCK, flags, 0o666), "a+")
+
+
+def lock_file(out: Path) -> int | None:
+    """The number of the lock's file, another if somebody has replaced it; None where there is none."""
+    try:
+        return (out / LOCK).stat().st_ino
+    except FileNotFoundError:
+        return None
 
 
 def _acquire(file: IO[str], out: Path) -> str:

@@ -72,6 +72,7 @@ class RunLog:
         try:
             kept = [record for record in read_metrics(path) if _happened(record, step)]
             temporary = path.with_name(f".{path.name}.tmp")  # not the name of a file that a user would have
+            temporary.unlink(missing_ok=True)  # it may be a link to a file of somebody's
             temporary.write_text("".join(json.dumps(record) + "\n" for record in kept))
             temporary.replace(path)
             self.file = path.open("a")

@@ -15,7 +15,7 @@ from distconv.comm.launched import launcher_rank
 from distconv.comm.start import run_command, start
 from distconv.comm.world import World, blas_threads
 from distconv.config import Config
-from distconv.folder import check_folder, held_folder, make_ready, write_text
+from distconv.folder import LOCK, check_folder, held_folder, lock_file, make_ready, write_text
 from distconv.stopping import StopRequest
 
 if TYPE_CHECKING:
@@ -269,6 +269,7 @@ class Saver:
             "classes": run.dataset.classes,
             "image_shape": shape,
         }
+        self.lock = lock_file(folder.parent)
         self.due = time.monotonic() + run.config.checkpoint_seconds
         self.saved_at = -1  # step
 
@@ -284,9 +285,15 @@ class Saver:
             return False
         if run.world.rank == 0 and self.saved_at != run.step:
             run.world.at("save")
+            lock = lock_file(self.folder.parent)
             if not self.folder.exists():
                 raise errors.StorageError(
                     f"{self.folder} is gone: somebody has removed or renamed the folder of the run"
+                )
+            if lock != self.lock:
+                raise errors.StorageError(
+                    f"{self.folder.parent / LOCK} is not the file that this job has locked: somebody has removed it, "
+                    "and another job may have the folder; see to it that none has, and start again"
                 )
             save_checkpoint(
                 self.folder, run.parameters, run.optimizer, run.position(), run.config, self.data, run.agreed_sha256

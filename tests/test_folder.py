@@ -96,6 +96,25 @@ def test_a_link_to_nowhere_is_somebody_elses_too(tmp_path: Path) -> None:
         look(tmp_path)
 
 
+def test_what_a_link_leads_to_is_not_written(finished: Path, tmp_path: Path) -> None:
+    """One with the name of a file that a run makes for itself."""
+    (tmp_path / "theirs").write_text("mine")
+    for name in (".config.toml.tmp", ".metrics.jsonl.tmp", ".DONE.tmp"):
+        (finished / name).symlink_to(tmp_path / "theirs")
+    assert run(finished, "--epochs", "3").returncode == 0
+    (finished / folder.LOCK).unlink()
+    (finished / folder.LOCK).symlink_to(tmp_path / "theirs")
+    assert_one_sentence(run(finished, "--epochs", "4"), 73, folder.LOCK, "symbolic link")
+    assert (tmp_path / "theirs").read_text() == "mine"
+
+
+def test_an_out_that_cannot_become_a_folder_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    assert_one_sentence(run(tmp_path / "file"), 73, "Not a directory")
+    (tmp_path / "link").symlink_to("/there/is/none")
+    assert_one_sentence(run(tmp_path / "link"), 73, "a file or a broken link has this name")
+
+
 def test_a_log_that_the_shell_has_put_there_does_not_matter(tmp_path: Path) -> None:
     script = 'mkdir "$1"; cd "$1"; shift; exec "$@" > log.txt'
     train = [sys.executable, "-m", "distconv.train", *QUICK, "--epochs", "1", "--out", "."]
@@ -144,6 +163,17 @@ def test_a_run_whose_folder_is_taken_away_ends_and_makes_no_other(tmp_path: Path
     assert result.returncode == 74 and "Traceback" not in result.stderr
     assert f"rank 0 of 2 failed and ends the job: {out}/checkpoints is gone" in result.stderr
     assert not out.exists()
+
+
+def test_a_run_whose_lock_is_removed_ends_before_it_writes_over_another(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    job = jobs.Job(2, ("-m", "distconv.train", *QUICK, "--epochs", "100000", "--out", out))
+    jobs.wait_until(lambda: "epoch" in events(out), job)
+    (out / folder.LOCK).unlink()
+    second = run(out, "--epochs", "3")
+    result = job.finish(30)
+    assert result.returncode == 74 and f"{out / folder.LOCK} is not the file that this job has locked" in result.stderr
+    assert second.returncode in (0, 78), second.stderr  # by then the first may have come further than three epochs
 
 
 def test_a_run_made_before_folders_were_marked_goes_on(finished: Path) -> None:
@@ -245,6 +275,16 @@ def test_a_finished_run_on_a_disk_that_cannot_be_written_says_so(finished: Path)
     result = read_only()
     assert result.returncode == 0 and "is finished" in result.stdout, result.stderr
     assert_one_sentence(read_only("--epochs", "3"), 73, str(finished), "cannot be written", "Read-only file system")
+
+
+@pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("unshare"), reason="only root may mount a folder read-only")
+def test_checkpoints_that_could_not_be_written_are_found_out_before_any_step(finished: Path) -> None:
+    script = 'mount --bind "$1" "$1" && mount -o remount,ro,bind "$1" && shift && exec "$@"'
+    train = [sys.executable, "-m", "distconv.train", *QUICK, "--epochs", "3", "--out", finished]
+    before = events(finished)
+    result = jobs.run(None, "unshare", "--mount", "sh", "-c", script, "sh", finished / "checkpoints", *train)
+    assert_one_sentence(result, 73, str(finished), "Read-only file system")
+    assert events(finished) == before
 
 
 VAIN = [("lr", 0.5, "lr is now 0.5, was 0.001"), ("epochs", 1, "epochs is now 1, after 2"), ("wire", "float32", "wire")]
