@@ -13,7 +13,9 @@ import numpy as np
 import pytest
 
 from distconv.kernels import compiled
+from tests import jobs
 from tests.files import ROOT, python
+from tests.test_failures import QUICK, assert_one_sentence
 
 
 def halved_sum(x: np.ndarray) -> float:
@@ -178,3 +180,17 @@ def test_another_processor_is_told_that_it_compiles(tmp_path: Path) -> None:
     line, hits = lines(tmp_path, **other)
     assert "compiling the kernels, once" in line and hits == "hits 0"
     assert lines(tmp_path, **other) == ["hits 1"]
+
+
+@pytest.mark.parametrize("variables", [{"NUMBA_CPU_NAME": "generic"}, {"NUMBA_CPU_FEATURES": ""}])
+def test_a_processor_that_casts_no_halves_trains(tmp_path: Path, variables: dict[str, str]) -> None:
+    """LLVM would call a function that is not there."""
+    train = ("-m", "distconv.train", *QUICK, "--model", "simpleconvnet", "--epochs", "1", "--out", tmp_path / "run")
+    result = jobs.run(0, *train, **variables)
+    assert result.returncode == 0, result.stderr
+
+
+def test_without_a_compiler_it_is_one_sentence(tmp_path: Path) -> None:
+    train = ("-m", "distconv.train", *QUICK, "--out", tmp_path / "run")
+    assert_one_sentence(jobs.run(0, *train, NUMBA_DISABLE_JIT="1"), 2, "NUMBA_DISABLE_JIT is set")
+    assert not (tmp_path / "run").exists()

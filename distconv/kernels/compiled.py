@@ -30,6 +30,13 @@ from numba.core.codegen import get_host_cpu_features
 from numba.core.compiler import CompileResult
 from numba.core.serialize import dumps
 
+from distconv.errors import UsageError
+
+if numba.config.DISABLE_JIT:
+    raise UsageError(
+        "NUMBA_DISABLE_JIT is set, and the kernels of distconv cannot run without being compiled: unset it"
+    )
+
 ROOM = 4 << 20  # bytes: the kernels of a version take no more
 DIGEST = hashlib.sha256().digest_size
 
@@ -108,12 +115,16 @@ class Store:
             self.say(line)
 
 
+def cpu_features() -> str:
+    """What the processor can do that Numba compiles for, in LLVM's words; NUMBA_CPU_FEATURES may say another one."""
+    return str(get_host_cpu_features() if numba.config.CPU_FEATURES is None else numba.config.CPU_FEATURES)
+
+
 def _cache_folder() -> Path:
     """A folder of NUMBA_CACHE_DIR or the user's cache for these kernels on this kind of processor."""
     sources = sorted(Path(__file__).parent.glob("*.py"))
     processor = numba.config.CPU_NAME or llvmlite.binding.get_host_cpu_name()
-    features = get_host_cpu_features() if numba.config.CPU_FEATURES is None else numba.config.CPU_FEATURES
-    made_by = f"{sys.version} Numba {numba.__version__} for {processor} {features}"
+    made_by = f"{sys.version} Numba {numba.__version__} for {processor} {cpu_features()}"
     content = hashlib.sha256(b"".join(source.read_bytes() for source in sources) + made_by.encode()).hexdigest()
     return Path(numba.config.CACHE_DIR or platformdirs.user_cache_path("distconv")) / f"kernels-{content[:12]}"
 

@@ -18,7 +18,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from distconv.kernels.compiled import compiled
+from distconv.kernels.compiled import compiled, cpu_features
 
 BLOCK = 256  # numbers that share an exponent: 0.4 % more bytes
 TOP = 15  # the largest of a block is brought into [2^(TOP-1), 2^TOP): below 65504, and far above what vanishes
@@ -30,10 +30,10 @@ HALF_EXPONENT = 0x7C00  # these bits of a half are all set where it is infinite 
 
 
 def in_hardware() -> bool:
-    """Whether this processor casts between float32 and half; where it does not, LLVM would call a missing function."""
+    """Whether the processor casts between float32 and half; where it does not, LLVM would call a missing function."""
     machine = llvmlite.binding.get_process_triple().split("-")[0]
     if machine in ("x86_64", "i686"):
-        return bool(llvmlite.binding.get_host_cpu_features().get("f16c", False))
+        return "+f16c" in cpu_features().split(",")
     return machine in ("aarch64", "arm64")
 
 

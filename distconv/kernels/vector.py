@@ -17,16 +17,15 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from llvmlite import ir
-from numba import config
 from numba.core import cgutils, types
-from numba.core.codegen import get_host_cpu_features
 from numba.extending import intrinsic
+
+from distconv.kernels.compiled import cpu_features
 
 
 def has_avx512() -> bool:
     """Whether Numba compiles for AVX-512: the processor has it, or NUMBA_CPU_FEATURES says so of another one."""
-    features = get_host_cpu_features() if config.CPU_FEATURES is None else config.CPU_FEATURES
-    return "+avx512f" in features.split(",")
+    return "+avx512f" in cpu_features().split(",")
 
 
 LANES = 16 if has_avx512() else 8  # floats of a Vector
