@@ -124,7 +124,12 @@ def test_a_sentence_has_nothing_that_a_terminal_obeys() -> None:
 
 @pytest.mark.parametrize(
     ("limit", "words"),
-    [("-n 20", "20 open files"), ("-v 400000", "409,600,000 bytes of memory"), ("-f 1", "1,024 bytes of a file")],
+    [
+        ("-n 20", "20 open files"),
+        ("-v 400000", "409,600,000 bytes of memory"),
+        ("-f 1", "1,024 bytes of a file"),
+        ("-f 4096", "4,194,304 bytes of a file"),
+    ],
 )
 def test_a_limit_that_is_too_low_is_named(tmp_path: Path, limit: str, words: str) -> None:
     result = shell(f'ulimit {limit}; exec "$@"', *train(tmp_path / "run"))

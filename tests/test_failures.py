@@ -52,6 +52,12 @@ def test_an_exception_on_one_rank_ends_the_job_and_is_told_once(tmp_path: Path, 
     assert not (tmp_path / "run" / "DONE").exists()
 
 
+def test_an_exception_that_cannot_be_printed_is_told_too(tmp_path: Path) -> None:
+    result = fail_on(1, "raise type('Odd', (Exception,), {'__str__': lambda self: 1 / 0})", tmp_path)
+    assert result.returncode == 1 and "in forward" in result.stderr
+    assert "rank 1 of 3 failed and ends the job: Odd: its text cannot be had" in result.stderr
+
+
 def test_a_job_ends_within_five_seconds_of_a_failure(tmp_path: Path) -> None:
     failed_at = tmp_path / "failed-at"
     result = fail_on(1, f"import pathlib; pathlib.Path({str(failed_at)!r}).touch(); raise ValueError", tmp_path)

@@ -40,7 +40,7 @@ SHARED_BYTES, SHARED_BYTES_OF_A_RANK, LEAST_SHARED_BYTES = 8 << 20, 6 << 20, 20 
 LEAST_LIMITS = (
     (resource.RLIMIT_NOFILE, "ulimit -n", 64, "open files"),
     (resource.RLIMIT_AS, "ulimit -v", 1 << 30, "bytes of memory"),
-    (resource.RLIMIT_FSIZE, "ulimit -f", 1 << 20, "bytes of a file"),
+    (resource.RLIMIT_FSIZE, "ulimit -f", 64 << 20, "bytes of a file"),  # 16 MiB do for 8 ranks of MPICH
 )
 # For a user without an entry in /etc/passwd, as containers have them, where HOME is not set either: no folder can be
 # made in it, so each use of it says what to set instead.

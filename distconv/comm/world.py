@@ -176,9 +176,9 @@ class World:
         """Leave a report and, if no other rank has done so before, say what happened."""
         first = claim("failed") if self.error_folder is None else self._leave_report(error, code)
         if first:
-            text, sentence = "", str(error)
+            text, sentence = "", str(error) if isinstance(error, DistconvError) else _sentence(error)
             if not isinstance(error, DistconvError):
-                text, sentence = "".join(traceback.format_exception(error)), _sentence(error)
+                text = "".join(traceback.format_exception(error))
             job = f"distconv: rank {self.rank} of {self.size} failed and ends the job: {sentence}\n"
             sys.stderr.write(text + job)
             sys.stderr.flush()
@@ -219,7 +219,11 @@ def who_differ(ranks: Sequence[int]) -> str:
 
 
 def _sentence(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+    try:
+        text = str(error)
+    except Exception:  # of a user's own class
+        text = "its text cannot be had"
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
 def end_job(code: int) -> NoReturn:
