@@ -78,7 +78,7 @@ def _whole(where: str, classes: object) -> int:
 
 def _check_pair(where: str, images: Bytes, labels: Bytes, classes: int) -> None:
     for what, array, dimensions in (("images", images, (3, 4)), ("labels", labels, (1,))):
-        if not isinstance(array, np.ndarray):
+        if not isinstance(array, np.ndarray) or isinstance(array, np.ma.MaskedArray):  # nothing here knows of masks
             raise BadDataError(f"{where}: {what} are a {type(array).__name__}, but a NumPy array of uint8 was expected")
         if array.dtype != np.uint8 or array.ndim not in dimensions:
             raise BadDataError(
