@@ -212,41 +212,50 @@ def test_what_a_users_code_raises_on_all_ranks_is_told_once_with_its_line(tmp_pa
     assert "mine.py" in result.stderr
 
 
-PROCESSES = {  # what a data set's own code starts
-    "a pool that is left": "multiprocessing.Pool(2).map(abs, range(9))",
-    "a pool": "with multiprocessing.Pool(2) as pool: pool.map(abs, range(9))",
-    "a terminated process": "p = start(); p.terminate(); p.join(); assert p.exitcode == -signal.SIGTERM",
-    "an interrupted process": "p = start(); os.read(ready, 1); os.kill(p.pid, 2); p.join(); assert p.exitcode == 1",
-    "a daemon": "start(daemon=True)",
-    "a child that exits": "os.fork() or sys.exit(0); os.wait()",
-    "a child that fails": "os.fork() or 1 / 0; assert os.waitstatus_to_exitcode(os.wait()[1]) == 1",
-}
-
-
-@pytest.mark.parametrize("what", PROCESSES)
-@pytest.mark.parametrize("ranks", [0, 2])
-def test_processes_of_a_users_code_are_no_ranks(tmp_path: Path, what: str, ranks: int) -> None:
-    """They hear no requests to stop, but what signals usually mean; and their end is not that of the job."""
-    code = f"""
+PROCESSES = """
 import multiprocessing, os, signal, sys, time
 from distconv.data.digits import load
+
+ready, working = os.pipe()
+
+def work():
+    os.write(working, b"1")
+    time.sleep(100)
 
 def start(**flags):
     process = multiprocessing.get_context("fork").Process(target=work, **flags)
     process.start()
     return process
 
-def work():
-    os.write(working, b"1")
-    time.sleep(100)
-
-ready, working = os.pipe()
-
 def data():
-    {PROCESSES[what]}
+    with multiprocessing.Pool(2) as pool:  # which ends its processes by SIGTERM
+        assert pool.map(abs, [-1, 2]) == [1, 2]
+    for _ in range(9):  # at once, before or after it has begun
+        process = start()
+        process.terminate()
+        process.join()
+        assert process.exitcode == -signal.SIGTERM
+    global ready, working
+    ready, working = os.pipe()
+    process = start()
+    os.read(ready, 1)
+    os.kill(process.pid, signal.SIGINT)
+    process.join()
+    assert process.exitcode == 1  # KeyboardInterrupt
+    for leave, code in ((lambda: sys.exit(0), 0), (lambda: sys.exit(3), 3), (lambda: 1 / 0, 1)):
+        if os.fork() == 0:
+            leave()
+        assert os.waitstatus_to_exitcode(os.wait()[1]) == code
+    start(daemon=True)
+    multiprocessing.Pool(2).map(abs, range(9))  # is left
     return load()
 """
-    result = train(tmp_path, code, "--data", "mine:data", ranks=ranks)
+
+
+@pytest.mark.parametrize("ranks", [0, 2])
+def test_processes_of_a_users_code_are_no_ranks(tmp_path: Path, ranks: int) -> None:
+    """They hear no requests to stop, but what signals usually mean; and their end is not that of the job."""
+    result = train(tmp_path, PROCESSES, "--data", "mine:data", ranks=ranks)
     assert result.returncode == 0, result.stdout + result.stderr
     assert (tmp_path / "run/DONE").exists() and "stopped" not in result.stdout + result.stderr
 
