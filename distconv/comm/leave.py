@@ -22,7 +22,7 @@ def prepare_to_leave() -> None:
 
 
 def leave(code: int) -> NoReturn:
-    """Exit with a code; after LEAST / 2 seconds without what has not ended by then."""
+    """Exit with a code; after LEAST / 2 seconds without what has not ended by then, as ranks in MPI_Finalize wait."""
 
     def leave_behind(number: int, frame: Any) -> None:
         threads = [thread for thread in threading.enumerate() if not thread.daemon]
@@ -31,7 +31,7 @@ def leave(code: int) -> NoReturn:
         for child in multiprocessing.active_children() if multiprocessing else ():
             left.append(f"process {child.name}")
             child.kill()  # mpirun would wait for it, too
-        write(f"what your own code has started does not end, and is ended now: {', '.join(left)}")
+        write(f"what your own code has started does not end, and is ended now: {', '.join(left) or 'a hook of atexit'}")
         _await_other_ranks()
         MPI = sys.modules.get("mpi4py.MPI")
         if MPI is not None and MPI.Is_initialized() and not MPI.Is_finalized():
