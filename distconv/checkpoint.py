@@ -128,7 +128,7 @@ def save_checkpoint(
     path = folder / f"step-{position['step']:010d}.safetensors"
     temporary = folder / f".{path.name}.{os.getpid()}.tmp"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(exist_ok=True)
         with temporary.open("wb") as file:
             write_tensors(file, tensors, {"distconv": text, "sha256": digest(tensors, text)})
             file.flush()

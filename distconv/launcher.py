@@ -83,15 +83,27 @@ def run_job(starter: Sequence[str], ranks: int, arguments: Sequence[str], second
     Raises DistconvError with what the job said where it fails or takes longer than `seconds`.
     """
     command = job_command(starter, ranks, arguments)
-    with subprocess.Popen(
-        command,
-        env=job_environment(),
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    ) as process:
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+
+    def hear() -> None:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+    try:
+        process = subprocess.Popen(
+            command,
+            env=job_environment(),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            preexec_fn=hear,
+        )
+    except OSError:
+        hear()
+        raise
+    with process:
         try:
+            hear()  # what has come meanwhile, when there is a process that can be ended
             out, err = process.communicate(timeout=seconds)
         except BaseException as error:  # a signal to stop, too
             end(process)

@@ -78,7 +78,7 @@ def refused(path: Path, raw: bytes) -> None:
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_every_bit_of_parameters_and_moments_comes_back(tmp_path: Path, dtype: type) -> None:
-    path = write(tmp_path / "new" / "folder", 12, dtype, Config(seed=7, out='odd "name"'))
+    path = write(tmp_path / "new", 12, dtype, Config(seed=7, out='odd "name"'))
     assert path.name == "step-0000000012.safetensors"
     checkpoint = load_checkpoint(path)
     assert_holds(checkpoint, 12, dtype)

@@ -30,7 +30,7 @@ from distconv.comm.streams import prepare_streams
 from distconv.comm.turns import take_long_turns
 from distconv.comm.voice import claim, speak, write
 from distconv.comm.world import BLAS_THREADS, World, cores_are_short, init_mpi, load_mpi
-from distconv.errors import DistconvError
+from distconv.errors import DistconvError, UsageError
 from distconv.kernels.memory import keep_freed_memory
 
 # Bytes of /dev/shm that MPICH 5.0.2 needs for so many ranks of a host, and for few. With less it ends in a segmentation
@@ -94,7 +94,7 @@ def start(failure: DistconvError | None = None, limit: float = LIMIT, absent: Ca
     launcher belongs to another library, and in a process alone where MPI cannot be had; a rank among others that cannot
     have it ends by a signal.
     """
-    told = launched()
+    told, failure = launched(), failure or compiler_is_off()
     if reading_is_refused() or in_a_user_namespace():
         switch_off_cma()
     try:
@@ -129,6 +129,13 @@ def start(failure: DistconvError | None = None, limit: float = LIMIT, absent: Ca
         signal.alarm(0)
         failing.pop_all()
     return world
+
+
+def compiler_is_off() -> UsageError | None:
+    """What to say where Numba is told not to compile, as people do who look for a mistake."""
+    if os.environ.get("NUMBA_DISABLE_JIT", "0") in ("", "0"):
+        return None
+    return UsageError("NUMBA_DISABLE_JIT is set, but distconv's kernels cannot run without being compiled: unset it")
 
 
 def check_limits() -> None:

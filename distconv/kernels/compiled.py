@@ -30,13 +30,6 @@ from numba.core.codegen import get_host_cpu_features
 from numba.core.compiler import CompileResult
 from numba.core.serialize import dumps
 
-from distconv.errors import UsageError
-
-if numba.config.DISABLE_JIT:
-    raise UsageError(
-        "NUMBA_DISABLE_JIT is set, and the kernels of distconv cannot run without being compiled: unset it"
-    )
-
 ROOM = 4 << 20  # bytes: the kernels of a version take no more
 DIGEST = hashlib.sha256().digest_size
 
