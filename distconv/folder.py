@@ -22,7 +22,7 @@ from typing import IO, TYPE_CHECKING, Any
 from distconv import errors
 from distconv.comm.world import World
 from distconv.config import Config
-from distconv.runlog import read_metrics
+from distconv.runlog import read_metrics, write_text
 
 if TYPE_CHECKING:
     from distconv.checkpoint import Checkpoint
@@ -104,24 +104,12 @@ def make_ready(out: Path, settings: Config, checkpoint: Checkpoint | None, say: 
     write_text(out / "config.toml", settings.toml())
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a file, whole or not at all. Raises StorageError."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        temporary.unlink(missing_ok=True)  # it may be a link to a file of somebody's
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
-    except OSError as error:
-        raise errors.StorageError(f"{path} cannot be written: {error}") from None
-
-
 def cannot_be_written(out: Path, error: OSError | ValueError) -> errors.CannotCreateError:
     why: object = error
-    if isinstance(error, FileExistsError):
-        why = "a file or a broken link has this name"
-    elif isinstance(error, OSError) and error.strerror:
+    if isinstance(error, OSError) and error.strerror:
         inside = error.filename is not None and out in Path(str(error.filename)).parents
-        why = f"{error.filename}: {error.strerror}" if inside else error.strerror
+        what = "a file or a broken link has this name" if isinstance(error, FileExistsError) else error.strerror
+        why = f"{error.filename}: {what}" if inside else what
     return errors.CannotCreateError(f"--out {str(out)!r} cannot be written ({why}): give a folder that can be")
 
 

@@ -49,9 +49,9 @@ def from_command_line(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str
         description="Train, and after an accident start again from the last good checkpoint, at once, or after a pause "
         "that\ngrows where no new checkpoint is made. Starts mpirun by itself.\n\n"
         "It ends, with the job's exit code, when the run is done, when another start would not help (a wrong flag,\n"
-        "bad data), or when the same error came twice at the same step. SIGTERM, SIGUSR1 or Ctrl-C: the job stops\n"
-        "with a checkpoint, and this ends with 75; the same command with the same --out goes on. A second Ctrl-C ends\n"
-        "the job at once.\n\n"
+        "bad data), or when the same error came twice: at the same step, or before the first one. SIGTERM, SIGUSR1\n"
+        "or Ctrl-C: the job stops with a checkpoint, and this ends with 75; the same command with the same --out goes\n"
+        "on. A second Ctrl-C ends the job at once.\n\n"
         "At the end it says the goodput: the share of its own time that got the run ahead for good. From each first\n"
         "step to the last record that stays in metrics.jsonl, all counts: steps, evaluations, checkpoints. What does\n"
         "not: to start, steps that were lost and are done again, pauses, the curves at the end.",

@@ -69,12 +69,9 @@ class RunLog:
         """
         if not self.speaks:
             return
+        kept = [record for record in read_metrics(path) if _happened(record, step)]
+        write_text(path, "".join(json.dumps(record) + "\n" for record in kept))
         try:
-            kept = [record for record in read_metrics(path) if _happened(record, step)]
-            temporary = path.with_name(f".{path.name}.tmp")  # not the name of a file that a user would have
-            temporary.unlink(missing_ok=True)  # it may be a link to a file of somebody's
-            temporary.write_text("".join(json.dumps(record) + "\n" for record in kept))
-            temporary.replace(path)
             self.file = path.open("a")
         except OSError as error:
             raise StorageError(f"{path} cannot be written: {error}") from None
@@ -115,6 +112,17 @@ class RunLog:
             self.bar.close()
         if self.file is not None:
             self.file.close()
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file, whole or not at all. Raises StorageError."""
+    temporary = path.with_name(f".{path.name}.tmp")  # not the name of a file that a user would have
+    try:
+        temporary.unlink(missing_ok=True)  # it may be a link to a file of somebody's
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    except OSError as error:
+        raise StorageError(f"{path} cannot be written: {error}") from None
 
 
 def read_metrics(path: Path) -> list[Mapping[str, Any]]:

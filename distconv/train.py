@@ -15,7 +15,7 @@ from distconv.comm.launched import launcher_rank
 from distconv.comm.start import run_command, start
 from distconv.comm.world import World, blas_threads
 from distconv.config import Config
-from distconv.folder import LOCK, check_folder, held_folder, lock_file, make_ready, write_text
+from distconv.folder import LOCK, check_folder, held_folder, lock_file, make_ready
 from distconv.stopping import StopRequest
 
 if TYPE_CHECKING:
@@ -209,7 +209,7 @@ def finish(run: Run, out: Path, log: RunLog) -> int:
     """Final accuracy on the whole test set, curves and DONE; exit code 1 where the target is missed."""
     from distconv import replicas
     from distconv.loop import count_correct
-    from distconv.runlog import describe_steps, read_metrics
+    from distconv.runlog import describe_steps, read_metrics, write_text
 
     total = len(run.dataset.test_labels)
     run.world.at("evaluate", run.step)

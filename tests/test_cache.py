@@ -182,11 +182,10 @@ def test_another_processor_is_told_that_it_compiles(tmp_path: Path) -> None:
     assert lines(tmp_path, **other) == ["hits 1"]
 
 
-@pytest.mark.parametrize("variables", [{"NUMBA_CPU_NAME": "generic"}, {"NUMBA_CPU_FEATURES": ""}])
-def test_a_processor_that_casts_no_halves_trains(tmp_path: Path, variables: dict[str, str]) -> None:
+def test_a_processor_that_casts_no_halves_trains(tmp_path: Path) -> None:
     """LLVM would call a function that is not there."""
     train = ("-m", "distconv.train", *QUICK, "--model", "simpleconvnet", "--epochs", "1", "--out", tmp_path / "run")
-    result = jobs.run(0, *train, **variables)
+    result = jobs.run(0, *train, NUMBA_CPU_NAME="generic")
     assert result.returncode == 0, result.stderr
 
 

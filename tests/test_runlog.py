@@ -17,6 +17,7 @@ from distconv import runlog
 from distconv.errors import StorageError
 from distconv.plots import draw_curves
 from distconv.runlog import RunLog, describe_steps, read_metrics
+from tests import jobs
 from tests.files import ROOT
 
 RECORDS = [
@@ -227,3 +228,11 @@ def test_a_terminal_is_known_by_standard_error(monkeypatch: pytest.MonkeyPatch) 
     terminal.isatty = lambda: True  # type: ignore[method-assign]
     monkeypatch.setattr(sys, "stderr", terminal)
     assert runlog.on_a_terminal()
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
+    runlog.write_text(tmp_path / "config.toml", "lr = 1.0\n")
+    limit = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (5, 5)); from pathlib import Path; "
+    write = "from distconv.runlog import write_text; write_text(Path(sys.argv[1]), 'lr = 2.0, which is too long')"
+    assert jobs.run(0, "-c", limit + write, tmp_path / "config.toml").returncode == 1
+    assert (tmp_path / "config.toml").read_text() == "lr = 1.0\n"

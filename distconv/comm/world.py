@@ -101,12 +101,8 @@ class World:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if os.getpid() != self.process:  # a child that a user's code has forked: it is no rank
-            if error is not None and not isinstance(error, SystemExit):
-                traceback.print_exception(error)
-            os._exit(
-                0 if error is None or (isinstance(error, SystemExit) and not error.code) else self._exit_code(error)
-            )
+        if os.getpid() != self.process:
+            self._leave_as_a_child(error)
         if error is None or (isinstance(error, DistconvError) and error.everywhere):
             if error is not None and self.rank == 0:
                 self._leave_report(error, error.exit_code)
@@ -162,6 +158,14 @@ class World:
             where = f"; what each rank was doing is in {self.error_folder}" if self.error_folder else ""
             write(f"{sentence}; so the job ends{where}")
 
+    def _leave_as_a_child(self, error: BaseException | None) -> NoReturn:
+        """A child that a user's code has forked is no rank, and its end is not that of the job."""
+        if error is None or (isinstance(error, SystemExit) and not error.code):
+            os._exit(0)
+        if not isinstance(error, SystemExit):
+            traceback.print_exception(error)
+        os._exit(self._exit_code(error))
+
     @staticmethod
     def _exit_code(error: BaseException) -> int:
         if isinstance(error, DistconvError):
@@ -176,9 +180,10 @@ class World:
         """Leave a report and, if no other rank has done so before, say what happened."""
         first = claim("failed") if self.error_folder is None else self._leave_report(error, code)
         if first:
-            text, sentence = "", str(error) if isinstance(error, DistconvError) else _sentence(error)
-            if not isinstance(error, DistconvError):
-                text = "".join(traceback.format_exception(error))
+            if isinstance(error, DistconvError):
+                text, sentence = "", str(error)
+            else:
+                text, sentence = "".join(traceback.format_exception(error)), _sentence(error)
             job = f"distconv: rank {self.rank} of {self.size} failed and ends the job: {sentence}\n"
             sys.stderr.write(text + job)
             sys.stderr.flush()
