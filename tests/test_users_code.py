@@ -212,6 +212,36 @@ def test_what_a_users_code_raises_on_all_ranks_is_told_once_with_its_line(tmp_pa
     assert "mine.py" in result.stderr
 
 
+SLOW_TO_TELL = """
+import time
+
+class Slow(Exception):
+    def __str__(self):
+        time.sleep(0.2)
+        return "told"
+
+calls = 0
+
+def fail(*args):
+    global calls
+    calls += 1
+    if calls > {after}:
+        raise Slow
+    return args[0]
+
+def network(classes):
+    return Chain(Affine(20), Bad(None, None, fail), Affine(classes))
+"""
+
+
+@pytest.mark.parametrize("after", [0, 10], ids=["before there is a folder", "at a step"])
+def test_the_first_of_ranks_that_fail_alike_is_heard_before_another_ends_the_job(tmp_path: Path, after: int) -> None:
+    code = SLOW_TO_TELL.format(after=after)
+    result = train(tmp_path, code, "--model", "mine:network", ranks=3)
+    assert result.stderr.count("failed and ends the job: Slow: told") == 1, result.stderr
+    assert (tmp_path / "run/errors").exists() == bool(after)
+
+
 PROCESSES = """
 import multiprocessing, os, signal, sys, time
 from distconv.data.digits import load

@@ -177,7 +177,7 @@ class World:
         return 1
 
     def _report(self, error: BaseException, code: int) -> None:
-        """Leave a report and, if no other rank has done so before, say what happened."""
+        """Leave a report and, if no other rank has done so before, say what happened; else wait to be ended by it."""
         first = claim("failed") if self.error_folder is None else self._leave_report(error, code)
         if first:
             if isinstance(error, DistconvError):
@@ -189,6 +189,8 @@ class World:
             sys.stderr.flush()
             if self.error_folder is None:
                 time.sleep(GRACE / 4)  # its claim ends with this rank, and others may be about to fail alike
+        else:
+            time.sleep(GRACE)  # the one that speaks may not have spoken yet, and to end the job would end it
 
     def _leave_report(self, error: BaseException, code: int) -> bool:
         """Write errors/rank-R.json, if there is a folder for it; whether no other rank has done so before."""
