@@ -25,7 +25,7 @@ from typing import Any, NoReturn
 from distconv.comm.launched import GRACE, Launched, launched, launcher_process
 from distconv.comm.leave import leave, prepare_to_leave
 from distconv.comm.roll_call import LIMIT, roll_call
-from distconv.comm.segments import forget_names, sweep
+from distconv.comm.segments import SHARED_MEMORY, forget_names, sweep
 from distconv.comm.streams import prepare_streams
 from distconv.comm.turns import take_long_turns
 from distconv.comm.voice import claim, speak, write
@@ -149,14 +149,18 @@ def check_limits() -> None:
 
 
 def check_shared_memory(MPI: Any, told: Launched) -> None:
-    """Raise DistconvError where MPICH would crash for want of room in /dev/shm.
+    """Sweep /dev/shm, and raise DistconvError where MPICH would crash for want of room in it.
 
     The first rank of a host to come measures, as those that have started MPI have taken their part. Until it knows, and
     where there is too little until it has ended the job, the others wait for its lock.
     """
-    if MPI.get_vendor()[0] == "Open MPI" or not Path("/dev/shm").is_dir():
-        return  # Open MPI looks itself, and goes on without
-    shared = os.open("/dev/shm", os.O_RDONLY)
+    if not SHARED_MEMORY.is_dir():
+        return
+    if MPI.get_vendor()[0] == "Open MPI":  # which looks itself whether there is room, and goes on without
+        if told.alone or claim("swept"):
+            sweep()
+        return
+    shared = os.open(SHARED_MEMORY, os.O_RDONLY)
     for look in range(300):
         with contextlib.suppress(BlockingIOError):
             fcntl.flock(shared, fcntl.LOCK_EX | fcntl.LOCK_NB)
