@@ -72,7 +72,11 @@ def run(
     ranks: int | None, *arguments: str | Path, seconds: float = 60, flags: Sequence[str] = (), **environment: str
 ) -> subprocess.CompletedProcess[str]:
     """Run `mpirun flags... python arguments...`; see Job. Returns code and output."""
-    return Job(ranks, arguments, flags, **environment).finish(seconds)
+    result = Job(ranks, arguments, flags, **environment).finish(seconds)
+    if OPEN_MPI and "listener thread failed to start" in result.stderr:
+        # Another mpirun had this process id, and was killed: this one has found its folder, removed it, and given up.
+        result = Job(ranks, arguments, flags, **environment).finish(seconds)
+    return result
 
 
 def pair(bad: int, wrong: Sequence[str], right: Sequence[str]) -> list[str]:

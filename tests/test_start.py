@@ -44,6 +44,7 @@ def test_a_rank_that_fails_early_is_named_with_its_reason(tmp_path: Path, way: s
     train = [sys.executable, "-m", "distconv.train", *QUICK, "--out", str(tmp_path / "run")]
     result = jobs.run(None, *jobs.pair(bad, ["env", *environment, *train, *arguments], train), seconds=SECONDS)
     assert result.returncode == code if code else result.returncode != 0
+    assert len(spoken(result.stderr)) == 1, result.stderr
     (line,) = spoken(result.stderr)
     assert f"rank {bad} of 2" in line and reason in line
     if way != "a broken NumPy":  # which is met when MPI runs
