@@ -23,7 +23,7 @@ from distconv.errors import CannotCreateError, MismatchError, MissingInputError
 from distconv.runlog import read_metrics
 from tests import jobs
 from tests.test_failures import QUICK, assert_one_sentence
-from tests.test_start import spoken
+from tests.test_start import one_line
 from tests.test_stopping import training
 
 # What rank 0 needs of a World, where nobody else is.
@@ -85,7 +85,7 @@ def test_a_folder_where_somebody_elses_file_would_be_lost_is_refused(tmp_path: P
 def test_the_refusal_is_one_sentence_for_all_ranks(tmp_path: Path) -> None:
     (tmp_path / "config.toml").write_text("mine = true\n")
     result = run(tmp_path, ranks=2)
-    (line,) = spoken(result.stderr)
+    line = one_line(result.stderr)
     assert result.returncode == 73 and all(part in line for part in (str(tmp_path), "config.toml", "did not make"))
     assert [path.name for path in tmp_path.iterdir()] == ["config.toml"]
 
@@ -194,7 +194,7 @@ def test_a_second_job_is_told_who_has_the_folder_and_disturbs_nothing(tmp_path: 
     assert held_by in {str(rank.pid) for rank in first.ranks()}
     (tmp_path / "link").symlink_to("run")
     second = run(tmp_path / "link", ranks=2)
-    (line,) = spoken(second.stderr)
+    line = one_line(second.stderr)
     assert (
         second.returncode == 73 and f"in use by another job (pid {held_by} on {socket.gethostname()} since 20" in line
     )

@@ -86,7 +86,7 @@ sys.stdin.read()
 """
 
 
-@pytest.mark.parametrize("name", ["mpich_shm_7_", "sm_segment.node.0.7.", "ucx_shm_posix_7"])
+@pytest.mark.parametrize("name", ["mpich_shm_7_", "sm_segment.node.0.7.", "vader_segment.node.0.7.", "ucx_shm_posix_7"])
 def test_the_segments_of_living_jobs_are_not_swept(tmp_path: Path, name: str) -> None:
     alive, dead, foreign = (tmp_path / each for each in (f"{name}0", f"{name}1", "notes.txt"))
     for path in (alive, dead, foreign):

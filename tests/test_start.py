@@ -34,6 +34,13 @@ def spoken(stderr: str) -> list[str]:
     return [line for line in stderr.splitlines() if line.startswith("distconv: ")]
 
 
+def one_line(stderr: str) -> str:
+    """The only line that distconv has spoken."""
+    lines = spoken(stderr)
+    assert len(lines) == 1, stderr
+    return lines[0]
+
+
 @pytest.mark.parametrize("bad", [0, 1])
 @pytest.mark.parametrize("way", WAYS)
 def test_a_rank_that_fails_early_is_named_with_its_reason(tmp_path: Path, way: str, bad: int) -> None:
@@ -44,8 +51,7 @@ def test_a_rank_that_fails_early_is_named_with_its_reason(tmp_path: Path, way: s
     train = [sys.executable, "-m", "distconv.train", *QUICK, "--out", str(tmp_path / "run")]
     result = jobs.run(None, *jobs.pair(bad, ["env", *environment, *train, *arguments], train), seconds=SECONDS)
     assert result.returncode == code if code else result.returncode != 0
-    assert len(spoken(result.stderr)) == 1, result.stderr
-    (line,) = spoken(result.stderr)
+    line = one_line(result.stderr)
     assert f"rank {bad} of 2" in line and reason in line
     if way != "a broken NumPy":  # which is met when MPI runs
         assert f"on {socket.gethostname()}: " in line and "Traceback" not in result.stderr
@@ -57,14 +63,14 @@ def test_a_rank_that_never_was_python_is_missed(bad: int) -> None:
     train = [sys.executable, "-m", "distconv.train", *QUICK]
     result = jobs.run(None, *jobs.pair(bad, ["sh", "-c", "exit 3"], train), seconds=SECONDS)
     assert result.returncode != 0
-    (line,) = spoken(result.stderr)
+    line = one_line(result.stderr)
     assert f"rank {bad} of 2 ended before MPI had started" in line
 
 
 def test_what_all_ranks_do_wrong_is_told_once_and_of_nobody() -> None:
     result = jobs.run(3, "-m", "distconv.evaluate", "--bogus", seconds=SECONDS)
     assert result.returncode == 2
-    (line,) = spoken(result.stderr)
+    line = one_line(result.stderr)
     assert "rank" not in line
 
 
@@ -72,7 +78,7 @@ def test_a_launcher_of_another_library_does_not_start_many_runs_of_one_rank(tmp_
     step = {"SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "0", "SLURM_STEP_TASKS_PER_NODE": "4", "SLURM_NODEID": "0"}
     result = jobs.run(0, "-m", "distconv.train", *QUICK, "--out", tmp_path / "run", seconds=SECONDS, **step)
     assert result.returncode == 1 and not (tmp_path / "run").exists()
-    (line,) = spoken(result.stderr)
+    line = one_line(result.stderr)
     assert "started 4 processes" in line and ("--mpi=pmix" if jobs.OPEN_MPI else "--mpi=pmi2") in line
     other = {**step, "SLURM_PROCID": "3"}
     assert not spoken(jobs.run(0, "-m", "distconv.train", *QUICK, seconds=SECONDS, **other).stderr)

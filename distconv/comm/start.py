@@ -157,7 +157,7 @@ def check_shared_memory(MPI: Any, told: Launched) -> None:
     if not SHARED_MEMORY.is_dir():
         return
     if MPI.get_vendor()[0] == "Open MPI":  # which looks itself whether there is room, and goes on without
-        if told.alone or claim("swept"):
+        if claim("swept"):
             sweep()
         return
     shared = os.open(SHARED_MEMORY, os.O_RDONLY)
@@ -168,7 +168,7 @@ def check_shared_memory(MPI: Any, told: Launched) -> None:
                 time.sleep(GRACE / 2)  # the rank that had it so long has refused, and its end is that of the job
             break
         time.sleep(0.01)
-    if told.alone or claim("measured"):
+    if claim("measured"):
         sweep()
         ranks, store = told.local_size or 1, os.fstatvfs(shared)
         room, needed = store.f_bavail * store.f_frsize, SHARED_BYTES + ranks * SHARED_BYTES_OF_A_RANK
