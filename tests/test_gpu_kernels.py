@@ -115,6 +115,8 @@ CASES = {
     "pooled without ReLU": Case(3, 8, 7, 1, 6, 5, 1, 0, relu=False, pooled=True),
     "pooled in slices": Case(2, 6, 6, 16, 36, 3, 1, 1, relu=True, pooled=True),
     "pooled with stride": Case(2, 9, 10, 3, 20, 3, 2, 1, relu=True, pooled=True),  # a row and a column in no window
+    "as deep as deepconvnet": Case(4, 8, 8, 64, 64, 3, 1, 1, relu=True, pooled=True),  # its conv6
+    "affine": Case(70, 1, 1, 68, 51, 1, 1, 0, relu=True),
 }
 
 
@@ -223,7 +225,8 @@ TOLERANCE = {"float32": 1e-6, "tf32": 1e-3, "float16": 1e-3, "bfloat16": 8e-3}
 
 
 @pytest.mark.parametrize("precision", ROUNDED)
-@pytest.mark.parametrize("name", ["five by five", "pooled in slices"])  # between them, all three sizes of a block
+# Between them, all three sizes of a block, one slice and several, and factors that are loaded one by one and by fours.
+@pytest.mark.parametrize("name", ["one channel", "five by five", "as deep as deepconvnet", "affine"])
 def test_the_precisions_round_the_factors_and_nothing_else(device: Any, name: str, precision: str) -> None:
     gpu, case = of_precision(device, precision), CASES[name]
     assert_equal_to_the_cpu(gpu, case)
