@@ -57,13 +57,20 @@ def versions() -> tuple[str, str]:
 
     driver = cupy.cuda.runtime.driverGetVersion()
     try:
-        from cupy.cuda import nccl
-
+        nccl = _nccl()
         number = nccl.get_version() if nccl.available else 0
     except ImportError:
         number = 0
     named = f"{number // 10000}.{number // 100 % 100}.{number % 100}" if number else "not installed"
     return f"CUDA {driver // 1000}.{driver // 10 % 100}", named
+
+
+def _nccl() -> Any:
+    """CuPy's NCCL, without CuPy's warning where its library is missing: those who ask say so themselves."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from cupy.cuda import nccl
+    return nccl
 
 
 @functools.cache
@@ -225,21 +232,15 @@ class Cuda:
 
     def nccl_problem(self) -> str | None:
         """Why NCCL cannot be used here, if it cannot."""
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that the library is missing is said below
-            from cupy.cuda import nccl
-        return None if nccl.available else "its library is not installed"
+        return None if _nccl().available else "its library is not installed"
 
     def nccl_identity(self) -> Any:
         """What the ranks must share to find each other."""
-        from cupy.cuda import nccl
-
-        return nccl.get_unique_id()
+        return _nccl().get_unique_id()
 
     def nccl(self, size: int, rank: int, identity: Any) -> Nccl:
         """The ranks' GPUs, joined; collective over them."""
-        from cupy.cuda import nccl
-
+        nccl = _nccl()
         return Nccl(nccl, nccl.NcclCommunicator(size, identity, rank), size, rank, self.stream)
 
 
