@@ -47,7 +47,8 @@ def step(argv: Sequence[str]) -> int:
         "  python -m distconv.bench step --png step.png\n"
         "  mpirun -n 2 python -m distconv.bench step --batch-size 100 --evaluate --json\n"
         "  mpirun -n 2 python -m distconv.bench step --against torch     # PyTorch takes turns with it\n"
-        "  python -m distconv.bench step --device cuda --precision tf32 --against torch\n\n"
+        "  python -m distconv.bench step --device cuda --precision tf32 --against torch     # eager, and as a graph\n"
+        "  python -m distconv.bench step --device cuda --against torch-compile     # compiled too, in minutes\n\n"
         "--json: engine (distconv, torch, torch-ddp; on a GPU distconv, distconv-eager, torch, torch-graph, "
         "torch-compile)\ndevice ranks threads batch_size wire phase (step, evaluate) median_seconds images_per_second.",
     )
@@ -58,7 +59,11 @@ def step(argv: Sequence[str]) -> int:
     parser.add_argument("--precision", choices=PRECISIONS, default="float32", help="of a GPU's products")
     parser.add_argument("--repeats", type=int, default=20, metavar="R", help="steps that count (default: 20)")
     parser.add_argument("--evaluate", action="store_true", help="time the forward pass of an evaluation too")
-    parser.add_argument("--against", choices=("torch",), help="run PyTorch beside it, on several ranks its DDP")
+    parser.add_argument(
+        "--against",
+        choices=("torch", "torch-compile"),
+        help="run PyTorch beside it, on several ranks its DDP; torch-compile: on a GPU, its compiled model too",
+    )
     parser.add_argument("--png", type=Path, metavar="FILE", help="draw where the time goes")
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
     flags = parser.parse_args(argv)
@@ -85,29 +90,31 @@ def step(argv: Sequence[str]) -> int:
         if flags.against:
             from distconv.benchmarks import torch_step
 
-            rival = rivals.enter_context(torch_step.rivals(world, threads, device, flags.precision))
+            compiled = flags.against == "torch-compile"
+            rival = rivals.enter_context(torch_step.rivals(world, threads, device, flags.precision, compiled))
         if device == "cpu":
             bench = benchmark.bench_cpu(world)
         else:
             from distconv.benchmarks.gpu_step import bench_gpu
 
             bench = bench_gpu(world, flags.precision, log.say_aside)
-        rows: list[benchmark.Row] = []
+        many = f"{world.size} rank{'s' * (world.size > 1)} x {threads} thread{'s' * (threads > 1)}"
+        title = f"deepconvnet, {many}, {device}" + f" in {flags.precision}" * (device == "cuda")
+        if not flags.json:
+            log.say(f"{title}: medians of {flags.repeats}\n{benchmark.HEAD}")
         results = []
         for batch_size in sizes:
             engines, look_inside = bench(batch_size, flags.repeats)
             dataset = benchmark.random_dataset(batch_size, 0)
             engines += rival(dataset, batch_size) if rival else []
+            rows: list[benchmark.Row] = []
             for phase in ("step", "evaluate") if flags.evaluate else ("step",):
-                rows += benchmark.measure(world, engines, device, batch_size, threads, phase, flags.repeats)
+                of_phase = benchmark.measure(world, engines, device, batch_size, threads, phase, flags.repeats)
+                text = benchmark.table(of_phase)
+                log.say("\n".join(json.dumps(asdict(row)) for row in of_phase) if flags.json else text)
+                rows += of_phase  # said at once, as what follows may fail
             results.append(look_inside(rows))
-        many = f"{world.size} rank{'s' * (world.size > 1)} x {threads} thread{'s' * (threads > 1)}"
-        title = f"deepconvnet, {many}, {device}" + f" in {flags.precision}" * (device == "cuda")
-        if flags.json:
-            for row in rows:
-                log.say(json.dumps(asdict(row)))
-        else:
-            log.say(f"{title}: medians of {flags.repeats}\n{benchmark.table(rows)}")
+        if not flags.json:
             for _, text in results:
                 log.say(f"\n{text}" + ", PyTorch's among them" * (rival is not None and device == "cpu"))
         with world.together():

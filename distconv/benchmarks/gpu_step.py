@@ -55,7 +55,11 @@ def bench_gpu(world: World, precision: str, say: Callable[[str], None]) -> Bench
             layers = layer_rows(engine, -(-batch_size // world.size))
             parts = {(row.layer, row.way): row.seconds for row in layers}
             parts["rest", ""] = max(0.0, step - sum(parts.values()))
-            return parts, where(layers, step, *engine.kernels.device.peaks())
+            try:
+                peaks = engine.kernels.device.peaks()
+            except Exception as error:  # cuBLAS or cuRAND is missing or fails: CuPy has many ways to say so
+                peaks = str(error).strip().partition("\n")[0] or type(error).__name__
+            return parts, where(layers, step, peaks)
 
         return [_engine(name, run) for name, run in zip(names, runs, strict=True)], look_inside
 
@@ -124,20 +128,27 @@ def seconds_on(device: Any, key: Any, work: Callable[[], object]) -> float:
     return float(np.median(times[2:])) / AT_ONCE  # the first ran plainly, the second recorded
 
 
-def where(rows: Sequence[LayerRow], step_seconds: float, peak_flops: float, peak_bytes: float) -> str:
-    """For people: each layer's time, and its share of the measured peaks (FLOP/s of sgemm, bytes/s of a copy)."""
-    head = f"{f'batch {rows[0].batch_size}':>12}" + "forward   backward us".rjust(24) + "  share of sgemm  of memory"
-    lines = [head]
+def where(rows: Sequence[LayerRow], step_seconds: float, peaks: tuple[float, float] | str) -> str:
+    """For people: each layer's time, and its share of the measured peaks (FLOP/s of sgemm, bytes/s of a copy).
+
+    peaks: a text says why there are none.
+    """
+    head = f"{f'batch {rows[0].batch_size}':>12}" + "forward   backward us".rjust(24)
+    lines = [head if isinstance(peaks, str) else f"{head}  share of sgemm  of memory"]
     for name in dict.fromkeys(row.layer for row in rows):
         ways = [row for row in rows if row.layer == name]
         seconds = sum(row.seconds for row in ways)
         cells = "".join(f"{1e6 * row.seconds:>11.1f}" for row in ways)
-        flops = sum(row.flops for row in ways) / seconds / peak_flops
-        nbytes = sum(row.nbytes for row in ways) / seconds / peak_bytes
-        lines.append(f"{name:>12}{cells}   {f'{flops:.0%}' if flops else '':>16}{nbytes:>11.0%}")
+        shares = ""
+        if not isinstance(peaks, str):
+            flops, nbytes = (sum(of) / seconds for of in zip(*((row.flops, row.nbytes) for row in ways), strict=True))
+            shares = f"   {f'{flops / peaks[0]:.0%}' if flops else '':>16}{nbytes / peaks[1]:>11.0%}"
+        lines.append(f"{name:>12}{cells}{shares}")
     total = sum(row.seconds for row in rows)
-    lines += [
-        f"layers one by one {1e6 * total:,.1f} us, the whole step {1e6 * step_seconds:,.1f} us",
-        f"measured peaks: {peak_flops / 1e12:.1f} TFLOP/s in float32 (sgemm), {peak_bytes / 1e9:,.0f} GB/s (copy)",
-    ]
+    lines.append(f"layers one by one {1e6 * total:,.1f} us, the whole step {1e6 * step_seconds:,.1f} us")
+    if isinstance(peaks, str):
+        lines.append(f"the peaks, and so each layer's share of them, could not be measured: {peaks}")
+    else:
+        tera, giga = peaks[0] / 1e12, peaks[1] / 1e9
+        lines.append(f"measured peaks: {tera:.1f} TFLOP/s in float32 (sgemm), {giga:,.0f} GB/s (copy)")
     return "\n".join(lines)

@@ -242,14 +242,17 @@ def peak_flops(world: World) -> float:
     return float(sum(world.comm.allgather(2 * PRODUCT**3 / np.median(seconds))))
 
 
+HEAD = f"{'phase':>9}{'batch':>7}{'engine':>16}{'wire':>9}{'ms':>10}{'images/s':>10}{'distconv is':>13}"
+
+
 def table(rows: Sequence[Row]) -> str:
-    """For people: a line for each row, with our images a second over those of the engine beside it."""
-    lines = [f"{'phase':>9}{'batch':>7}{'engine':>11}{'wire':>9}{'ms':>10}{'images/s':>10}{'distconv is':>13}"]
+    """For people, below HEAD: a line for each row, with our images a second over those of the engine beside it."""
+    lines = []
     for row in rows:
         base = next(r for r in rows if (r.phase, r.batch_size) == (row.phase, row.batch_size))
         ratio = "" if row is base else f"{base.images_per_second / row.images_per_second:.2f} times"
         lines.append(
-            f"{row.phase:>9}{row.batch_size:>7}{row.engine:>11}{row.wire:>9}{1e3 * row.median_seconds:>10.2f}"
+            f"{row.phase:>9}{row.batch_size:>7}{row.engine:>16}{row.wire:>9}{1e3 * row.median_seconds:>10.2f}"
             f"{row.images_per_second:>10,.0f}{ratio:>13}".rstrip()
         )
     return "\n".join(lines)

@@ -2,8 +2,8 @@
 
 On the CPU: on one rank PyTorch's eager mode; on several, DistributedDataParallel over gloo with halves on the wire,
 where each MPI rank is a process of PyTorch's as well. On a GPU, of one rank: eager, the whole step as a CUDA graph, and
-the model compiled. Everything else that PyTorch offers for speed is on: channels_last, the fused Adam, gradients as
-views into the buckets.
+where it is asked for, as it takes minutes, the model compiled. Everything else that PyTorch offers for speed is on:
+channels_last, the fused Adam, gradients as views into the buckets.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import contextlib
 import importlib
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from distconv.benchmarks.step import CLASSES, IMAGE_SHAPE, Engine
@@ -31,12 +31,14 @@ Rivals = Callable[[Dataset, int], list[Engine]]  # for a data set and a global b
 
 
 @contextlib.contextmanager
-def rivals(world: World, threads: int, device: str, precision: str) -> Iterator[Rivals]:
-    """What makes the engines; collective. device: cpu or cuda.
+def rivals(world: World, threads: int, device: str, precision: str, compiled: bool) -> Iterator[Rivals]:
+    """What makes the engines; collective. device: cpu or cuda. compiled: the compiled model too, on a GPU.
 
     Raises DistconvError where there is no PyTorch for the device, UsageError for ranks that it cannot compare.
     """
     with world.together():
+        if compiled and device == "cpu":
+            raise UsageError("--against torch-compile compares on a GPU; on the CPU use --against torch")
         try:
             torch = importlib.import_module("torch")
         except (ImportError, OSError) as error:
@@ -55,7 +57,8 @@ def rivals(world: World, threads: int, device: str, precision: str) -> Iterator[
     if device == "cuda":
         torch.backends.cudnn.benchmark = True
         torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
-        yield lambda dataset, batch_size: gpu_engines(torch, precision, dataset, batch_size)
+        names = ["torch", "torch-graph", *["torch-compile"] * compiled]
+        yield lambda dataset, batch_size: gpu_engines(torch, names, precision, dataset, batch_size)
         return
     if world.size > 1:
         join(torch, world)
@@ -77,10 +80,10 @@ def join(torch: Any, world: World) -> None:
     torch.distributed.init_process_group("gloo", store=store, rank=world.rank, world_size=world.size)
 
 
-def gpu_engines(torch: Any, precision: str, dataset: Dataset, batch_size: int) -> list[Engine]:
-    """PyTorch on GPU 0: as it is, with its step recorded as a graph, and with its model compiled."""
+def gpu_engines(torch: Any, names: Sequence[str], precision: str, dataset: Dataset, batch_size: int) -> list[Engine]:
+    """PyTorch on GPU 0: torch as it is, torch-graph with its step recorded, torch-compile with its model compiled."""
     made = []
-    for name in ("torch", "torch-graph", "torch-compile"):
+    for name in names:
         model = translate(torch, deepconvnet(CLASSES)).cuda()
         optimizer = torch.optim.Adam(model.parameters(), lr=0.001, fused=True, capturable=name == "torch-graph")
         images = torch.from_numpy(dataset.train_images[:batch_size]).cuda().permute(0, 3, 1, 2)
@@ -98,7 +101,7 @@ def gpu_step(
     forward = torch.compile(model, mode="max-autotune") if name == "torch-compile" else model
 
     def step() -> Any:
-        optimizer.zero_grad(set_to_none=name != "torch-graph")
+        optimizer.zero_grad(set_to_none=True)
         x = (images.float() / 255).contiguous(memory_format=torch.channels_last)
         with torch.autocast("cuda", dtype=half, enabled=half is not None):
             loss = torch.nn.functional.cross_entropy(forward(x), labels)
@@ -114,6 +117,7 @@ def gpu_step(
         for _ in range(3):
             step()
     torch.cuda.current_stream().wait_stream(aside)
+    optimizer.zero_grad(set_to_none=True)  # so the graph's own memory holds the gradients, and backward need not add
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         loss = step()
