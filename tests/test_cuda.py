@@ -1,9 +1,15 @@
-"""How work on a GPU is recorded, and what happens where it cannot be: a stand-in for CuPy, beside test_gpu.py."""
+"""How work on a GPU is recorded, and what happens where it cannot be, and the end of it: a stand-in for CuPy.
+
+See test_gpu.py for the same on a GPU.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import gc
+import subprocess
+import sys
+import weakref
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -11,6 +17,7 @@ from typing import Any
 import pytest
 
 from distconv.kernels import cuda
+from tests import jobs
 
 
 class Stream:
@@ -91,3 +98,80 @@ def test_without_cupy_or_a_gpu_there_is_a_reason() -> None:
         assert cuda.NOT_INSTALLED in str(error) or "CUDA finds no GPU" in str(error)
     else:
         assert all(gpu.capability >= 50 for gpu in found)
+
+
+class Graph:
+    """Says when it is gone."""
+
+    def __init__(self, tell: Callable[[str], object]) -> None:
+        self.tell = tell
+
+    def __del__(self) -> None:
+        self.tell("the graph is gone")
+
+
+def joined(tell: Callable[[str], object]) -> tuple[cuda.Cuda, cuda.Nccl]:
+    """A device that has recorded a graph, and the communicator that the graph uses, which tells when it is ended."""
+
+    def communicator(size: int, identity: object, rank: int) -> Any:
+        return SimpleNamespace(destroy=lambda: tell("the communicator is ended"))
+
+    library: Any = SimpleNamespace(NcclCommunicator=communicator)
+    sys.modules["cupy"] = sys.modules["cupy.cuda"] = SimpleNamespace(nccl=library)  # type: ignore[assignment]
+    device = object.__new__(cuda.Cuda)
+    device.stream, device.recordings = None, {"a step": cuda._Recording(None, Graph(tell))}
+    return device, device.nccl(2, 0, b"identity")
+
+
+@pytest.fixture
+def no_cupy_after(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("cupy", "cupy.cuda"):
+        monkeypatch.setitem(sys.modules, name, None)  # type: ignore[arg-type]
+
+
+def test_a_communicator_ends_after_the_graphs_that_use_it(no_cupy_after: None) -> None:
+    told = list[str]()
+    device, nccl = joined(told.append)
+    del nccl
+    assert told == ["the graph is gone", "the communicator is ended"] and not device.recordings
+
+
+def test_so_it_does_where_python_ends_first() -> None:
+    code = "from tests.test_cuda import joined; kept = joined(lambda line: print(line, flush=True))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=jobs.ROOT, capture_output=True, text=True, timeout=60)
+    assert done.stdout.splitlines() == ["the graph is gone", "the communicator is ended"], done.stderr
+
+
+def test_a_group_of_messages_is_closed_where_one_of_them_cannot_be_sent() -> None:
+    def refuse(*arguments: object) -> None:
+        raise RuntimeError("NCCL_ERROR_INVALID_ARGUMENT")
+
+    calls = list[str]()
+    library = SimpleNamespace(
+        NCCL_UINT8=1, groupStart=lambda: calls.append("start"), groupEnd=lambda: calls.append("end")
+    )
+    nccl = cuda.Nccl(library, SimpleNamespace(send=refuse), 2, 0, SimpleNamespace(ptr=0))
+    row = SimpleNamespace(data=SimpleNamespace(ptr=0))
+    with pytest.raises(RuntimeError, match="INVALID_ARGUMENT"):
+        nccl.scatter(type("Rows", (), {"shape": (2, 8), "__getitem__": lambda self, peer: row})(), [row, row])
+    assert calls == ["start", "end"]
+
+
+def test_a_device_that_nobody_uses_any_more_goes_with_its_recordings() -> None:
+    class Array:
+        """CuPy's."""
+
+    def module(code: str, options: tuple[str, ...]) -> Any:
+        made.append((code, options))
+        return SimpleNamespace(get_function=lambda name: lambda *arguments: None)
+
+    made: list[Any] = []
+    device = object.__new__(cuda.Cuda)
+    device.cupy, device.functions, device.modules = SimpleNamespace(RawModule=module, ndarray=Array), {}, {}
+    kernel = device.function("code", "a", (("N", 3),))
+    assert device.function("code", "a", (("N", 3),)) is kernel
+    device.function("code", "b", (("N", 3),))
+    assert made == [("code", ("-DN=3",))]
+    gone = weakref.ref(device)
+    del device
+    assert gone() is None

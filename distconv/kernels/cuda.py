@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import gc
 import warnings
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -107,6 +108,8 @@ class Cuda:
         self.stream.use()
         self.recordings: dict[Any, _Recording] = {}
         self.records = True
+        self.functions: dict[Any, Kernel] = {}
+        self.modules: dict[Any, Any] = {}
 
     def empty(self, shape: int | tuple[int, ...], dtype: DTypeLike) -> Array:
         return self.cupy.empty(shape, dtype)
@@ -146,23 +149,30 @@ class Cuda:
         addresses = [a.ctypes.data if isinstance(a, np.ndarray) else a.data.ptr for a in (to, source)]
         self.cupy.cuda.runtime.memcpyAsync(*addresses, to.nbytes, DEFAULT_DIRECTION, self.stream.ptr)
 
-    @functools.cache  # noqa: B019 (a device lasts as long as the process)
     def function(self, source: str, name: str, defines: Defines = ()) -> Kernel:
         """A kernel of CUDA source, compiled with these macros."""
-        options = tuple(f"-D{macro}={value}" for macro, value in defines)
-        kernel = self._module(source, options).get_function(name)
+        key = source, name, defines
+        if key not in self.functions:
+            self.functions[key] = self._function(*key)
+        return self.functions[key]
+
+    def _function(self, source: str, name: str, defines: Defines) -> Kernel:
+        kernel, ndarray = self._module(source, defines).get_function(name), self.cupy.ndarray
 
         def launch(grid: tuple[int, int, int], threads: int, *arguments: Any) -> None:
             for argument in arguments:  # CuPy passes an address and forgets the strides
-                if isinstance(argument, self.cupy.ndarray) and not argument.flags.c_contiguous:
+                if isinstance(argument, ndarray) and not argument.flags.c_contiguous:
                     raise ValueError(f"{name}: an array of shape {argument.shape} is not contiguous")
             kernel(grid, (threads, 1, 1), arguments)
 
         return launch
 
-    @functools.cache  # noqa: B019
-    def _module(self, source: str, options: tuple[str, ...]) -> Any:
-        return self.cupy.RawModule(code=source, options=options)
+    def _module(self, source: str, defines: Defines) -> Any:
+        key = source, defines
+        if key not in self.modules:
+            options = tuple(f"-D{macro}={value}" for macro, value in defines)
+            self.modules[key] = self.cupy.RawModule(code=source, options=options)
+        return self.modules[key]
 
     def synchronize(self) -> None:
         """Wait until all work is done."""
@@ -241,7 +251,16 @@ class Cuda:
     def nccl(self, size: int, rank: int, identity: Any) -> Nccl:
         """The ranks' GPUs, joined; collective over them."""
         nccl = _nccl()
-        return Nccl(nccl, nccl.NcclCommunicator(size, identity, rank), size, rank, self.stream)
+        joined = Nccl(nccl, nccl.NcclCommunicator(size, identity, rank), size, rank, self.stream)
+        # When nobody has it any more, or Python ends, which lets objects go in any order.
+        weakref.finalize(joined, _leave, joined.communicator, self.recordings)
+        return joined
+
+
+def _leave(communicator: Any, recordings: dict[Any, _Recording]) -> None:
+    """End a communicator. NCCL waits until the graphs that use it are gone, so they go first."""
+    recordings.clear()
+    communicator.destroy()
 
 
 class Nccl:
@@ -257,11 +276,13 @@ class Nccl:
         """Row r of outgoing (P, nbytes) goes to rank r."""
         byte, stream, nbytes = self.library.NCCL_UINT8, self.stream.ptr, outgoing.shape[1]
         self.library.groupStart()
-        for peer in range(self.size):
-            if peer != self.rank:
-                self.communicator.send(outgoing[peer].data.ptr, nbytes, byte, peer, stream)
-                self.communicator.recv(received[peer].data.ptr, nbytes, byte, peer, stream)
-        self.library.groupEnd()
+        try:
+            for peer in range(self.size):
+                if peer != self.rank:
+                    self.communicator.send(outgoing[peer].data.ptr, nbytes, byte, peer, stream)
+                    self.communicator.recv(received[peer].data.ptr, nbytes, byte, peer, stream)
+        finally:  # what comes after would else wait for the end of the group
+            self.library.groupEnd()
 
     def gather(self, mine: Array, gathered: Array) -> None:
         """mine (nbytes,), this rank's row of gathered (P, nbytes), becomes that row on every rank."""
