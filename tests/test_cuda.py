@@ -91,6 +91,22 @@ def test_an_error_of_the_work_itself_ends_the_recording(make_device: Make) -> No
     assert len(said) == 1 and "cannot be recorded" in said[0]
 
 
+def test_gpus_whose_uuid_cupy_has_cut_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    def properties(ordinal: int) -> dict[str, Any]:
+        """Of two GPUs, of two parts of a third one, and of one whose UUID has no zero byte."""
+        address = {"pciDomainID": 0, "pciBusID": (0x1A, 0x1B, 0x3D, 0x3D, 0x3E)[ordinal], "pciDeviceID": 0}
+        uuid = (b"", b"", b"\x12", b"\x13", bytes(range(1, 18)))[ordinal]
+        return {"name": b"NVIDIA Test", "uuid": uuid, "major": 9, "minor": 0, **address}
+
+    runtime = SimpleNamespace(getDeviceCount=lambda: 5, getDeviceProperties=properties)
+    monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace(cuda=SimpleNamespace(runtime=runtime)))  # type: ignore[arg-type]
+    seen = set[str]()
+    for host in ("a", "b"):
+        monkeypatch.setattr(cuda.socket, "gethostname", lambda host=host: host)
+        seen |= {gpu.identity for gpu in cuda.visible()}
+    assert len(seen) == 2 * 4 + 1 and bytes(range(1, 17)).hex() in seen
+
+
 def test_without_cupy_or_a_gpu_there_is_a_reason() -> None:
     try:
         found = cuda.visible()

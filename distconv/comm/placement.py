@@ -59,9 +59,9 @@ def place(
                 f"--precision {precision}: {mine.name} has compute capability {mine.capability / 10}, and "
                 f"{CAPABILITY[precision] / 10} is needed; use --precision float32"
             )
-    # A host that hides GPUs from its ranks shows each of them another one as number 0: only the UUIDs tell.
-    everyone = world.comm.allgather((socket.gethostname(), mine.uuid, ordinal, mine.name))
-    ranks_of = Counter(uuid for _, uuid, _, _ in everyone)
+    # A host that hides GPUs from its ranks shows each of them another one as number 0: only the identities tell.
+    everyone = world.comm.allgather((socket.gethostname(), mine.identity, ordinal, mine.name))
+    ranks_of = Counter(identity for _, identity, _, _ in everyone)
     shared = max(ranks_of.values()) > 1  # the same on all ranks, as the choice of an exchange hangs on it
     places = Counter(f"{host} GPU {number} ({name})" for host, _, number, name in everyone)
     shown = [f"{many} on {where}" if many > 1 else where for where, many in list(places.items())[:4]]

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import functools
 import gc
+import socket
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -23,14 +24,15 @@ Kernel = Callable[..., None]  # kernel((x, y, z) of the grid, threads of a block
 Result = TypeVar("Result")
 NOT_INSTALLED = "CuPy is not installed"
 DEFAULT_DIRECTION = 4  # of cudaMemcpy: the addresses tell
+UUID_BYTES = 16
 
 
 @dataclass(frozen=True)
 class Visible:
-    """A GPU that this process sees."""
+    """A GPU that this process sees, or a part of one (MIG). identity: another one for each, on all hosts."""
 
     name: str
-    uuid: str
+    identity: str
     capability: int  # 90 for sm_90
 
 
@@ -49,7 +51,16 @@ def visible() -> list[Visible]:
         raise RuntimeError(f"CUDA finds no GPU ({error})") from None
     if not properties:
         raise RuntimeError("CUDA finds no GPU: see CUDA_VISIBLE_DEVICES and what your scheduler gave this job")
-    return [Visible(p["name"].decode(), bytes(p["uuid"]).hex(), 10 * p["major"] + p["minor"]) for p in properties]
+    return [Visible(p["name"].decode(), _identity(p), 10 * p["major"] + p["minor"]) for p in properties]
+
+
+def _identity(properties: Mapping[str, Any]) -> str:
+    """The UUID. CuPy reads up to a zero byte, and where that is in it, the PCI address tells, which MIG parts share."""
+    uuid = bytes(properties["uuid"])[:UUID_BYTES]
+    if len(uuid) == UUID_BYTES:
+        return uuid.hex()
+    address = ":".join(f"{properties[f'pci{part}ID']:x}" for part in ("Domain", "Bus", "Device"))
+    return f"{uuid.hex()} at {address} of {socket.gethostname()}"
 
 
 def versions() -> tuple[str, str]:

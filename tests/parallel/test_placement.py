@@ -10,8 +10,8 @@ from distconv.errors import UsageError
 from distconv.kernels.cuda import NOT_INSTALLED, Visible
 
 
-def gpus(*uuids: str, capability: int = 90) -> list[Visible]:
-    return [Visible("NVIDIA Test", uuid, capability) for uuid in uuids]
+def gpus(*identities: str, capability: int = 90) -> list[Visible]:
+    return [Visible("NVIDIA Test", identity, capability) for identity in identities]
 
 
 def test_a_rank_takes_the_gpu_of_its_place_on_the_host(world: World) -> None:
