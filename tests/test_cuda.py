@@ -191,3 +191,19 @@ def test_a_device_that_nobody_uses_any_more_goes_with_its_recordings() -> None:
     gone = weakref.ref(device)
     del device
     assert gone() is None
+
+
+def test_a_rank_that_could_not_join_says_so_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse() -> None:
+        raise RuntimeError("the current device is another one")
+
+    library = SimpleNamespace(nccl=SimpleNamespace(get_version=lambda: 22703))
+    monkeypatch.setitem(sys.modules, "cupy.cuda", library)  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace(cuda=library))  # type: ignore[arg-type]
+    device = object.__new__(cuda.Cuda)
+    device.stream = SimpleNamespace(use=lambda: None, synchronize=lambda: None)
+    assert device.nccl_version() == "2.27.3"
+    for call in ("use", "synchronize"):
+        device.stream = SimpleNamespace(**{"use": lambda: None, "synchronize": lambda: None, call: refuse})
+        with pytest.raises(RuntimeError, match="another one"):
+            device.nccl_version()

@@ -215,11 +215,23 @@ def by_nccl(world: World, gpu: Gpu, size: int, wire: str, shared: bool) -> OnGpu
     problem = _needs_halves(wire) or ("several ranks share a GPU" if shared else gpu.device.nccl_problem())
     if problem := _first(world, problem):
         return problem
-    exchange = None
-    identity = world.comm.bcast(gpu.device.nccl_identity() if world.rank == 0 else None)
+    # A rank that fails to join lets the others wait for it, in training until the watch ends the job. So what can be
+    # found out is found out before.
+    version, identity, exchange = "", None, None
+    try:
+        version = gpu.device.nccl_version()
+        identity = gpu.device.nccl_identity() if world.rank == 0 else None
+    except Exception as error:  # NCCL's own, of many kinds
+        problem = f"it does not start ({error})"
+    versions = world.comm.allgather(version)
+    if problem := _first(world, problem):
+        return problem
+    if len(set(versions)) > 1:
+        return f"ranks have different versions of it ({', '.join(sorted(set(versions)))})"
+    identity = world.comm.bcast(identity)
     try:
         exchange = OnGpu(world.comm, gpu, size, gpu.device.nccl(world.size, world.rank, identity))
-    except Exception as error:  # NCCL's own, of many kinds
+    except Exception as error:
         problem = f"it does not start ({error})"
     if (problem := _first(world, problem)) or exchange is None:
         return problem or "it does not start"

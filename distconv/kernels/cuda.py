@@ -73,8 +73,11 @@ def versions() -> tuple[str, str]:
         number = nccl.get_version() if nccl.available else 0
     except ImportError:
         number = 0
-    named = f"{number // 10000}.{number // 100 % 100}.{number % 100}" if number else "not installed"
-    return f"CUDA {driver // 1000}.{driver // 10 % 100}", named
+    return f"CUDA {driver // 1000}.{driver // 10 % 100}", _nccl_version(number) if number else "not installed"
+
+
+def _nccl_version(number: int) -> str:
+    return f"{number // 10000}.{number // 100 % 100}.{number % 100}"
 
 
 def _nccl() -> Any:
@@ -254,6 +257,14 @@ class Cuda:
     def nccl_problem(self) -> str | None:
         """Why NCCL cannot be used here, if it cannot."""
         return None if _nccl().available else "its library is not installed"
+
+    def nccl_version(self) -> str:
+        """Of NCCL's library. Raises an error of many kinds where this rank could not join the others."""
+        from cupy.cuda import nccl
+
+        self.stream.use()  # refuses to, where another GPU has become the current one
+        self.stream.synchronize()  # raises what has gone wrong on the GPU
+        return _nccl_version(nccl.get_version())
 
     def nccl_identity(self) -> Any:
         """What the ranks must share to find each other."""

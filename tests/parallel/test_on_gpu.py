@@ -63,11 +63,19 @@ class WithNccl(Emulator):
     def nccl_problem(self) -> str | None:
         return "its library is not installed" if self.fault == "missing" else None
 
+    def nccl_version(self) -> str:
+        if self.fault == "broken GPU":
+            raise RuntimeError("cudaErrorIllegalAddress")
+        return "2.18.1" if self.fault == "old" else "2.27.3"
+
     def nccl_identity(self) -> bytes:
+        if self.fault == "no network":
+            raise RuntimeError("NCCL_ERROR_SYSTEM_ERROR")
         return b"identity"
 
     def nccl(self, size: int, rank: int, identity: bytes) -> EmulatedNccl:
         assert (size, rank, identity) == (self.world.size, self.world.rank, b"identity")
+        self.world.comm.Barrier()  # a rank that does not come would let the others wait
         if self.fault == "refuses":
             raise RuntimeError("NCCL_ERROR_INVALID_USAGE")
         return EmulatedNccl(self.world, self, wrong=self.fault == "wrong")
@@ -159,6 +167,7 @@ def test_it_is_known_which_rank_is_not_finite_and_where(world: World, gpu: Gpu, 
     [
         ("", None),
         ("missing", "its library is not installed"),
+        ("broken GPU", "it does not start (cudaErrorIllegalAddress)"),
         ("refuses", "it does not start (NCCL_ERROR_INVALID_USAGE)"),
         ("wrong", "of its sums differ"),
     ],
@@ -178,6 +187,20 @@ def test_nccl_is_taken_where_it_works_on_all_ranks(world: World, folder: Path, f
     if reason is not None:
         with pytest.raises(UsageError, match="--exchange nccl"):
             choose_on_gpu(world, gpu, 3000, "float16", "nccl", shared=False)
+
+
+def test_rank_0_may_have_nothing_by_which_the_ranks_find_each_other(world: World, folder: Path) -> None:
+    gpu = Gpu(WithNccl(folder, world, "no network", on_rank=0))
+    with pytest.raises(UsageError, match=r"nccl: .*it does not start \(NCCL_ERROR_SYSTEM_ERROR\)"):
+        choose_on_gpu(world, gpu, 3000, "float16", "nccl", shared=False)
+    assert world.size == 1 or isinstance(choose_on_gpu(world, gpu, 3000, "float16", "auto", shared=False), Staged)
+
+
+def test_ranks_with_different_versions_of_nccl_do_not_join(world: World, folder: Path) -> None:
+    gpu = Gpu(WithNccl(folder, world, "old", on_rank=world.size - 1))
+    if world.size > 1:
+        exchange = choose_on_gpu(world, gpu, 3000, "float16", "auto", shared=False)
+        assert "ranks have different versions of it (2.18.1, 2.27.3)" in exchange.how
 
 
 def test_nccl_is_not_asked_where_ranks_share_a_gpu_or_the_wire_is_another(world: World, folder: Path) -> None:
