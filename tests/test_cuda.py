@@ -50,7 +50,9 @@ def make_device() -> Iterator[Callable[[bool], tuple[cuda.Cuda, Stream, list[str
     def make(refuses: bool) -> tuple[cuda.Cuda, Stream, list[str]]:
         device, stream, said = object.__new__(cuda.Cuda), Stream(refuses), list[str]()
         pool = SimpleNamespace(malloc=None)
-        device.cupy = SimpleNamespace(cuda=SimpleNamespace(MemoryPool=lambda: pool, using_allocator=using_allocator))
+        device.cupy = SimpleNamespace(
+            cuda=SimpleNamespace(MemoryPool=lambda allocator: pool, using_allocator=using_allocator)
+        )
         device.stream, device.say, device.recordings, device.records = stream, said.append, {}, True
         return device, stream, said
 
@@ -89,6 +91,35 @@ def test_an_error_of_the_work_itself_ends_the_recording(make_device: Make) -> No
         device.replayed("a", work)
     assert stream.log == ["kernels"] * 3 and not stream.capturing
     assert len(said) == 1 and "cannot be recorded" in said[0]
+
+
+def test_a_recording_for_which_memory_is_short_is_given_up_and_takes_none_from_itself(
+    make_device: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class CudaError(RuntimeError):
+        def __init__(self, status: int) -> None:
+            super().__init__(f"status {status}")
+            self.status = status
+
+    def refuse(nbytes: int) -> None:
+        raise CudaError(nbytes)
+
+    runtime = SimpleNamespace(CUDARuntimeError=CudaError)
+    library = SimpleNamespace(Memory=refuse, MemoryPointer=None, runtime=runtime)
+    monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace(cuda=library))  # type: ignore[arg-type]
+    with pytest.raises(CudaError, match="status 700"):
+        cuda._memory(700)
+    device, stream, said = make_device(False)
+
+    def work() -> None:
+        if stream.capturing:
+            cuda._memory(cuda.OUT_OF_MEMORY)  # not CUDA's error, for which a pool would give back what it has
+        stream.do("kernels")
+
+    for _ in range(3):
+        device.replayed("a", work)
+    assert stream.log == ["kernels"] * 3 and device.recordings["a"].graph is None and not stream.capturing
+    assert len(said) == 1 and "one by one: 2 bytes more cannot be had" in said[0]
 
 
 def test_gpus_whose_uuid_cupy_has_cut_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,6 +24,7 @@ Kernel = Callable[..., None]  # kernel((x, y, z) of the grid, threads of a block
 Result = TypeVar("Result")
 NOT_INSTALLED = "CuPy is not installed"
 DEFAULT_DIRECTION = 4  # of cudaMemcpy: the addresses tell
+OUT_OF_MEMORY = 2  # cudaErrorMemoryAllocation
 UUID_BYTES = 16
 
 
@@ -95,6 +96,22 @@ def _stream(ordinal: int) -> Any:
 
     with cupy.cuda.Device(ordinal):
         return cupy.cuda.Stream(non_blocking=True)  # a blocking one cannot be recorded while others look at it
+
+
+def _memory(nbytes: int) -> Any:
+    """New memory for the pool of a recording.
+
+    A pool that CUDA refuses memory gives back what lies free in it, and tries again. Kernels that were recorded a
+    moment ago may use just that. It does not where the refusal is another error than CUDA's.
+    """
+    from cupy import cuda
+
+    try:
+        return cuda.MemoryPointer(cuda.Memory(nbytes), 0)
+    except cuda.runtime.CUDARuntimeError as error:
+        if error.status != OUT_OF_MEMORY:
+            raise
+        raise MemoryError(f"{nbytes:,} bytes more cannot be had") from None
 
 
 @dataclass
@@ -202,7 +219,7 @@ class Cuda:
         """
         recording = self.recordings.get(key)
         if recording is None:
-            recording = self.recordings[key] = _Recording(self.cupy.cuda.MemoryPool())
+            recording = self.recordings[key] = _Recording(self.cupy.cuda.MemoryPool(_memory))
         elif self.records and recording.graph is None:
             self._record(recording, work)
         if recording.graph is None:
