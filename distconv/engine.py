@@ -16,11 +16,12 @@ from numpy.typing import NDArray
 
 from distconv.comm.buckets import Buckets
 from distconv.comm.exchange import Headers
-from distconv.comm.on_gpu import GpuExchange
+from distconv.comm.on_gpu import GpuExchange, first_problem
 from distconv.data.dataset import Bytes, pixels
 from distconv.errors import DistconvError
 from distconv.kernels import cpu, updates
 from distconv.kernels.cpu import Array
+from distconv.kernels.cuda import Agreed
 from distconv.kernels.gpu import FINITE, Gpu
 from distconv.nn.fusion import fused
 from distconv.nn.layers import EVALUATION, Context, Layer
@@ -147,7 +148,10 @@ class GpuEngine:
             if self.whole:
                 self._finish()
 
-        self._run(("gradient", len(samples), global_batch, probing), work)
+        def agreed(problem: str | None) -> str | None:
+            return first_problem(run.world, problem)
+
+        self._run(("gradient", len(samples), global_batch, probing), work, agreed if self.whole else None)
         return float(self.loss_here.view(np.float64)[0]) if len(samples) else 0.0
 
     def _gradient(self, n: int, global_batch: int) -> None:
@@ -193,9 +197,9 @@ class GpuEngine:
         self.kernels.launch("updates", self.rule, self.vector.size, *arguments, self.vector.size)
         self.kernels.device.copy(self.bad_here, self.bad)
 
-    def _run(self, key: Any, work: Callable[[], None]) -> None:
+    def _run(self, key: Any, work: Callable[[], None], agreed: Agreed | None = None) -> None:
         try:
-            self.kernels.device.replayed(key, work)
+            self.kernels.device.replayed(key, work, agreed)
         except MemoryError as error:
             raise DistconvError(
                 f"the GPU has too little memory for this rank's share of a step ({error}): use a smaller --batch-size, "

@@ -297,7 +297,9 @@ class Emulator:
         """Nothing to wait for: launches return when they are done."""
         self._refuse_to_record()
 
-    def replayed(self, key: object, work: Callable[[], T]) -> T:
+    def replayed(
+        self, key: object, work: Callable[[], T], agreed: Callable[[str | None], str | None] | None = None
+    ) -> T:
         """As a GPU: the first time plainly, the second time recorded, then replayed, whatever `work` would do by then.
 
         So what a step takes from the host by any other way than through `copy` is found out by its third time.
@@ -311,6 +313,7 @@ class Emulator:
                 self.tapes[key] = (self.tape, work())
             finally:
                 self.tape = None
+            assert agreed is None or agreed(None) is None
         else:
             for call in self.tapes[key][0]:
                 call()

@@ -93,6 +93,21 @@ def test_an_error_of_the_work_itself_ends_the_recording(make_device: Make) -> No
     assert len(said) == 1 and "cannot be recorded" in said[0]
 
 
+def test_what_another_rank_cannot_record_this_one_does_not_replay(make_device: Make) -> None:
+    device, stream, said = make_device(False)
+    told = list[str | None]()
+
+    def agreed(problem: str | None) -> str:
+        told.append(problem)
+        return "rank 1: no memory"
+
+    for _ in range(4):
+        device.replayed("a step with messages", lambda: stream.do("kernels"), agreed)
+        device.replayed("another", lambda: stream.do("others"))
+    assert stream.log == ["kernels", "others", "kernels", "graph", "kernels", "graph", "kernels", "graph"]
+    assert told == [None] and len(said) == 1 and "one by one: rank 1: no memory" in said[0]
+
+
 def test_a_recording_for_which_memory_is_short_is_given_up_and_takes_none_from_itself(
     make_device: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:

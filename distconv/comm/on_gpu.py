@@ -192,7 +192,7 @@ def choose_on_gpu(world: World, gpu: Gpu, size: int, wire: str, kind: str, share
     ranks. Raises UsageError, on all ranks alike, for a kind that this job cannot have.
     """
     if kind == "cuda-mpi":
-        problem = _first(world, _needs_halves(wire) or cuda_aware_mpi())
+        problem = first_problem(world, _needs_halves(wire) or cuda_aware_mpi())
         if problem:
             raise UsageError(f"--exchange cuda-mpi: {problem}; use --exchange auto")
         return OnGpu(world.comm, gpu, size, CudaMpi(world, gpu.device))
@@ -213,7 +213,7 @@ def choose_on_gpu(world: World, gpu: Gpu, size: int, wire: str, kind: str, share
 def by_nccl(world: World, gpu: Gpu, size: int, wire: str, shared: bool) -> OnGpu | str:
     """The exchange through NCCL, tried on a vector and held against Flat, or why it cannot be; collective."""
     problem = _needs_halves(wire) or ("several ranks share a GPU" if shared else gpu.device.nccl_problem())
-    if problem := _first(world, problem):
+    if problem := first_problem(world, problem):
         return problem
     # A rank that fails to join lets the others wait for it, in training until the watch ends the job. So what can be
     # found out is found out before.
@@ -224,7 +224,7 @@ def by_nccl(world: World, gpu: Gpu, size: int, wire: str, shared: bool) -> OnGpu
     except Exception as error:  # NCCL's own, of many kinds
         problem = f"it does not start ({error})"
     versions = world.comm.allgather(version)
-    if problem := _first(world, problem):
+    if problem := first_problem(world, problem):
         return problem
     if len(set(versions)) > 1:
         return f"ranks have different versions of it ({', '.join(sorted(set(versions)))})"
@@ -233,9 +233,9 @@ def by_nccl(world: World, gpu: Gpu, size: int, wire: str, shared: bool) -> OnGpu
         exchange = OnGpu(world.comm, gpu, size, gpu.device.nccl(world.size, world.rank, identity))
     except Exception as error:
         problem = f"it does not start ({error})"
-    if (problem := _first(world, problem)) or exchange is None:
+    if (problem := first_problem(world, problem)) or exchange is None:
         return problem or "it does not start"
-    return _first(world, _differs(world, gpu, size, exchange)) or exchange
+    return first_problem(world, _differs(world, gpu, size, exchange)) or exchange
 
 
 def _differs(world: World, gpu: Gpu, size: int, exchange: OnGpu) -> str | None:
@@ -260,7 +260,7 @@ def _needs_halves(wire: str) -> str | None:
     return None if wire == "float16" else f"sums on the GPU are for --wire float16, not {wire}"
 
 
-def _first(world: World, problem: str | None) -> str | None:
+def first_problem(world: World, problem: str | None) -> str | None:
     """The first problem that a rank has, the same on all; collective."""
     problems = [(rank, text) for rank, text in enumerate(world.comm.allgather(problem)) if text]
     if not problems:

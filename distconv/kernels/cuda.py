@@ -22,6 +22,7 @@ Array = Any  # an array on the device
 Defines = tuple[tuple[str, int], ...]
 Kernel = Callable[..., None]  # kernel((x, y, z) of the grid, threads of a block, *arguments)
 Result = TypeVar("Result")
+Agreed = Callable[[str | None], str | None]  # from what keeps this rank from something to what keeps some rank from it
 NOT_INSTALLED = "CuPy is not installed"
 DEFAULT_DIRECTION = 4  # of cudaMemcpy: the addresses tell
 OUT_OF_MEMORY = 2  # cudaErrorMemoryAllocation
@@ -121,6 +122,7 @@ class _Recording:
     pool: Any  # the memory of its arrays, which nobody else gets
     graph: Any = None
     result: Any = None
+    refused: bool = False
 
 
 class Cuda:
@@ -209,19 +211,20 @@ class Cuda:
         """Wait until all work is done."""
         self.stream.synchronize()
 
-    def replayed(self, key: Any, work: Callable[[], Result]) -> Result:
+    def replayed(self, key: Any, work: Callable[[], Result], agreed: Agreed | None = None) -> Result:
         """The result of work(), which is the same device work each time that it is called with this key.
 
         The first time it runs plainly, which compiles; the second time it is recorded as a CUDA graph; from then on
         the graph is replayed, at one launch for all. The arrays of a recording keep their addresses, and their memory
         is nobody else's; its result is the same arrays each time. Where CUDA will not record, it says so and works on
-        plainly.
+        plainly. agreed: for work that holds messages to other ranks, which NCCL has all ranks replay, or none; they
+        call it together.
         """
         recording = self.recordings.get(key)
         if recording is None:
             recording = self.recordings[key] = _Recording(self.cupy.cuda.MemoryPool(_memory))
-        elif self.records and recording.graph is None:
-            self._record(recording, work)
+        elif self.records and recording.graph is None and not recording.refused:
+            self._record(recording, work, agreed or (lambda problem: problem))
         if recording.graph is None:
             with self.cupy.cuda.using_allocator(recording.pool.malloc):
                 return work()
@@ -229,18 +232,23 @@ class Cuda:
         result: Result = recording.result
         return result
 
-    def _record(self, recording: _Recording, work: Callable[[], Any]) -> None:
-        collecting = gc.isenabled()
+    def _record(self, recording: _Recording, work: Callable[[], Any], agreed: Agreed) -> None:
+        problem, collecting = None, gc.isenabled()
         gc.disable()  # an array freed now would end the recording
         try:
             with self.cupy.cuda.using_allocator(recording.pool.malloc):
                 recording.graph, recording.result = self._record_work(work)
         except Exception as error:
-            self.records = False
-            self.say(f"the GPU's work cannot be recorded as a CUDA graph, so its kernels start one by one: {error}")
+            problem = str(error) or type(error).__name__
         finally:
             if collecting:
                 gc.enable()
+        if problem := agreed(problem):
+            if not any(one.refused for one in self.recordings.values()):
+                self.say(
+                    f"the GPU's work cannot be recorded as a CUDA graph, so its kernels start one by one: {problem}"
+                )
+            recording.graph, recording.result, recording.refused = None, None, True
 
     def _record_work(self, work: Callable[[], Any]) -> tuple[Any, Any]:
         self.stream.begin_capture()
