@@ -240,41 +240,55 @@ static float half_value(unsigned short bits) {  // cvt.f32.f16
 
 namespace emulated {
 
-struct Tile { float a[16][8], b[8][8]; };
+struct Tile { float a[16][16], b[16][8]; };
 static Tile tiles[most_threads / warp_size];
 
 static float rounded_to_half(float value) { return half_value(half_bits(value)); }
 static float rounded_to_tf32(float value) {  // half away from zero
     return isfinite(value) ? __uint_as_float((__float_as_uint(value) + 0x1000) & 0xFFFFE000) : value;
 }
+static float cut_to_tf32(float value) { return __uint_as_float(__float_as_uint(value) & 0xFFFFE000); }
 static float rounded_to_bfloat16(float value) {  // half to even
     const unsigned bits = __float_as_uint(value);
     return isfinite(value) ? __uint_as_float((bits + 0x7FFF + (bits >> 16 & 1)) & 0xFFFF0000) : value;
 }
 
-// mma.sync.m16n8k8. `pairs`: the fragments of the 16-bit kinds, which hold neighbours along k.
-static void multiply_tile(float c[4], const float a[4], const float b[2], float (*rounded)(float), bool pairs) {
+// mma.sync: what all lanes have written into the tile is multiplied.
+static void multiply_tile(float c[4], unsigned depth) {
     const unsigned warp = threadIdx.x / warp_size, g = threadIdx.x % warp_size >> 2, t = threadIdx.x & 3;
-    Tile &tile = tiles[warp];
-    for (unsigned i = 0; i < 4; ++i)
-        if (pairs) tile.a[g + 8 * (i >> 1)][2 * t + (i & 1)] = rounded(a[i]);
-        else tile.a[g + 8 * (i & 1)][t + 4 * (i >> 1)] = rounded(a[i]);
-    for (unsigned i = 0; i < 2; ++i) tile.b[pairs ? 2 * t + i : t + 4 * i][g] = rounded(b[i]);
+    const Tile &tile = tiles[warp];
     barrier(at_warp_barrier);
     if (live[warp] != warp_size) fail("a tile product without all 32 threads of the warp");
     for (unsigned i = 0; i < 4; ++i)
-        for (unsigned k = 0; k < 8; ++k) c[i] += tile.a[g + 8 * (i >> 1)][k] * tile.b[k][2 * t + (i & 1)];
+        for (unsigned k = 0; k < depth; ++k) c[i] += tile.a[g + 8 * (i >> 1)][k] * tile.b[k][2 * t + (i & 1)];
     barrier(at_warp_barrier);  // until all have read
+}
+
+static void multiply_tile_16(float c[4], const float a[2][4], const float b[4], float (*rounded)(float)) {
+    const unsigned warp = threadIdx.x / warp_size, g = threadIdx.x % warp_size >> 2, t = threadIdx.x & 3;
+    for (unsigned i = 0; i < 4; ++i) {
+        for (unsigned half = 0; half < 2; ++half) tiles[warp].a[g + 8 * half][4 * t + i] = rounded(a[half][i]);
+        tiles[warp].b[4 * t + i][g] = rounded(b[i]);
+    }
+    multiply_tile(c, 16);
 }
 
 }  // namespace emulated
 
+static float to_tf32(float value) { return emulated::rounded_to_tf32(value); }
+
 static void multiply_tile_tf32(float c[4], const float a[4], const float b[2]) {
-    emulated::multiply_tile(c, a, b, emulated::rounded_to_tf32, false);
+    const unsigned warp = threadIdx.x / emulated::warp_size, g = threadIdx.x % 32 >> 2, t = threadIdx.x & 3;
+    for (unsigned i = 0; i < 4; ++i)
+        emulated::tiles[warp].a[g + 8 * (i & 1)][t + 4 * (i >> 1)] = emulated::cut_to_tf32(a[i]);
+    for (unsigned i = 0; i < 2; ++i) emulated::tiles[warp].b[t + 4 * i][g] = emulated::cut_to_tf32(b[i]);
+    emulated::multiply_tile(c, 8);
 }
-static void multiply_tile_float16(float c[4], const float a[4], const float b[2]) {
-    emulated::multiply_tile(c, a, b, emulated::rounded_to_half, true);
+static void multiply_tile_float16(float c[4], const float upper[4], const float lower[4], const float b[4]) {
+    const float a[2][4] = {{upper[0], upper[1], upper[2], upper[3]}, {lower[0], lower[1], lower[2], lower[3]}};
+    emulated::multiply_tile_16(c, a, b, emulated::rounded_to_half);
 }
-static void multiply_tile_bfloat16(float c[4], const float a[4], const float b[2]) {
-    emulated::multiply_tile(c, a, b, emulated::rounded_to_bfloat16, true);
+static void multiply_tile_bfloat16(float c[4], const float upper[4], const float lower[4], const float b[4]) {
+    const float a[2][4] = {{upper[0], upper[1], upper[2], upper[3]}, {lower[0], lower[1], lower[2], lower[3]}};
+    emulated::multiply_tile_16(c, a, b, emulated::rounded_to_bfloat16);
 }

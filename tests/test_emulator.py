@@ -82,21 +82,24 @@ extern "C" __global__ void from_half(const unsigned short *x, float *y) {
 #ifndef KIND
 #define KIND 0
 #endif
-// Each warp multiplies its own tiles, twice: C += A B, then once more.
+// Each warp multiplies its own tiles, twice: C += A B, then once more. A is 16 x DEPTH, B DEPTH x 8.
 extern "C" __global__ void products(const float *a, const float *b, float *c) {
-    const int warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
-    a += warp * 128, b += warp * 64, c += warp * 128;
-    float of_a[4], of_b[2], of_c[4];
+    const int warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4, DEPTH = KIND ? 16 : 8;
+    a += warp * 16 * DEPTH, b += warp * DEPTH * 8, c += warp * 128;
+    float of_a[4], lower[4], of_b[4], of_c[4];
     for (int i = 0; i < 4; ++i) {
-        const int row = g + 8 * (KIND ? i / 2 : i % 2), k = KIND ? 2 * t + i % 2 : t + 4 * (i / 2);
-        of_a[i] = a[row * 8 + k];
         of_c[i] = c[(g + 8 * (i / 2)) * 8 + 2 * t + i % 2];
+        if (KIND) {
+            of_a[i] = a[g * 16 + 4 * t + i], lower[i] = a[(g + 8) * 16 + 4 * t + i], of_b[i] = b[(4 * t + i) * 8 + g];
+        } else {
+            of_a[i] = to_tf32(a[(g + 8 * (i % 2)) * 8 + t + 4 * (i / 2)]);
+            if (i < 2) of_b[i] = to_tf32(b[(t + 4 * i) * 8 + g]);
+        }
     }
-    for (int i = 0; i < 2; ++i) of_b[i] = b[(KIND ? 2 * t + i : t + 4 * i) * 8 + g];
     for (int times = 0; times < 2; ++times) {
         if (KIND == 0) multiply_tile_tf32(of_c, of_a, of_b);
-        if (KIND == 1) multiply_tile_float16(of_c, of_a, of_b);
-        if (KIND == 2) multiply_tile_bfloat16(of_c, of_a, of_b);
+        if (KIND == 1) multiply_tile_float16(of_c, of_a, lower, of_b);
+        if (KIND == 2) multiply_tile_bfloat16(of_c, of_a, lower, of_b);
     }
     for (int i = 0; i < 4; ++i) c[(g + 8 * (i / 2)) * 8 + 2 * t + i % 2] = of_c[i];
 }
@@ -313,11 +316,12 @@ def test_tile_products(
         bits[::2] = bits[::2] & ~np.uint32(2 * tie - 1) | tie
         return x
 
-    a, b, c = some(warps, 16, 8), some(warps, 8, 8), some(warps, 16, 8)
+    depth = 16 if kind else 8
+    a, b, c = some(warps, 16, depth), some(warps, depth, 8), some(warps, 16, 8)
     found = device.upload(c)
     products = device.function(SOURCE, "products", (("KIND", kind),))
     products((1, 1, 1), 32 * warps, device.upload(a), device.upload(b), found)
     expected = c
-    for k in (*range(8), *range(8)):
+    for k in (*range(depth), *range(depth)):
         expected = expected + rounded(a)[:, :, k, None] * rounded(b)[:, None, k, :]
     np.testing.assert_array_equal(found, expected)

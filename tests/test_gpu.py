@@ -17,7 +17,7 @@ from distconv.comm.world import World
 from distconv.config import Config
 from distconv.data.dataset import Dataset
 from distconv.kernels import cuda
-from distconv.kernels.gpu import CAPABILITY, PRECISIONS
+from distconv.kernels.gpu import PRECISIONS
 from distconv.run import Run
 from distconv.wiring import on_cpu, on_gpu, unplaced_run
 from tests import jobs
@@ -96,8 +96,6 @@ def test_where_nothing_can_be_recorded_a_line_says_so_and_the_run_goes_on(
 def test_the_first_gradient_is_that_of_the_cpu(
     world: World, dataset: Dataset, new_run: Callable[..., Run], precision: str
 ) -> None:
-    if FOUND[0].capability < CAPABILITY[precision]:
-        pytest.skip(f"{FOUND[0].name} has no {precision}")
     exact = on_cpu(unplaced_run(dataclasses.replace(SETTINGS, wire="float64"), dataset, world))
     run = new_run(dataclasses.replace(SETTINGS, wire="float32", precision=precision))
     gradients = []

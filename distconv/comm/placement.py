@@ -54,10 +54,10 @@ def place(
     ordinal = world.local_rank % len(gpus)
     mine = gpus[ordinal]
     with world.together():
-        if mine.capability < CAPABILITY[precision]:
+        if mine.capability < CAPABILITY:
             raise UsageError(
-                f"--precision {precision}: {mine.name} has compute capability {mine.capability / 10}, and "
-                f"{CAPABILITY[precision] / 10} is needed; use --precision float32"
+                f"--device cuda: {mine.name} has compute capability {mine.capability / 10}, and {CAPABILITY / 10} is "
+                f"needed; use --device cpu"
             )
     # A host that hides GPUs from its ranks shows each of them another one as number 0: only the identities tell.
     everyone = world.comm.allgather((socket.gethostname(), mine.identity, ordinal, mine.name))

@@ -20,7 +20,7 @@ from distconv.kernels.cpu import output_size
 from distconv.kernels.cuda import Array, Defines
 
 PRECISIONS = ("float32", "tf32", "float16", "bfloat16")  # of the products' factors; sums are in float32
-CAPABILITY = {"float32": 0, "tf32": 80, "float16": 75, "bfloat16": 80}  # that the GPU must have
+CAPABILITY = 80  # that a GPU must have, 10 times: its tensor cores take tf32 and bfloat16
 PASSES = {"forward": 0, "input": 1, "filters": 2}  # the enum of convolution.cu, where the precisions follow
 DEPTH_STEP, FINISH_OUTPUTS = 16, 32  # BK and OUTPUTS there
 ENOUGH_BLOCKS = 256  # to keep some 130 multiprocessors busy; fixed, as it decides the order of sums
@@ -74,22 +74,29 @@ class Convolution:
 
     def defines(self, which: str, precision: str, aligned: bool) -> Defines:
         """The macros. aligned: w begins where four numbers can be loaded at once."""
-        BM, BN = self.tile(which)
+        BM, BN, groups = self.tile(which)
         wide_x, wide_y = self.C % 4 == 0, self.F % 4 == 0
         values = {
             "PASS": PASSES[which], "PRECISION": len(PASSES) + PRECISIONS.index(precision),
             "H": self.H, "W": self.W, "C": self.C, "F": self.F, "K": self.K, "STRIDE": self.stride, "PAD": self.pad,
             "OH": self.OH, "OW": self.OW, "RELU": int(self.relu), "POOL": int(self.pooled), "BM": BM, "BN": BN,
-            "VX": 4 if wide_x else 1, "VY": 4 if wide_y else 1, "VW": 4 if wide_y and aligned else 1,
+            "GROUPS": groups, "VX": 4 if wide_x else 1, "VY": 4 if wide_y else 1, "VW": 4 if wide_y and aligned else 1,
         }  # fmt: skip
         return tuple(values.items())
 
-    def tile(self, which: str) -> tuple[int, int]:
-        """Rows and columns of the product that a block of threads computes; a warp on tensor cores does 32 x 16."""
+    def tile(self, which: str) -> tuple[int, int, int]:
+        """Rows and columns of the product that a block of threads computes, and the groups of warps that share its depth.
+
+        A warp computes 32 x 16. Measured on an H200 at batch 100: what keeps a multiprocessor busy there is warps.
+        """
         rows, columns, _ = self.product(which, 1)
+        if which == "filters" and rows <= 32:
+            return 32, 16, 4
         if columns <= 16:  # only dw, of few rows, has not as many as there are pixels
-            return (128 if which != "filters" else 64 if rows > 32 else 32), 16
-        return (64, 32) if columns <= 32 else (64, 64)
+            return (64, 16, 4) if which == "filters" else (128, 16, 2)
+        if columns <= 32:
+            return (64, 32, 2) if which == "filters" or rows > 64 else (32, 32, 4)
+        return 32, 64, 2
 
 
 class Gpu:
@@ -180,10 +187,10 @@ class Gpu:
         rows, columns, depth = shape.product(which, N)
         if max(rows * columns, N * shape.H * shape.W * shape.C, shape.pixels(N) * shape.F) > MOST:
             raise ValueError(f"a layer of {shape} on {N} images is more than a kernel can count: use a smaller batch")
-        BM, BN = shape.tile(which)
-        down, across = -(-rows // BM), -(-columns // BN)
-        slices = max(1, min(ENOUGH_BLOCKS // (down * across), depth // (4 * DEPTH_STEP)))
-        per_slice = -(-depth // (slices * DEPTH_STEP)) * DEPTH_STEP
+        BM, BN, groups = shape.tile(which)
+        down, across, tile_depth = -(-rows // BM), -(-columns // BN), groups * DEPTH_STEP
+        slices = max(1, min(ENOUGH_BLOCKS // (down * across), depth // (2 * tile_depth)))
+        per_slice = -(-depth // (slices * tile_depth)) * tile_depth
         slices = -(-depth // per_slice)
         partial = self.device.empty(slices * rows * columns, np.float32) if slices > 1 else self.no_floats
         x, w, dy, y, bias, db = (
@@ -193,7 +200,7 @@ class Gpu:
         defines = shape.defines(which, self.precision, self.device.address(w) % 16 == 0)
         product = self.device.function(source("convolution"), "product", defines)
         sizes, grid = map(np.int32, (rows, depth, per_slice)), (down, across, slices)
-        product(grid, BM * BN // 16, x, w, dy, y, won, bias, out, db, winner, partial, *sizes)
+        product(grid, BM * BN // 16 * groups, x, w, dy, y, won, bias, out, db, winner, partial, *sizes)
         if slices > 1:
             outputs = -(-rows // (4 if shape.pooled and which == "forward" else 1)) * columns
             finish = self.device.function(source("convolution"), "finish", defines)

@@ -51,5 +51,7 @@ def test_a_machine_without_cupy_is_not_talked_about(world: World) -> None:
 
 
 def test_a_gpu_too_old_for_the_precision_is_a_usage_error(world: World) -> None:
-    with pytest.raises(UsageError, match=r"tf32: NVIDIA Test has compute capability 7.5, and 8.0 is needed"):
+    with pytest.raises(
+        UsageError, match=r"NVIDIA Test has compute capability 7.5, and 8.0 is needed; use --device cpu"
+    ):
         placement.place(world, "auto", "tf32", lambda: gpus("a", capability=75))

@@ -1,4 +1,4 @@
-// What C++ has no operator for, as instructions: halves, and tensor cores, which begin with sm_75 (float16) and sm_80.
+// What C++ has no operator for, as instructions: halves, and tensor cores, which have these with sm_80.
 // Stands before every other file.
 // The tests build the same files as C++ for the CPU and bring functions of their own in place of these.
 
@@ -38,42 +38,53 @@ __device__ __forceinline__ float half_value(unsigned short bits) {
     return x;
 }
 
-// C (16 x 8) += A (16 x 8) B (8 x 8) by a whole warp, sums in float32. Lane l holds, with g = l / 4 and t = l % 4,
-// C(g + 8 (i / 2), 2 t + i % 2) in c[i]; in tf32 A(g + 8 (i % 2), t + 4 (i / 2)) in a[i] and B(t + 4 i, g) in b[i];
-// with 16 bits A(g + 8 (i / 2), 2 t + i % 2) in a[i] and B(2 t + i, g) in b[i].
-__device__ __forceinline__ unsigned tf32_bits(float x) {
+// x rounded to what a tensor core takes in tf32: the upper 19 bits.
+__device__ __forceinline__ float to_tf32(float x) {
     unsigned bits;
     asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(x));
-    return bits;
+    return __uint_as_float(bits);
 }
 
+// C (16 x 8) += A (16 x 8) B (8 x 8) by a whole warp, sums in float32; of A and B only the upper 19 bits count. Lane l
+// holds, with g = l / 4 and t = l % 4, C(g + 8 (i / 2), 2 t + i % 2) in c[i], A(g + 8 (i % 2), t + 4 (i / 2)) in a[i] and
+// B(t + 4 i, g) in b[i].
 __device__ __forceinline__ void multiply_tile_tf32(float c[4], const float a[4], const float b[2]) {
     asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(tf32_bits(a[0])), "r"(tf32_bits(a[1])), "r"(tf32_bits(a[2])), "r"(tf32_bits(a[3])),
-          "r"(tf32_bits(b[0])), "r"(tf32_bits(b[1])));
+        : "r"(__float_as_uint(a[0])), "r"(__float_as_uint(a[1])), "r"(__float_as_uint(a[2])),
+          "r"(__float_as_uint(a[3])), "r"(__float_as_uint(b[0])), "r"(__float_as_uint(b[1])));
 }
 
+// C (16 x 8) += A (16 x 16) B (16 x 8) in 16 bits, c as above. The lane holds numbers 4 t to 4 t + 3 along the depth of
+// rows g (upper) and g + 8 (lower) of A, and of column g of B. (The instruction has 2 t, 2 t + 1, 2 t + 8 and 2 t + 9
+// there; as the order of the depth is the same for A and B, it does not matter.)
 __device__ __forceinline__ unsigned bfloat_pair(float low, float high) {
     unsigned bits;
     asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(high), "f"(low));
     return bits;
 }
 
-__device__ __forceinline__ void multiply_tile_bfloat16(float c[4], const float a[4], const float b[2]) {
-    asm("mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
+__device__ __forceinline__ void multiply_tile_bfloat16(float c[4], const float upper[4], const float lower[4],
+                                                       const float b[4]) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(bfloat_pair(a[0], a[1])), "r"(bfloat_pair(a[2], a[3])), "r"(bfloat_pair(b[0], b[1])));
+        : "r"(bfloat_pair(upper[0], upper[1])), "r"(bfloat_pair(lower[0], lower[1])),
+          "r"(bfloat_pair(upper[2], upper[3])), "r"(bfloat_pair(lower[2], lower[3])), "r"(bfloat_pair(b[0], b[1])),
+          "r"(bfloat_pair(b[2], b[3])));
 }
 
 __device__ __forceinline__ unsigned half_pair(float low, float high) {
-    return half_bits(low) | (unsigned)half_bits(high) << 16;
+    unsigned bits;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(high), "f"(low));
+    return bits;
 }
 
-__device__ __forceinline__ void multiply_tile_float16(float c[4], const float a[4], const float b[2]) {
-    asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
+__device__ __forceinline__ void multiply_tile_float16(float c[4], const float upper[4], const float lower[4],
+                                                      const float b[4]) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(half_pair(a[0], a[1])), "r"(half_pair(a[2], a[3])), "r"(half_pair(b[0], b[1])));
+        : "r"(half_pair(upper[0], upper[1])), "r"(half_pair(lower[0], lower[1])), "r"(half_pair(upper[2], upper[3])),
+          "r"(half_pair(lower[2], lower[3])), "r"(half_pair(b[0], b[1])), "r"(half_pair(b[2], b[3])));
 }
 
 #endif

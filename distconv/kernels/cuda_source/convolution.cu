@@ -11,14 +11,19 @@
 // RELU: y is max(y, 0). POOL: y is then pooled, the largest of each window of 2 x 2 pixels: y and dy are
 // (N, OH/2, OW/2, F), and `won` (bytes) says which of the four it was, or NOBODY where ReLU lets none through.
 //
-// A block of threads computes BM x BN numbers of the product, 16 a thread, from tiles of BK steps of the depth in
-// shared memory; the next tiles are on their way while these are multiplied. A long depth is cut into slices, one for
-// each blockIdx.z, whose sums `finish` adds up in order: the same bits in every run.
+// A block of threads computes BM x BN numbers of the product, 32 x 16 a warp, on tensor cores, from tiles in shared
+// memory; the next tiles are on their way while these are multiplied. A tile is BK steps deep for each of the GROUPS of
+// warps, which share the depth and whose sums are added up at the end. A long depth is cut into slices too, one for each
+// blockIdx.z, whose sums `finish` adds up. All that in order: the same bits in every run.
+//
+// FLOAT32: each factor is the sum of two numbers that tensor cores take, a large and a small one, and the product that
+// of three: large large + large small + small large. What is left out is below 2^-22 of it. An infinite factor gives NaN.
 
 enum { FORWARD, INPUT, FILTERS, FLOAT32, TF32, FLOAT16, BFLOAT16 };
 
-constexpr int BK = 16, GAP = 8;  // rows of a tile begin 8 banks apart, so that no two lanes of a warp meet in one
-constexpr int THREADS = BM * BN / 16;
+constexpr int BK = 16, WARPS = BM / 32 * (BN / 16);  // of a group
+constexpr int THREADS = 32 * WARPS * GROUPS, DEPTH = BK * GROUPS;
+constexpr int GAP = 2;  // with it, no two lanes of a warp that read a tile of rows by the depth meet in one bank
 constexpr int TAPS = K * K * C, COLUMNS = PASS == INPUT ? C : F;
 constexpr unsigned char NOBODY = 4;
 constexpr int LEFT_STEP = PASS == INPUT ? VY : VX;                      // numbers that one load brings
@@ -51,6 +56,16 @@ __device__ __forceinline__ void load(const float *from, float *to) {
     }
 }
 
+template <int STEP>
+__device__ __forceinline__ void load_bytes(const unsigned char *from, unsigned char *to) {
+    if constexpr (STEP == 4) {
+        uchar4 four = *reinterpret_cast<const uchar4 *>(from);
+        to[0] = four.x, to[1] = four.y, to[2] = four.z, to[3] = four.w;
+    } else {
+        to[0] = from[0];
+    }
+}
+
 // STEP numbers of the patch of x that belongs to a pixel of y, from tap (kh, kw, c) on; zero outside the image.
 template <int STEP>
 __device__ __forceinline__ void load_patch(const float *x, Pixel at, int tap, float *to) {
@@ -71,7 +86,9 @@ __device__ __forceinline__ void load_gradient(const Factors &from, Pixel at, int
         if (at.h / 2 >= OH / 2 || at.w / 2 >= OW / 2) return;  // a last odd row or column fills no window
         int place = ((at.n * (OH / 2) + at.h / 2) * (OW / 2) + at.w / 2) * F + f;
         load<STEP>(from.dy + place, to);
-        for (int i = 0; i < STEP; i++) to[i] = from.won[place + i] == at.h % 2 * 2 + at.w % 2 ? to[i] : 0;
+        unsigned char won[STEP];
+        load_bytes<STEP>(from.won + place, won);
+        for (int i = 0; i < STEP; i++) to[i] = won[i] == at.h % 2 * 2 + at.w % 2 ? to[i] : 0;
         return;
     }
     int place = ((at.n * OH + at.h) * OW + at.w) * F + f;
@@ -112,89 +129,126 @@ __device__ __forceinline__ void load_right(const Factors &from, int k, int colum
     }
 }
 
-// A tile of BK x WIDTH numbers on its way: read into registers, then written to shared memory.
+// A tile of DEPTH x WIDTH numbers on its way: read into registers, then written to shared memory. There it lies as it
+// was read, by the depth, BK numbers of each row one behind the other, or by the rows.
 template <int WIDTH, int STEP, bool ALONG_DEPTH>
 struct Tile {
-    static constexpr int LOADS = (BK * WIDTH / STEP + THREADS - 1) / THREADS;
-    static constexpr bool EVEN = BK * WIDTH / STEP % THREADS == 0;
+    static constexpr int ROW = WIDTH + GAP, SIZE = ALONG_DEPTH ? DEPTH * WIDTH : DEPTH * ROW;
+    static constexpr int SIDE = (ALONG_DEPTH ? DEPTH : WIDTH) / STEP;  // loads that follow each other in memory
+    static constexpr int LINES = ALONG_DEPTH ? WIDTH : DEPTH, AT_ONCE = THREADS / SIDE;
+    static constexpr int LOADS = (LINES + AT_ONCE - 1) / AT_ONCE;
+    static_assert(THREADS % SIDE == 0, "each thread has one place along a line");
     float numbers[LOADS][STEP];
 
-    static __device__ __forceinline__ int number(int i) { return threadIdx.x + i * THREADS; }
-    static __device__ __forceinline__ bool mine(int i) { return EVEN || number(i) < BK * WIDTH / STEP; }
-    static __device__ __forceinline__ int k(int i) {
-        return ALONG_DEPTH ? number(i) / WIDTH * STEP : number(i) / (WIDTH / STEP);
-    }
-    static __device__ __forceinline__ int j(int i) {
-        return ALONG_DEPTH ? number(i) % WIDTH : number(i) % (WIDTH / STEP) * STEP;
-    }
+    static __device__ __forceinline__ int place() { return threadIdx.x % SIDE * STEP; }
+    static __device__ __forceinline__ int line(int i) { return threadIdx.x / SIDE + i * AT_ONCE; }
+    static __device__ __forceinline__ bool mine(int i) { return LINES % AT_ONCE == 0 || line(i) < LINES; }
 
+    // load_at(k, j, to)
     template <typename Load>
     __device__ __forceinline__ void fetch(Load load_at) {
 #pragma unroll
         for (int i = 0; i < LOADS; i++) {
             for (int s = 0; s < STEP; s++) numbers[i][s] = 0;
-            if (mine(i)) load_at(k(i), j(i), numbers[i]);
+            if (mine(i)) ALONG_DEPTH ? load_at(place(), line(i), numbers[i]) : load_at(line(i), place(), numbers[i]);
         }
     }
 
-    __device__ __forceinline__ void store(float (*shared)[WIDTH + GAP]) const {
+    __device__ __forceinline__ void store(float *shared) const {
 #pragma unroll
-        for (int i = 0; i < LOADS; i++)
-            for (int s = 0; s < STEP; s++)
-                if (mine(i)) shared[k(i) + (ALONG_DEPTH ? s : 0)][j(i) + (ALONG_DEPTH ? 0 : s)] = numbers[i][s];
+        for (int i = 0; i < LOADS; i++) {
+            if (!mine(i)) continue;
+            float *to = ALONG_DEPTH ? shared + (place() / BK * WIDTH + line(i)) * BK + place() % BK
+                                    : shared + line(i) * ROW + place();
+#pragma unroll
+            for (int s = 0; s < STEP; s++) to[s] = PRECISION == TF32 ? to_tf32(numbers[i][s]) : numbers[i][s];
+        }
+    }
+
+    // Numbers 4 t to 4 t + 3 along a group's depth, of row j.
+    static __device__ __forceinline__ void read(const float *shared, int group, int j, int t, float to[4]) {
+        if constexpr (ALONG_DEPTH) {
+            load<4>(shared + (group * WIDTH + j) * BK + 4 * t, to);
+        } else {
+#pragma unroll
+            for (int s = 0; s < 4; s++) to[s] = shared[(group * BK + 4 * t + s) * ROW + j];
+        }
     }
 };
 
-// Which of the block's numbers a thread adds up, and how: 4 x 4 of them one product at a time, or, in a warp on tensor
-// cores, 32 x 16 of them as 2 x 2 tiles of 16 x 8.
-struct Sums {
-    float total[16] = {};
+typedef Tile<BM, LEFT_STEP, LEFT_ALONG_DEPTH> Left;
+typedef Tile<BN, RIGHT_STEP, RIGHT_ALONG_DEPTH> Right;
 
-    __device__ __forceinline__ static void place(int i, int &row, int &column) {
-        if (PRECISION == FLOAT32) {
-            row = threadIdx.x / (BN / 4) * 4 + i / 4, column = threadIdx.x % (BN / 4) * 4 + i % 4;
-        } else {
-            int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-            row = warp / (BN / 16) * 32 + i / 8 * 16 + i / 2 % 2 * 8 + lane / 4;
-            column = warp % (BN / 16) * 16 + i / 4 % 2 * 8 + lane % 4 * 2 + i % 2;
+// C (16 x 8) += A (16 x BK) B (BK x 8) by a warp. Lane 4 g + t holds numbers 4 t to 4 t + 3 along the depth of rows g and
+// g + 8 of A, and of column g of B. In which order the depth is added up is free, if it is the same for A and B.
+__device__ __forceinline__ void multiply(float c[4], const float upper[4], const float lower[4], const float b[4]) {
+    if constexpr (PRECISION == FLOAT16) return multiply_tile_float16(c, upper, lower, b);
+    if constexpr (PRECISION == BFLOAT16) return multiply_tile_bfloat16(c, upper, lower, b);
+    if constexpr (PRECISION == TF32 || PRECISION == FLOAT32) {
+#pragma unroll
+        for (int i = 0; i < 4; i += 2) {
+            float a[4] = {upper[i], lower[i], upper[i + 1], lower[i + 1]};
+            multiply_tile_tf32(c, a, b + i);
+        }
+    }
+}
+
+// The sums of a thread: those of a warp are 32 x 16 numbers of the block, as 2 x 2 tiles of 16 x 8.
+struct Sums {
+    float total[4][4] = {};
+
+    __device__ __forceinline__ static int warp() { return threadIdx.x / 32 % WARPS; }
+    __device__ __forceinline__ static int group() { return threadIdx.x / 32 / WARPS; }
+    __device__ __forceinline__ static int first_row() { return warp() / (BN / 16) * 32 + threadIdx.x % 32 / 4; }
+    __device__ __forceinline__ static int first_column() { return warp() % (BN / 16) * 16; }
+
+    __device__ __forceinline__ void add(const float *left, const float *right) {
+        int t = threadIdx.x % 4, g = threadIdx.x % 32 / 4;
+        float a[4][4], b[2][4], small_a[4][4], small_b[2][4];  // rows g, g + 8, g + 16 and g + 24; columns g, g + 8
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            Left::read(left, group(), first_row() + 8 * i, t, a[i]);
+            if (PRECISION == FLOAT32) split(a[i], small_a[i]);
+        }
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            Right::read(right, group(), first_column() + 8 * i + g, t, b[i]);
+            if (PRECISION == FLOAT32) split(b[i], small_b[i]);
+        }
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            const float *upper = a[i / 2 * 2], *lower = a[i / 2 * 2 + 1], *right_of = b[i % 2];
+            if constexpr (PRECISION == FLOAT32) {
+                float sum[4] = {};  // tensor cores cut off what they add; over BK steps that does not matter
+                multiply(sum, small_a[i / 2 * 2], small_a[i / 2 * 2 + 1], right_of);
+                multiply(sum, upper, lower, small_b[i % 2]);
+                multiply(sum, upper, lower, right_of);
+                for (int s = 0; s < 4; s++) total[i][s] += sum[s];
+            } else {
+                multiply(total[i], upper, lower, right_of);
+            }
         }
     }
 
-    __device__ __forceinline__ void add(const float (*left)[BM + GAP], const float (*right)[BN + GAP]) {
-        int row, column;
-        if constexpr (PRECISION == FLOAT32) {
-            place(0, row, column);
+    // large becomes what a tensor core takes of it, small the rest.
+    __device__ __forceinline__ static void split(float large[4], float small[4]) {
 #pragma unroll
-            for (int k = 0; k < BK; k++) {
-                float a[4], b[4];
-                load<4>(&left[k][row], a);
-                load<4>(&right[k][column], b);
-#pragma unroll
-                for (int i = 0; i < 16; i++) total[i] = fmaf(a[i / 4], b[i % 4], total[i]);
-            }
-        } else {
-            int warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
-            row = warp / (BN / 16) * 32 + g, column = warp % (BN / 16) * 16 + g;
-#pragma unroll
-            for (int k = 0; k < BK; k += 8) {
-                float a[2][4], b[2][2];
-#pragma unroll
-                for (int tile = 0; tile < 2; tile++) {
-                    for (int i = 0; i < 4; i++) {
-                        int step = PRECISION == TF32 ? t + i / 2 * 4 : 2 * t + i % 2;
-                        a[tile][i] = left[k + step][row + 16 * tile + 8 * (PRECISION == TF32 ? i % 2 : i / 2)];
-                    }
-                    for (int i = 0; i < 2; i++)
-                        b[tile][i] = right[k + (PRECISION == TF32 ? t + 4 * i : 2 * t + i)][column + 8 * tile];
-                }
-#pragma unroll
-                for (int i = 0; i < 4; i++) {
-                    if constexpr (PRECISION == TF32) multiply_tile_tf32(total + 4 * i, a[i / 2], b[i % 2]);
-                    if constexpr (PRECISION == FLOAT16) multiply_tile_float16(total + 4 * i, a[i / 2], b[i % 2]);
-                    if constexpr (PRECISION == BFLOAT16) multiply_tile_bfloat16(total + 4 * i, a[i / 2], b[i % 2]);
-                }
-            }
+        for (int i = 0; i < 4; i++) {
+            float rest = __uint_as_float(__float_as_uint(large[i]) & 0xFFFFE000);
+            small[i] = large[i] - rest;
+            large[i] = rest;
         }
+    }
+
+    // sums: BM x (BN + 1) numbers of each group.
+    __device__ __forceinline__ void write(float *sums) const {
+        int t = threadIdx.x % 4;
+#pragma unroll
+        for (int i = 0; i < 4; i++)
+            for (int s = 0; s < 4; s++) {
+                int row = first_row() + i / 2 * 16 + s / 2 * 8, column = first_column() + i % 2 * 8 + 2 * t + s % 2;
+                sums[(group() * BM + row) * (BN + 1) + column] = total[i][s];
+            }
     }
 };
 
@@ -232,16 +286,18 @@ __device__ __forceinline__ void write(const Results &to, int row, int column, Su
     }
 }
 
+constexpr int TILES = Left::SIZE + Right::SIZE, SUMS = GROUPS * BM * (BN + 1);
+
 // Grid: rows / BM, columns / BN, slices, all rounded up. With one slice it writes the result; with more, partial sums
-// (slices, rows, COLUMNS). `slice` is the depth of one, a multiple of BK.
-extern "C" __global__ void __launch_bounds__(BM * BN / 16) product(
+// (slices, rows, COLUMNS). `slice` is the depth of one, a multiple of DEPTH.
+extern "C" __global__ void __launch_bounds__(BM * BN / 16 * GROUPS) product(
     const float *x, const float *w, const float *dy, const float *y, const unsigned char *won, const float *bias,
     float *out, float *db, unsigned char *winner, float *partial, int rows, int depth, int slice) {
-    alignas(16) __shared__ float left[BK][BM + GAP], right[BK][BN + GAP], sums[BM][BN + 1];
+    alignas(16) __shared__ float shared[2 * TILES > SUMS ? 2 * TILES : SUMS];  // tiles, the next ones; then the sums
     Factors from{x, w, dy, y, won, rows, min(depth, (int)(blockIdx.z + 1) * slice)};
     int first_row = blockIdx.x * BM, first_column = blockIdx.y * BN;
-    Tile<BM, LEFT_STEP, LEFT_ALONG_DEPTH> next_left;
-    Tile<BN, RIGHT_STEP, RIGHT_ALONG_DEPTH> next_right;
+    Left next_left;
+    Right next_right;
     auto fetch = [&](int start) {
         next_left.fetch([&](int k, int j, float *to) { load_left(from, first_row + j, start + k, to); });
         next_right.fetch([&](int k, int j, float *to) { load_right(from, start + k, first_column + j, to); });
@@ -249,31 +305,35 @@ extern "C" __global__ void __launch_bounds__(BM * BN / 16) product(
 
     Sums mine;
     int start = blockIdx.z * slice;
+    float *now = shared, *then = shared + TILES;
     fetch(start);
-    for (; start < from.depth; start += BK) {
-        next_left.store(left);
-        next_right.store(right);
-        __syncthreads();
-        if (start + BK < from.depth) fetch(start + BK);
-        mine.add(left, right);
-        __syncthreads();
-    }
-
-    for (int i = 0; i < 16; i++) {
-        int row, column;
-        Sums::place(i, row, column);
-        sums[row][column] = mine.total[i];
+    for (; start < from.depth; start += DEPTH) {
+        next_left.store(now);
+        next_right.store(now + Left::SIZE);
+        __syncthreads();  // and nobody reads any more what is written next, as all have passed the last one
+        if (start + DEPTH < from.depth) fetch(start + DEPTH);
+        mine.add(now, now + Left::SIZE);
+        float *other = now;
+        now = then, then = other;
     }
     __syncthreads();
+    mine.write(shared);
+    __syncthreads();
+
+    auto sum = [&](int row, int column) {
+        float total = 0;
+        for (int group = 0; group < GROUPS; group++)
+            total += shared[(group * BM + row - first_row) * (BN + 1) + column - first_column];
+        return total;
+    };
     int step = gridDim.z > 1 ? 1 : ROWS_AT_ONCE;
     for (int i = threadIdx.x; i < BM / step * BN; i += THREADS) {
         int row = first_row + i / BN * step, column = first_column + i % BN;
         if (row >= rows || column >= COLUMNS) continue;
         if (gridDim.z > 1)
-            partial[(blockIdx.z * rows + row) * COLUMNS + column] = sums[row - first_row][column - first_column];
+            partial[(blockIdx.z * rows + row) * COLUMNS + column] = sum(row, column);
         else
-            write(Results{bias, out, db, winner}, row, column,
-                  [&](int r, int c) { return sums[r - first_row][c - first_column]; });
+            write(Results{bias, out, db, winner}, row, column, sum);
     }
 }
 
