@@ -24,7 +24,7 @@ from distconv.kernels.cpu import Array
 from distconv.kernels.cuda import Agreed
 from distconv.kernels.gpu import FINITE, Gpu
 from distconv.nn.fusion import fused
-from distconv.nn.layers import EVALUATION, Context, Layer
+from distconv.nn.layers import EVALUATION, Context, Layer, is_ours
 from distconv.nn.parameters import Parameters
 from distconv.run import Run, Samples
 
@@ -114,6 +114,7 @@ class GpuEngine:
 
     def __init__(self, kernels: Gpu, run: Run, exchange: GpuExchange) -> None:
         self.kernels, self.exchange, self.seed = kernels, exchange, run.config.seed
+        kernels.apart = is_ours(run.model)  # a user's layer may look at gradients before the backward pass is over
         self.model, device = fused(run.model), kernels.device
         self.images, self.labels = device.upload(run.dataset.train_images), device.upload(run.dataset.train_labels)
         self.vector = device.upload(run.parameters.vector)
@@ -167,6 +168,7 @@ class GpuEngine:
         loss, dscores = kernels.softmax_cross_entropy(scores, labels, global_batch)
         device.copy(self.loss_here, loss)
         backward(dscores, self.grads, False)
+        device.join()
 
     def contribution(self, run: Run) -> Array:
         return run.probe.sample(self.total(run))

@@ -239,6 +239,7 @@ class Emulator:
         self.folder = folder
         self.tape: list[Callable[[], None]] | None = None  # that is being recorded
         self.tapes: dict[object, Any] = {}
+        self.later: list[Callable[[], object]] = []
 
     def empty(self, shape: int | Sequence[int], dtype: DTypeLike) -> NDArray[Any]:
         """An array full of NaN, or of all bits 1: what a kernel forgets to write shows."""
@@ -292,6 +293,14 @@ class Emulator:
             raise ValueError(f"no kernel {name!r} in the source, only {sorted(kernels)}")
         start = launcher(kernels[name], library(source, tuple(defines), self.folder or own_folder()))
         return lambda *arguments: self.do(lambda: start(*arguments))
+
+    def beside(self, work: Callable[[], object], *used: NDArray[Any]) -> None:
+        """Done as late as it may be, so who uses its results too early, or writes what it uses, has other results."""
+        self.later.append(work)
+
+    def join(self) -> None:
+        while self.later:
+            self.later.pop(0)()
 
     def synchronize(self) -> None:
         """Nothing to wait for: launches return when they are done."""

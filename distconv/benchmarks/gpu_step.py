@@ -103,7 +103,7 @@ def _both_ways(
     dy = device.upload(np.random.default_rng(0).standard_normal(y.shape).astype(np.float32))
     weights = sum(array.nbytes for array in params.values())
     forward = seconds_on(device, (name, "forward", len(x)), lambda: layer.forward(x, params, context))
-    back = seconds_on(device, (name, "backward", len(x)), lambda: backward(dy, grads, not first))
+    back = seconds_on(device, (name, "backward", len(x)), lambda: (backward(dy, grads, not first), device.join()))
     dx = 0 if first else x.nbytes
     return {
         "forward": (forward, x.nbytes + y.nbytes + weights),

@@ -122,7 +122,7 @@ def gpu_step(
     with torch.cuda.graph(graph):
         loss = step()
 
-    def replay() -> float:
+    def replay(kept: Any = optimizer) -> float:  # whose state the graph uses and does not own
         graph.replay()
         return float(loss)
 

@@ -91,8 +91,8 @@ def _nccl() -> Any:
 
 
 @functools.cache
-def _stream(ordinal: int) -> Any:
-    """The one stream of all Cudas of a GPU, as CuPy starts every kernel in the thread's current stream."""
+def _stream(ordinal: int, name: str = "main") -> Any:
+    """The streams of all Cudas of a GPU are the same, as CuPy starts every kernel in the thread's current stream."""
     import cupy
 
     with cupy.cuda.Device(ordinal):
@@ -126,7 +126,7 @@ class _Recording:
 
 
 class Cuda:
-    """The GPU of this ordinal, from now on the current one of this thread; all its work is in one stream.
+    """The GPU of this ordinal, from now on the current one of this thread; its work is in one stream, but for `beside`.
 
     say: prints a line for the user.
     """
@@ -137,8 +137,9 @@ class Cuda:
         self.cupy, self.say = cupy, say
         cupy.cuda.Device(ordinal).use()
         self.name = visible()[ordinal].name
-        self.stream = _stream(ordinal)
+        self.stream, self.side = _stream(ordinal), _stream(ordinal, "side")
         self.stream.use()
+        self.beside_use: list[Any] = []  # what the work on the side stream uses
         self.recordings: dict[Any, _Recording] = {}
         self.records = True
         self.functions: dict[Any, Kernel] = {}
@@ -206,6 +207,30 @@ class Cuda:
             options = tuple(f"-D{macro}={value}" for macro, value in defines)
             self.modules[key] = self.cupy.RawModule(code=source, options=options)
         return self.modules[key]
+
+    def beside(self, work: Callable[[], object], *used: Array) -> None:
+        """Start work that need not be done before join(), beside what is started meanwhile. used: the arrays it uses.
+
+        Nothing else may write to them, nor read what it writes, before join().
+        """
+        self.beside_use += used  # else their memory would be given to what follows
+        self._order(self.stream, self.side)
+        self.side.use()
+        try:
+            work()
+        finally:
+            self.stream.use()
+
+    def join(self) -> None:
+        """What is started from now on comes after all that was started beside."""
+        if self.beside_use:
+            self._order(self.side, self.stream)
+            self.beside_use.clear()
+
+    def _order(self, first: Any, second: Any) -> None:
+        event = self.cupy.cuda.Event(disable_timing=True)
+        event.record(first)
+        second.wait_event(event)
 
     def synchronize(self) -> None:
         """Wait until all work is done."""

@@ -85,7 +85,7 @@ class Convolution:
         return tuple(values.items())
 
     def tile(self, which: str) -> tuple[int, int, int]:
-        """Rows and columns of the product that a block of threads computes, and the groups of warps that share its depth.
+        """Rows and columns of the product that a block of threads computes, and the groups of warps in it.
 
         A warp computes 32 x 16. Measured on an H200 at batch 100: what keeps a multiprocessor busy there is warps.
         """
@@ -104,6 +104,7 @@ class Gpu:
 
     def __init__(self, device: Any, precision: str = "float32") -> None:
         self.device, self.precision = device, precision
+        self.apart = False  # whether the gradients of filters may be computed beside the rest, until device.join()
         self.no_floats, self.no_bytes = device.zeros(4, np.float32), device.zeros(4, np.uint8)
 
     def launch(self, file: str, name: str, count: int, *arguments: Any) -> None:
@@ -172,7 +173,14 @@ class Gpu:
     ) -> Array | None:
         """gate: what tells where dy counts, winner or y."""
         gates = {"won" if shape.pooled else "y": gate}
-        self._multiply(shape, "filters", len(x), x=x, dy=dy, **gates, out=dw, db=db)
+
+        def filters() -> None:
+            self._multiply(shape, "filters", len(x), x=x, dy=dy, **gates, out=dw, db=db)
+
+        if not wants_dx or not self.apart:
+            filters()
+        else:
+            self.device.beside(filters, x, dy, gate)
         if not wants_dx:
             return None
         dx = self.device.empty(x.shape, np.float32)

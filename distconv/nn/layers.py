@@ -76,6 +76,12 @@ def is_layer(candidate: Any) -> bool:
     return not isinstance(candidate, type) and all(callable(getattr(candidate, m, None)) for m in ("shapes", "forward"))
 
 
+def is_ours(layer: Layer) -> bool:
+    """Whether this is a layer of this file, or a Chain of such."""
+    inner = [one for _, one in layer.layers] if isinstance(layer, Chain) else []
+    return type(layer).__module__ == __name__ and all(map(is_ours, inner))
+
+
 def kind_of(candidate: object) -> str:
     """What this is, for people."""
     return f"the class {candidate.__name__}" if isinstance(candidate, type) else f"a {type(candidate).__name__}"
