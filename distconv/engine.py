@@ -9,7 +9,7 @@ the GPU in one small message, and what the host must know (the loss, and whether
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,6 +29,7 @@ from distconv.nn.parameters import Parameters
 from distconv.run import Run, Samples
 
 MOST_SCALARS = 4  # of an optimizer
+T = TypeVar("T")
 
 
 def local_gradient(
@@ -54,7 +55,10 @@ class CpuEngine:
     device = "cpu"
     evaluation_batch = 100
 
-    def gradient(self, run: Run, samples: Samples, global_batch: int, step: int, probing: bool = False) -> float:
+    def gradient(
+        self, run: Run, samples: Samples, global_batch: int, step: int, probing: bool = False,
+        following: Samples | None = None
+    ) -> float:  # fmt: skip
         images, labels = run.dataset.train_images[samples], run.dataset.train_labels[samples]
         overlaps = isinstance(run.exchange, Buckets) and not probing
         on_final = _sender(run.exchange, run.parameters) if overlaps else None
@@ -124,51 +128,70 @@ class GpuEngine:
         self.state = {slot: device.upload(vector) for slot, vector in run.optimizer.state.items()}
         self.rule = type(run.optimizer).__name__.lower()
 
-        # What a step is told: its number as two words, the optimizer's scalars, the samples.
+        # What a step is told: its number as two words, the optimizer's scalars, the samples. What it tells: the sum of
+        # losses, and where this rank's gradient and the sum are not finite first. Twice, as a step may begin before
+        # the host has read what the one before tells.
         words = 2 + MOST_SCALARS + run.config.batch_size  # room for a rank that is alone
-        self.told_here, self.told = device.pinned(4 * words), device.empty(4 * words, np.uint8)
+        self.told, self.bad = device.empty(4 * words, np.uint8), device.zeros(2, np.int32)
         self.step_number, self.scalars, self.samples = _fields(self.told)
-        # What it tells: the sum of losses, and where this rank's gradient and the sum are not finite first.
-        self.loss_here = device.pinned(8)
-        self.bad, self.bad_here = device.zeros(2, np.int32), device.pinned(8)
+        self.told_here, self.loss_here, self.bad_here = (
+            [device.pinned(n) for _ in range(2)] for n in (4 * words, 8, 8)
+        )
+        self.begun: dict[int, Any] = {}  # steps whose results nobody has waited for yet, by their number
         self.probing = False  # whether the last gradient waits to be looked at
         self.whole = False  # whether it came with its sum and its update
 
-    def gradient(self, run: Run, samples: Samples, global_batch: int, step: int, probing: bool = False) -> float:
-        number, scalars, indices = _fields(self.told_here)
+    def gradient(
+        self, run: Run, samples: Samples, global_batch: int, step: int, probing: bool = False,
+        following: Samples | None = None
+    ) -> float:  # fmt: skip
+        self.probing, self.whole = probing, self.exchange.needs_no_host and not probing
+        if step not in self.begun:
+            self._begin(run, samples, global_batch, step)
+        if following is not None and self.whole:
+            self._begin(run, following, global_batch, step + 1)
+        self.kernels.device.wait(self.begun.pop(step))
+        return float(self.loss_here[step % 2].view(np.float64)[0]) if len(samples) else 0.0
+
+    def _begin(self, run: Run, samples: Samples, global_batch: int, step: int) -> None:
+        device, probing, whole, here = self.kernels.device, self.probing, self.whole, step % 2
+        number, scalars, indices = _fields(self.told_here[here])
         number[:] = step & 0xFFFFFFFF, step >> 32
         of_step = run.optimizer.scalars(step + 1)
         scalars[: len(of_step)] = of_step
         indices[: len(samples)] = samples
-        self.probing, self.whole = probing, self.exchange.needs_no_host and not probing
 
-        def work() -> None:
-            self._gradient(len(samples), global_batch)
+        def work() -> Array | None:
+            loss = self._gradient(len(samples), global_batch)
             if not probing:
                 self.exchange.before(self.summed, self.bad)
-            if self.whole:
+            if whole:
                 self._finish()
+            return loss
 
-        def agreed(problem: str | None) -> str | None:
-            return first_problem(run.world, problem)
+        device.copy(self.told, self.told_here[here])
+        agreed = (lambda problem: first_problem(run.world, problem)) if whole else None
+        loss = self._run(("gradient", len(samples), global_batch, probing), work, agreed)
+        if loss is not None:
+            device.copy(self.loss_here[here], loss)
+        device.copy(self.bad_here[here], self.bad)
+        self.begun[step] = device.mark()
 
-        self._run(("gradient", len(samples), global_batch, probing), work, agreed if self.whole else None)
-        return float(self.loss_here.view(np.float64)[0]) if len(samples) else 0.0
-
-    def _gradient(self, n: int, global_batch: int) -> None:
+    def _gradient(self, n: int, global_batch: int) -> Array | None:
+        """Start what gives this rank's share of the gradient -> its sum of losses, on the device, if it has samples."""
         kernels, device = self.kernels, self.kernels.device
-        device.copy(self.told, self.told_here)
         samples = self.samples[:n]
         x, labels = kernels.begin_step(self.images, self.labels, samples, self.bad[:1], self.bad[1:])
         if n == 0:
             device.copy(self.summed, self.no_gradient)
-            return
+            return None
         context = Context(training=True, seed=self.seed, step=self.step_number, samples=samples, kernels=kernels)
         scores, backward = self.model.forward(x, self.values, context)
+        loss: Array
         loss, dscores = kernels.softmax_cross_entropy(scores, labels, global_batch)
-        device.copy(self.loss_here, loss)
         backward(dscores, self.grads, False)
         device.join()
+        return loss
 
     def contribution(self, run: Run) -> Array:
         return run.probe.sample(self.total(run))
@@ -187,9 +210,12 @@ class GpuEngine:
         return vector
 
     def update(self, run: Run, t: int) -> bool:
+        here = self.bad_here[(t - 1) % 2]
         if not self.whole:
             self._run(("update", self.probing), self._finish)
-        return bool(self.bad_here.view(np.int32)[1] == FINITE)
+            self.kernels.device.copy(here, self.bad)
+            self.kernels.device.synchronize()
+        return bool(here.view(np.int32)[1] == FINITE)
 
     def _finish(self) -> None:
         """What follows when the sums are there."""
@@ -197,17 +223,16 @@ class GpuEngine:
             self.exchange.after(self.summed, self.bad)
         arguments = self.vector, self.summed, *self.state.values(), self.scalars, self.bad[1:]
         self.kernels.launch("updates", self.rule, self.vector.size, *arguments, self.vector.size)
-        self.kernels.device.copy(self.bad_here, self.bad)
 
-    def _run(self, key: Any, work: Callable[[], None], agreed: Agreed | None = None) -> None:
+    def _run(self, key: Any, work: Callable[[], T], agreed: Agreed | None = None) -> T:
         try:
-            self.kernels.device.replayed(key, work, agreed)
+            result: T = self.kernels.device.replayed(key, work, agreed)
         except MemoryError as error:
             raise DistconvError(
                 f"the GPU has too little memory for this rank's share of a step ({error}): use a smaller --batch-size, "
                 f"or more ranks on GPUs of their own"
             ) from None
-        self.kernels.device.synchronize()
+        return result
 
     def checksum(self, run: Run) -> int:
         return 0  # the memory of a GPU in a cluster corrects itself (ECC); agree() compares what ranks hold
@@ -226,6 +251,7 @@ class GpuEngine:
 
     def push(self, run: Run) -> None:
         device = self.kernels.device
+        self.begun.clear()
         pairs = [(self.vector, run.parameters.vector)]
         pairs += [(vector, run.optimizer.state[slot]) for slot, vector in self.state.items()]
         for there, here in pairs:

@@ -108,13 +108,18 @@ def count_correct(
 
 
 def train(
-    run: Run, stop_requested: Callable[[], bool], save_requested: Callable[[], bool] = lambda: False
+    run: Run,
+    stop_requested: Callable[[], bool],
+    save_requested: Callable[[], bool] = lambda: False,
+    ahead: bool = False,
 ) -> Iterator[Record]:
     """Train from the run's position to its end, or until a rank is asked to stop.
 
     save_requested: whether this rank wants a state that may be saved; then all ranks look whether they agree on it.
-    Between records the run's position and vectors are those of a checkpoint, except between the last step of an epoch
-    and the record of the epoch. Raises DivergedError, ReplicasDifferError.
+    ahead: a rank that is alone may begin the next step before it gives the record of the last one, so that its GPU need
+    not wait for who reads the records. Between records the run's position and vectors are those of a checkpoint, except
+    between the last step of an epoch and the record of the epoch, and with `ahead`, where a step's record says that it
+    is not agreed. Raises DivergedError, ReplicasDifferError.
     """
     run.checksum, run.good_until, stopping = run.engine.checksum(run), run.step - 1, False
     while run.step < run.steps and not stopping:
@@ -123,7 +128,7 @@ def train(
         seconds, images = 0.0, 0
         for batch in range(first, run.steps_per_epoch):
             began = time.perf_counter()
-            record, stopping = _step(run, order, epoch, batch, stop_requested(), save_requested())
+            record, stopping = _step(run, order, epoch, batch, stop_requested(), save_requested(), ahead)
             seconds += time.perf_counter() - began
             images += len(order[batch * run.config.batch_size : (batch + 1) * run.config.batch_size])
             yield record
@@ -138,7 +143,7 @@ def train(
 
 
 def _step(
-    run: Run, order: NDArray[np.int64], epoch: int, batch: int, stop: bool, save: bool
+    run: Run, order: NDArray[np.int64], epoch: int, batch: int, stop: bool, save: bool, ahead: bool
 ) -> tuple[StepRecord, bool]:
     """One synchronous step of all ranks: its record, and whether any rank was asked to stop."""
     world, batch_size = run.world, run.config.batch_size
@@ -149,7 +154,10 @@ def _step(
     world.at("compute", run.step)
     began = time.perf_counter()
     probing = last_of_epoch or run.probe.fresh
-    loss_sum = run.engine.gradient(run, mine, global_batch, run.step, probing)
+    following = None
+    if ahead and world.size == 1 and not (probing or stop or save) and batch + 2 < run.steps_per_epoch:
+        following = shard(order, batch + 1, batch_size, world.size, world.rank)
+    loss_sum = run.engine.gradient(run, mine, global_batch, run.step, probing, following)
     computed = time.perf_counter()
     contribution = run.engine.contribution(run) if probing else None
     world.at("exchange")

@@ -29,10 +29,14 @@ class Engine(Protocol):
     device: str  # cpu or cuda
     evaluation_batch: int  # images at a time
 
-    def gradient(self, run: Run, samples: Samples, global_batch: int, step: int, probing: bool = False) -> float:
+    def gradient(
+        self, run: Run, samples: Samples, global_batch: int, step: int, probing: bool = False,
+        following: Samples | None = None
+    ) -> float:  # fmt: skip
         """Compute this rank's share of the gradient of the mean loss over the global batch; return its sum of losses.
 
-        samples (N,) are its part of the batch, and may be none. probing: contribution will be asked for.
+        samples (N,) are its part of the batch, and may be none. probing: contribution will be asked for. following: the
+        samples of the next step, which has the same global batch and does not probe, if it may begin at once.
         """
         ...
 

@@ -85,7 +85,7 @@ def train_in(out: Path, run: Run, data_name: str, log: RunLog, stop: StopRequest
         saver.save()  # for a start after an accident, which must not begin with that file again
     stop.can_save = True
     try:
-        code = follow(records(run, stop.requested, saver.is_due), run, saver, out, log)
+        code = follow(records(run, stop.requested, saver.is_due, ahead=True), run, saver, out, log)
     except errors.DivergedError as failure:
         saver.set_aside(failure.bad_from)
         raise

@@ -302,6 +302,12 @@ class Emulator:
         while self.later:
             self.later.pop(0)()
 
+    def mark(self) -> None:
+        self._refuse_to_record()
+
+    def wait(self, mark: None) -> None:
+        self._refuse_to_record()
+
     def synchronize(self) -> None:
         """Nothing to wait for: launches return when they are done."""
         self._refuse_to_record()

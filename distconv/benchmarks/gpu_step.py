@@ -67,7 +67,7 @@ def bench_gpu(world: World, precision: str, say: Callable[[str], None]) -> Bench
 
 
 def _engine(name: str, run: Run) -> Engine:
-    records, data = train(run, lambda: False), run.dataset
+    records, data = train(run, lambda: False, ahead=True), run.dataset
     return Engine(
         name,
         run.config.wire,

@@ -232,6 +232,16 @@ class Cuda:
         event.record(first)
         second.wait_event(event)
 
+    def mark(self) -> Any:
+        """A point behind all work that was started so far, for wait()."""
+        event = self.cupy.cuda.Event(disable_timing=True)
+        event.record(self.stream)
+        return event
+
+    def wait(self, mark: Any) -> None:
+        """Wait until the work before the mark is done."""
+        mark.synchronize()
+
     def synchronize(self) -> None:
         """Wait until all work is done."""
         self.stream.synchronize()

@@ -23,7 +23,7 @@ PRECISIONS = ("float32", "tf32", "float16", "bfloat16")  # of the products' fact
 CAPABILITY = 80  # that a GPU must have, 10 times: its tensor cores take tf32 and bfloat16
 PASSES = {"forward": 0, "input": 1, "filters": 2}  # the enum of convolution.cu, where the precisions follow
 DEPTH_STEP, FINISH_OUTPUTS = 16, 32  # BK and OUTPUTS there
-ENOUGH_BLOCKS = 256  # to keep some 130 multiprocessors busy; fixed, as it decides the order of sums
+ENOUGH_BLOCKS = 264  # to keep some 130 multiprocessors busy; fixed, as it decides the order of sums
 THREADS = 256  # of a block, where nothing else is said
 BLOCK = 256  # numbers that share an exponent on the wire
 FINITE = 0x7FFFFFFF  # in place of the index of a number that is not finite
@@ -87,16 +87,21 @@ class Convolution:
     def tile(self, which: str) -> tuple[int, int, int]:
         """Rows and columns of the product that a block of threads computes, and the groups of warps in it.
 
-        A warp computes 32 x 16. Measured on an H200 at batch 100: what keeps a multiprocessor busy there is warps.
+        Measured at deepconvnet's layers, 100 images, on an H200: there a multiprocessor is short of warps, so a product
+        of few rows has small blocks of many groups.
         """
-        rows, columns, _ = self.product(which, 1)
-        if which == "filters" and rows <= 32:
-            return 32, 16, 4
-        if columns <= 16:  # only dw, of few rows, has not as many as there are pixels
-            return (64, 16, 4) if which == "filters" else (128, 16, 2)
+        rows, columns, depth = self.product(which, 1)  # of one image
+        if which == "filters":
+            if columns <= 16 or depth == 1:
+                return 32, 16 if columns <= 16 else 32, 4
+            return (64, 32, 2) if columns <= 32 else (64, 64, 1)
+        if columns <= 16 and rows > 64:
+            return (128, 16, 1) if rows > 256 else (64, 16, 2)
+        if rows == 1:
+            return 32, 16 if columns <= 16 else 32, 4
         if columns <= 32:
-            return (64, 32, 2) if which == "filters" or rows > 64 else (32, 32, 4)
-        return 32, 64, 2
+            return (32, 32, 2) if rows > 64 else (32, 32, 4)
+        return 64, 32, 2
 
 
 class Gpu:
@@ -197,7 +202,9 @@ class Gpu:
             raise ValueError(f"a layer of {shape} on {N} images is more than a kernel can count: use a smaller batch")
         BM, BN, groups = shape.tile(which)
         down, across, tile_depth = -(-rows // BM), -(-columns // BN), groups * DEPTH_STEP
-        slices = max(1, min(ENOUGH_BLOCKS // (down * across), depth // (2 * tile_depth)))
+        threads = BM * BN // 16 * groups
+        enough = ENOUGH_BLOCKS * (2 if BM * BN <= 32 * 16 else 1)  # of small ones, more
+        slices = max(1, min(enough // (down * across), depth // (2 * tile_depth)))
         per_slice = -(-depth // (slices * tile_depth)) * tile_depth
         slices = -(-depth // per_slice)
         partial = self.device.empty(slices * rows * columns, np.float32) if slices > 1 else self.no_floats
@@ -208,7 +215,7 @@ class Gpu:
         defines = shape.defines(which, self.precision, self.device.address(w) % 16 == 0)
         product = self.device.function(source("convolution"), "product", defines)
         sizes, grid = map(np.int32, (rows, depth, per_slice)), (down, across, slices)
-        product(grid, BM * BN // 16 * groups, x, w, dy, y, won, bias, out, db, winner, partial, *sizes)
+        product(grid, threads, x, w, dy, y, won, bias, out, db, winner, partial, *sizes)
         if slices > 1:
             outputs = -(-rows // (4 if shape.pooled and which == "forward" else 1)) * columns
             finish = self.device.function(source("convolution"), "finish", defines)

@@ -285,6 +285,34 @@ def test_a_run_goes_on_from_a_checkpoint_as_if_nothing_had_happened(world: World
     assert resumed.parameters.vector.tobytes() == through_all.parameters.vector.tobytes()
 
 
+def test_a_rank_that_begins_steps_ahead_makes_the_same_run(world: World, folder: Path) -> None:
+    def fresh() -> Run:
+        return on_gpu(unplaced_run(SETTINGS, dataset(), world), Emulator(folder), shared=False)
+
+    plain, ahead = fresh(), fresh()
+    expected, at_step = [], {}
+    for record in loop.train(plain, never):
+        plain.engine.pull(plain)
+        expected.append((type(record), record.step, getattr(record, "train_loss", None)))
+        at_step[record.step] = plain.parameters.vector.tobytes()
+    found, begun = [], set()
+    for record in loop.train(ahead, never, ahead=True):
+        found.append((type(record), record.step, getattr(record, "train_loss", None)))
+        begun |= set(ahead.engine.begun)
+    assert found == expected
+    assert ahead.parameters.vector.tobytes() == at_step[plain.step]
+    assert begun == (
+        {2, 3, 6, 7, 8} if world.size == 1 else set()
+    )  # not the first, which tries the wire, nor an epoch's last
+
+    asked = fresh()
+    record = next(r for r in loop.train(asked, never, lambda: asked.step == 2, ahead=True) if r.agreed)
+    stopped = fresh()
+    *_, last = loop.train(stopped, lambda: stopped.step == 2, ahead=True)
+    assert record.step == last.step == 3
+    assert asked.parameters.vector.tobytes() == stopped.parameters.vector.tobytes() == at_step[3]
+
+
 @pytest.mark.parametrize("kind", ["staged", "nccl"])
 def test_a_step_that_is_not_finite_changes_nothing(world: World, folder: Path, kind: str) -> None:
     there = WithNccl(folder, world, "missing" if kind == "staged" else "", on_rank=0)
