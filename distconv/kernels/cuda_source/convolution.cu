@@ -23,6 +23,10 @@ enum { FORWARD, INPUT, FILTERS, FLOAT32, TF32, FLOAT16, BFLOAT16 };
 
 constexpr int BK = 16, WARPS = BM / 32 * (BN / 16);  // of a group
 constexpr int THREADS = 32 * WARPS * GROUPS, DEPTH = BK * GROUPS;
+#ifndef RESIDENT
+#define RESIDENT 640
+#endif
+constexpr int MIN_BLOCKS = VX == 4 && RESIDENT > THREADS ? RESIDENT / THREADS : 1;  // on a multiprocessor: fewer registers
 constexpr int GAP = 2;  // with it, no two lanes of a warp that read a tile of rows by the depth meet in one bank
 constexpr int TAPS = K * K * C, COLUMNS = PASS == INPUT ? C : F;
 constexpr unsigned char NOBODY = 4;
@@ -204,28 +208,30 @@ struct Sums {
 
     __device__ __forceinline__ void add(const float *left, const float *right) {
         int t = threadIdx.x % 4, g = threadIdx.x % 32 / 4;
-        float a[4][4], b[2][4], small_a[4][4], small_b[2][4];  // rows g, g + 8, g + 16 and g + 24; columns g, g + 8
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-            Left::read(left, group(), first_row() + 8 * i, t, a[i]);
-            if (PRECISION == FLOAT32) split(a[i], small_a[i]);
-        }
+        float b[2][4], small_b[2][4];  // columns g and g + 8
 #pragma unroll
         for (int i = 0; i < 2; i++) {
             Right::read(right, group(), first_column() + 8 * i + g, t, b[i]);
             if (PRECISION == FLOAT32) split(b[i], small_b[i]);
         }
 #pragma unroll
-        for (int i = 0; i < 4; i++) {
-            const float *upper = a[i / 2 * 2], *lower = a[i / 2 * 2 + 1], *right_of = b[i % 2];
-            if constexpr (PRECISION == FLOAT32) {
-                float sum[4] = {};  // tensor cores cut off what they add; over BK steps that does not matter
-                multiply(sum, small_a[i / 2 * 2], small_a[i / 2 * 2 + 1], right_of);
-                multiply(sum, upper, lower, small_b[i % 2]);
-                multiply(sum, upper, lower, right_of);
-                for (int s = 0; s < 4; s++) total[i][s] += sum[s];
-            } else {
-                multiply(total[i], upper, lower, right_of);
+        for (int i = 0; i < 4; i += 2) {
+            float upper[4], lower[4], small_upper[4], small_lower[4];  // rows g and g + 8, then g + 16 and g + 24
+            Left::read(left, group(), first_row() + 8 * i, t, upper);
+            Left::read(left, group(), first_row() + 8 * i + 8, t, lower);
+            if (PRECISION == FLOAT32) split(upper, small_upper), split(lower, small_lower);
+#pragma unroll
+            for (int j = 0; j < 2; j++) {
+                if constexpr (PRECISION == FLOAT32) {
+                    float sum[4] = {};  // tensor cores cut off what they add; over BK steps that does not matter
+                    multiply(sum, small_upper, small_lower, b[j]);
+                    multiply(sum, upper, lower, small_b[j]);
+                    multiply(sum, upper, lower, b[j]);
+#pragma unroll
+                    for (int s = 0; s < 4; s++) total[i + j][s] += sum[s];
+                } else {
+                    multiply(total[i + j], upper, lower, b[j]);
+                }
             }
         }
     }
@@ -290,7 +296,7 @@ constexpr int TILES = Left::SIZE + Right::SIZE, SUMS = GROUPS * BM * (BN + 1);
 
 // Grid: rows / BM, columns / BN, slices, all rounded up. With one slice it writes the result; with more, partial sums
 // (slices, rows, COLUMNS). `slice` is the depth of one, a multiple of DEPTH.
-extern "C" __global__ void __launch_bounds__(BM * BN / 16 * GROUPS) product(
+extern "C" __global__ void __launch_bounds__(BM * BN / 16 * GROUPS, MIN_BLOCKS) product(
     const float *x, const float *w, const float *dy, const float *y, const unsigned char *won, const float *bias,
     float *out, float *db, unsigned char *winner, float *partial, int rows, int depth, int slice) {
     alignas(16) __shared__ float shared[2 * TILES > SUMS ? 2 * TILES : SUMS];  // tiles, the next ones; then the sums
