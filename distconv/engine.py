@@ -197,9 +197,13 @@ class GpuEngine:
         return run.probe.sample(self.total(run))
 
     def sum(self, run: Run, header: Headers) -> Headers:
+        here, device = self.bad_here[int(header["step"]) % 2], self.kernels.device
         if self.probing:
             self.exchange.before(self.summed, self.bad)
-            self.kernels.device.synchronize()
+            device.copy(here, self.bad)
+            device.synchronize()
+        bad_at = here.view(np.int32)[0]
+        header["bad_at"] = -1 if bad_at == FINITE else bad_at
         headers = self.exchange.travel(header)
         if self.probing:
             self.exchange.after(self.summed, self.bad)

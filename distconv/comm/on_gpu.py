@@ -40,7 +40,10 @@ class GpuExchange(Protocol):
         ...
 
     def travel(self, header: Headers) -> Headers:
-        """What the host does, when the device has done what came before. Returns the headers (P,) in rank order."""
+        """What the host does, when the device has done what came before. Returns the headers (P,) in rank order.
+
+        header: that of this rank, with the bad_at that was found before.
+        """
         ...
 
     def after(self, vector: Array, bad: Array) -> None:
@@ -105,19 +108,6 @@ class Transport(Protocol):
         ...
 
 
-class Alone:
-    """One rank, which has nobody to talk to."""
-
-    name = "one rank"
-    needs_no_host = True
-
-    def scatter(self, outgoing: Array, received: Array) -> None:
-        pass
-
-    def gather(self, mine: Array, gathered: Array) -> None:
-        pass
-
-
 class CudaMpi:
     """An MPI that takes addresses of the GPU. With any other, this is a segmentation fault."""
 
@@ -136,6 +126,26 @@ class CudaMpi:
         self.comm.Allgather(self.in_place, gathered)
 
 
+class OneRank:
+    """A rank that is alone: its gradient becomes what the wire makes of it, to the bits of Flat."""
+
+    wire, how = WIRES["float16"], "on the GPUs, one rank"
+    bytes_sent = bus_bytes = 0
+    needs_no_host = True
+
+    def __init__(self, gpu: Gpu) -> None:
+        self.gpu = gpu
+
+    def before(self, vector: Array, bad: Array) -> None:
+        self.gpu.launch("wire", "there_and_back", vector.size, vector, vector.size, bad)
+
+    def travel(self, header: Headers) -> Headers:
+        return np.array([header], HEADER)
+
+    def after(self, vector: Array, bad: Array) -> None:
+        pass
+
+
 class OnGpu:
     """Every rank exchanges halves with every rank, and owns a part of the vector, which its GPU adds up."""
 
@@ -152,13 +162,11 @@ class OnGpu:
         self.stride = nbytes // 2  # of 16 bits
         self.outgoing, self.received, self.gathered = (device.zeros((P, nbytes), np.uint8) for _ in range(3))
         self.mine = self.gathered[comm.rank]
-        self.bad_here = device.pinned(8)
         self.bytes_sent = (P - 1) * (2 * nbytes + HEADER.itemsize)
 
     def before(self, vector: Array, bad: Array) -> None:
         arguments = vector, self.outgoing.view(np.uint16), self.size, self.part, self.stride, bad[:1]
         self.gpu.launch("wire", "encode", self.size, *arguments)
-        self.gpu.device.copy(self.bad_here, bad)
         self.vector = vector
         if self.needs_no_host:
             self._sum()
@@ -173,8 +181,6 @@ class OnGpu:
     def travel(self, header: Headers) -> Headers:
         if not self.needs_no_host:
             self._sum()
-        bad_at = self.bad_here.view(np.int32)[0]
-        header["bad_at"] = -1 if bad_at == FINITE else bad_at
         headers = np.zeros((self.comm.size, HEADER.itemsize), np.uint8)
         self.comm.Allgather(np.frombuffer(header.tobytes(), np.uint8), headers)
         return headers.reshape(-1).view(HEADER)
@@ -197,7 +203,7 @@ def choose_on_gpu(world: World, gpu: Gpu, size: int, wire: str, kind: str, share
             raise UsageError(f"--exchange cuda-mpi: {problem}; use --exchange auto")
         return OnGpu(world.comm, gpu, size, CudaMpi(world, gpu.device))
     if kind == "auto" and world.size == 1 and wire == "float16":
-        return OnGpu(world.comm, gpu, size, Alone())
+        return OneRank(gpu)
     if kind in ("auto", "nccl"):
         found = by_nccl(world, gpu, size, wire, shared)
         if isinstance(found, OnGpu):

@@ -8,8 +8,8 @@ constexpr int BLOCK = 256, TOP = 15, LOWEST = -126, BIAS = 127, MANTISSA = 23, I
 
 __device__ __forceinline__ float power_of_two(int exponent) { return __int_as_float((BIAS + exponent) << MANTISSA); }
 
-// Write the block's numbers, one a thread, as halves and their exponent; a thread beyond the vector's end brings 0.
-__device__ __forceinline__ void write_block(float x, bool inside, unsigned short *half, unsigned short *exponent) {
+// The exponent that the block's numbers, one a thread, share.
+__device__ __forceinline__ int shared_exponent(float x) {
     __shared__ int peaks[BLOCK];
     int magnitude = __float_as_int(x) & 0x7FFFFFFF;
     __syncthreads();  // the last block's peaks have been read
@@ -19,7 +19,13 @@ __device__ __forceinline__ void write_block(float x, bool inside, unsigned short
         if (threadIdx.x < half_way) peaks[threadIdx.x] = max(peaks[threadIdx.x], peaks[threadIdx.x + half_way]);
     }
     __syncthreads();
-    int peak = peaks[0], shared = peak > 0 ? max((peak >> MANTISSA) - (BIAS - 1 + TOP), LOWEST) : 0;
+    int peak = peaks[0];
+    return peak > 0 ? max((peak >> MANTISSA) - (BIAS - 1 + TOP), LOWEST) : 0;
+}
+
+// Write the block's numbers, one a thread, as halves and their exponent; a thread beyond the vector's end brings 0.
+__device__ __forceinline__ void write_block(float x, bool inside, unsigned short *half, unsigned short *exponent) {
+    int shared = shared_exponent(x);
     if (inside) *half = half_bits(times(x, power_of_two(-shared)));
     if (threadIdx.x == 0) *exponent = (unsigned short)shared;
 }
@@ -59,6 +65,17 @@ extern "C" __global__ void __launch_bounds__(BLOCK) decode(const unsigned short 
     float number = read(messages + (long long)(i / part) * stride, part, i % part);
     if ((__float_as_int(number) & 0x7FFFFFFF) >= INFINITE) atomicMin(bad_at, i);
     x[i] = number;
+}
+
+// What encode, sum_and_encode of one rank and decode make of x (n,): bad[0] tells of it before, bad[1] after.
+extern "C" __global__ void __launch_bounds__(BLOCK) there_and_back(float *x, int n, int *bad) {
+    int i = blockIdx.x * BLOCK + threadIdx.x;
+    float before = i < n ? x[i] : 0, sum = plus(0, before);
+    int exponent = shared_exponent(sum);
+    float after = times(half_value(half_bits(times(sum, power_of_two(-exponent)))), power_of_two(exponent));
+    if ((__float_as_int(before) & 0x7FFFFFFF) >= INFINITE) atomicMin(bad, i);
+    if ((__float_as_int(after) & 0x7FFFFFFF) >= INFINITE) atomicMin(bad + 1, i);
+    if (i < n) x[i] = after;
 }
 
 // bad_at becomes the index of the first number of x (n,) that is not finite, if there is one.
