@@ -25,7 +25,7 @@ stage() { # name, limit in seconds, command...
 }
 
 : > "$folder/summary.txt"
-tests="python3 -m pytest -q -p no:cacheprovider --timeout 100"
+tests="python3 -m pytest -q -p no:cacheprovider -p no:benchmark --timeout 100"  # that plugin warns beside xdist
 python3 -c "import xdist" 2> /dev/null && many="-n 8" || many=
 step="python3 -m distconv.bench step --device cuda --against torch --repeats 40"
 

@@ -241,6 +241,29 @@ def test_both_ways_through_each_layer_of_a_gpu_are_told(monkeypatch: pytest.Monk
 
 
 @pytest.mark.skipif(not emulator.available(), reason="no g++ to build the kernels for the CPU")
+def test_a_turn_on_a_gpu_ends_when_the_gpu_has_nothing_left_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    happened: list[str] = []
+
+    class Watched(emulator.Emulator):
+        def mark(self) -> None:
+            happened.append("begun")
+
+        def synchronize(self) -> None:
+            happened.append("idle")
+
+    def small_run(settings: Config, *arguments: Any) -> Run:
+        settings = dataclasses.replace(settings, model="tests.test_bench_step:small_network", device="auto")
+        return on_gpu(unplaced_run(settings, *arguments[:2]), Watched(), shared=False)
+
+    monkeypatch.setattr(gpu_step, "build_run", small_run)
+    (engine, _), _ = gpu_step.bench_gpu(start(), "float32", print)(2, 2)
+    engine.step()  # its first step tries the wire
+    happened.clear()
+    engine.step()
+    assert happened == ["begun"] * engine.steps + ["idle"]
+
+
+@pytest.mark.skipif(not emulator.available(), reason="no g++ to build the kernels for the CPU")
 def test_where_the_peaks_cannot_be_measured_only_the_shares_are_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     def small_run(settings: Config, *arguments: Any) -> Run:
         device = emulator.Emulator()

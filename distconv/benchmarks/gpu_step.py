@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from distconv.benchmarks.step import Bench, Engine, Parts, Row, random_dataset, step_flops
+from distconv.benchmarks.step import GPU_STEPS, Bench, Engine, Parts, Row, random_dataset, step_flops
 from distconv.comm.world import World
 from distconv.config import Config
 from distconv.engine import GpuEngine
@@ -42,7 +42,7 @@ def bench_gpu(world: World, precision: str, say: Callable[[str], None]) -> Bench
 
     def bench(batch_size: int, repeats: int) -> tuple[list[Engine], Callable[[Sequence[Row]], tuple[Parts, str]]]:
         settings = Config(batch_size=batch_size, epochs=1, device="cuda", precision=precision)
-        runs = [build_run(settings, random_dataset(batch_size, repeats), world, say) for _ in range(2)]
+        runs = [build_run(settings, random_dataset(batch_size, repeats, GPU_STEPS), world, say) for _ in range(2)]
         names = ("distconv", "distconv-eager")
         for run, graphs in zip(runs, (True, False), strict=True):
             assert isinstance(run.engine, GpuEngine)
@@ -68,11 +68,20 @@ def bench_gpu(world: World, precision: str, say: Callable[[str], None]) -> Bench
 
 def _engine(name: str, run: Run) -> Engine:
     records, data = train(run, lambda: False, ahead=True), run.dataset
+    assert isinstance(run.engine, GpuEngine)
+    device = run.engine.kernels.device
+
+    def turn() -> None:
+        for _ in range(GPU_STEPS):
+            next(records)
+        device.synchronize()  # the step that has begun is the first one of the next turn
+
     return Engine(
         name,
         run.config.wire,
-        lambda: next(records),
+        turn,
         lambda: count_correct(run.model, run.parameters, data.test_images, data.test_labels, run.world, run.engine),
+        GPU_STEPS,
     )
 
 

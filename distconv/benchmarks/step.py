@@ -31,6 +31,7 @@ IMAGE_SHAPE: Shape = (28, 28, 1)
 CLASSES = 10
 WARM_UP = 3  # turns that do not count: they compile, touch memory and try the wire
 PRODUCT, PRODUCTS = 1024, 9  # rows and columns of the matrices whose product is the peak, and how often
+GPU_STEPS = 4  # of a turn on a GPU, which begins the next step while the host works for the last: one alone shows less
 KIBIBYTE = 1024  # the unit of Linux's ru_maxrss
 
 
@@ -51,12 +52,16 @@ class Row:
 
 @dataclass(frozen=True)
 class Engine:
-    """Something that trains and evaluates: a call is one turn over the global batch; collective."""
+    """Something that trains and evaluates: a call is a turn, over the global batch; collective.
+
+    steps: that a turn makes. When it ends, the device has nothing left to do, so no engine's turn pays for another's.
+    """
 
     name: str
     wire: str
     step: Callable[[], object]
     evaluate: Callable[[], object]
+    steps: int = 1
 
 
 @dataclass(frozen=True)
@@ -115,9 +120,9 @@ class TimedChain(Chain):
         object.__setattr__(self, "layers", timed)  # as Chain itself does it
 
 
-def random_dataset(batch_size: int, repeats: int) -> Dataset:
-    """Enough images of MNIST's shape that no turn ends an epoch, and a batch of test images."""
-    stream, count = np.random.default_rng(0), (WARM_UP + repeats + 1) * batch_size
+def random_dataset(batch_size: int, repeats: int, steps: int = 1) -> Dataset:
+    """Enough images of MNIST's shape that no turn of so many steps ends an epoch, and a batch of test images."""
+    stream, count = np.random.default_rng(0), ((WARM_UP + repeats) * steps + 2) * batch_size
     images = stream.integers(0, 256, (count, *IMAGE_SHAPE), np.uint8)
     labels = stream.integers(0, CLASSES, count, np.uint8)
     return Dataset("random", images, labels, images[:batch_size], labels[:batch_size], CLASSES)
@@ -204,7 +209,7 @@ def measure(
             world.comm.Barrier()
             began = time.perf_counter()
             turn()
-            own.append(time.perf_counter() - began)
+            own.append((time.perf_counter() - began) / (engine.steps if phase == "step" else 1))
     slowest = np.max(world.comm.allgather(times), axis=0)  # (engines, turns)
     medians = [float(np.median(own[WARM_UP:])) for own in slowest]
     return [

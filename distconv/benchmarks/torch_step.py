@@ -15,7 +15,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from distconv.benchmarks.step import CLASSES, IMAGE_SHAPE, Engine
+from distconv.benchmarks.step import CLASSES, GPU_STEPS, IMAGE_SHAPE, Engine
 from distconv.comm.world import World
 from distconv.data.dataset import Dataset
 from distconv.data.shard import split
@@ -89,7 +89,8 @@ def gpu_engines(torch: Any, names: Sequence[str], precision: str, dataset: Datas
         images = torch.from_numpy(dataset.train_images[:batch_size]).cuda().permute(0, 3, 1, 2)
         labels = torch.from_numpy(dataset.train_labels[:batch_size]).cuda().long()
         step = gpu_step(torch, model, optimizer, images, labels, name, precision)
-        made.append(Engine(name, "none", step, gpu_evaluation(torch, model, images, labels)))
+        turn, evaluation = several(step), gpu_evaluation(torch, model, images, labels)
+        made.append(Engine(name, "none", turn, evaluation, GPU_STEPS))
     return made
 
 
@@ -127,6 +128,16 @@ def gpu_step(
         return float(loss)
 
     return replay
+
+
+def several(step: Callable[[], float]) -> Callable[[], None]:
+    """A turn of such steps, each of which ends when its loss is here."""
+
+    def turn() -> None:
+        for _ in range(GPU_STEPS):
+            step()
+
+    return turn
 
 
 def gpu_evaluation(torch: Any, model: Any, images: Any, labels: Any) -> Callable[[], int]:
