@@ -17,16 +17,14 @@
 // blockIdx.z, whose sums `finish` adds up. All that in order: the same bits in every run.
 //
 // FLOAT32: each factor is the sum of two numbers that tensor cores take, a large and a small one, and the product that
-// of three: large large + large small + small large. What is left out is below 2^-22 of it. An infinite factor gives NaN.
+// of three: large large + large small + small large. What is left out is some 2^-22 of it. An infinite factor gives NaN.
 
 enum { FORWARD, INPUT, FILTERS, FLOAT32, TF32, FLOAT16, BFLOAT16 };
 
 constexpr int BK = 16, WARPS = BM / 32 * (BN / 16);  // of a group
 constexpr int THREADS = 32 * WARPS * GROUPS, DEPTH = BK * GROUPS;
-#ifndef RESIDENT
-#define RESIDENT 640
-#endif
-constexpr int MIN_BLOCKS = VX == 4 && RESIDENT > THREADS ? RESIDENT / THREADS : 1;  // on a multiprocessor: fewer registers
+// Blocks that a multiprocessor must have room for, as to 640 threads; with single loads a thread needs more registers.
+constexpr int MIN_BLOCKS = VX == 4 && THREADS < 640 ? 640 / THREADS : 1;
 constexpr int GAP = 2;  // with it, no two lanes of a warp that read a tile of rows by the depth meet in one bank
 constexpr int TAPS = K * K * C, COLUMNS = PASS == INPUT ? C : F;
 constexpr unsigned char NOBODY = 4;

@@ -104,7 +104,7 @@ extern "C" __global__ void __launch_bounds__(LOSS_THREADS) softmax_cross_entropy
         const float *score = scores + row * classes;
         float *gradient = dscores + row * classes, largest = score[0], total = 0;
         for (int f = 1; f < classes; f++) largest = score[f] <= largest ? largest : score[f];
-        for (int f = 0; f < classes; f++) total += expf(score[f] - largest);  // again below: quicker than to read it back
+        for (int f = 0; f < classes; f++) total += expf(score[f] - largest);  // and again below, to read nothing back
         for (int f = 0; f < classes; f++)
             gradient[f] = (expf(score[f] - largest) / total - (f == labels[row] ? 1 : 0)) / batch;
         mine += logf(total) - (score[labels[row]] - largest);
