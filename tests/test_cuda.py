@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from distconv.kernels import cuda
+from distconv.kernels.nccl import Nccl
 from tests import jobs
 
 
@@ -172,7 +173,7 @@ class Graph:
         self.tell("the graph is gone")
 
 
-def joined(tell: Callable[[str], object]) -> tuple[cuda.Cuda, cuda.Nccl]:
+def joined(tell: Callable[[str], object]) -> tuple[cuda.Cuda, Nccl]:
     """A device that has recorded a graph, and the communicator that the graph uses, which tells when it is ended."""
 
     def communicator(size: int, identity: object, rank: int) -> Any:
@@ -212,7 +213,9 @@ def test_a_group_of_messages_is_closed_where_one_of_them_cannot_be_sent() -> Non
     library = SimpleNamespace(
         NCCL_UINT8=1, groupStart=lambda: calls.append("start"), groupEnd=lambda: calls.append("end")
     )
-    nccl = cuda.Nccl(library, SimpleNamespace(send=refuse), 2, 0, SimpleNamespace(ptr=0))
+    nccl = object.__new__(Nccl)
+    nccl.library, nccl.size, nccl.rank, nccl.stream = library, 2, 0, SimpleNamespace(ptr=0)
+    nccl.communicator = SimpleNamespace(send=refuse)
     row = SimpleNamespace(data=SimpleNamespace(ptr=0))
     with pytest.raises(RuntimeError, match="INVALID_ARGUMENT"):
         nccl.scatter(type("Rows", (), {"shape": (2, 8), "__getitem__": lambda self, peer: row})(), [row, row])

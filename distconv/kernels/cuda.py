@@ -9,14 +9,14 @@ from __future__ import annotations
 import functools
 import gc
 import socket
-import warnings
-import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
+
+from distconv.kernels import nccl
 
 Array = Any  # an array on the device
 Defines = tuple[tuple[str, int], ...]
@@ -71,23 +71,11 @@ def versions() -> tuple[str, str]:
 
     driver = cupy.cuda.runtime.driverGetVersion()
     try:
-        nccl = _nccl()
-        number = nccl.get_version() if nccl.available else 0
+        library = nccl.library()
+        number = library.get_version() if library.available else 0
     except ImportError:
         number = 0
-    return f"CUDA {driver // 1000}.{driver // 10 % 100}", _nccl_version(number) if number else "not installed"
-
-
-def _nccl_version(number: int) -> str:
-    return f"{number // 10000}.{number // 100 % 100}.{number % 100}"
-
-
-def _nccl() -> Any:
-    """CuPy's NCCL, without CuPy's warning where its library is missing: those who ask say so themselves."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        from cupy.cuda import nccl
-    return nccl
+    return f"CUDA {driver // 1000}.{driver // 10 % 100}", nccl.written(number) if number else "not installed"
 
 
 @functools.cache
@@ -316,58 +304,18 @@ class Cuda:
 
     def nccl_problem(self) -> str | None:
         """Why NCCL cannot be used here, if it cannot."""
-        return None if _nccl().available else "its library is not installed"
+        return None if nccl.library().available else "its library is not installed"
 
     def nccl_version(self) -> str:
         """Of NCCL's library. Raises an error of many kinds where this rank could not join the others."""
-        from cupy.cuda import nccl
-
         self.stream.use()  # refuses to, where another GPU has become the current one
         self.stream.synchronize()  # raises what has gone wrong on the GPU
-        return _nccl_version(nccl.get_version())
+        return nccl.written(nccl.library().get_version())
 
     def nccl_identity(self) -> Any:
         """What the ranks must share to find each other."""
-        return _nccl().get_unique_id()
+        return nccl.library().get_unique_id()
 
-    def nccl(self, size: int, rank: int, identity: Any) -> Nccl:
+    def nccl(self, size: int, rank: int, identity: Any) -> nccl.Nccl:
         """The ranks' GPUs, joined; collective over them."""
-        nccl = _nccl()
-        joined = Nccl(nccl, nccl.NcclCommunicator(size, identity, rank), size, rank, self.stream)
-        # When nobody has it any more, or Python ends, which lets objects go in any order.
-        weakref.finalize(joined, _leave, joined.communicator, self.recordings)
-        return joined
-
-
-def _leave(communicator: Any, recordings: dict[Any, _Recording]) -> None:
-    """End a communicator. NCCL waits until the graphs that use it are gone, so they go first."""
-    recordings.clear()
-    communicator.destroy()
-
-
-class Nccl:
-    """Carries bytes between GPUs, in the stream's turn; see Transport in comm/on_gpu.py."""
-
-    name = "NCCL"
-    needs_no_host = True
-
-    def __init__(self, library: Any, communicator: Any, size: int, rank: int, stream: Any) -> None:
-        self.library, self.communicator, self.size, self.rank, self.stream = library, communicator, size, rank, stream
-
-    def scatter(self, outgoing: Array, received: Array) -> None:
-        """Row r of outgoing (P, nbytes) goes to rank r."""
-        byte, stream, nbytes = self.library.NCCL_UINT8, self.stream.ptr, outgoing.shape[1]
-        self.library.groupStart()
-        try:
-            for peer in range(self.size):
-                if peer != self.rank:
-                    self.communicator.send(outgoing[peer].data.ptr, nbytes, byte, peer, stream)
-                    self.communicator.recv(received[peer].data.ptr, nbytes, byte, peer, stream)
-        finally:  # what comes after would else wait for the end of the group
-            self.library.groupEnd()
-
-    def gather(self, mine: Array, gathered: Array) -> None:
-        """mine (nbytes,), this rank's row of gathered (P, nbytes), becomes that row on every rank."""
-        self.communicator.allGather(
-            mine.data.ptr, gathered.data.ptr, mine.nbytes, self.library.NCCL_UINT8, self.stream.ptr
-        )
+        return nccl.Nccl(size, rank, identity, self.stream, self.recordings)
