@@ -57,7 +57,13 @@ def step(argv: Sequence[str]) -> int:
     )
     parser.add_argument("--device", choices=DEVICES, default="auto", help="as in distconv.train (default: auto)")
     parser.add_argument("--precision", choices=PRECISIONS, default="float32", help="of a GPU's products")
-    parser.add_argument("--repeats", type=int, default=20, metavar="R", help="steps that count (default: 20)")
+    parser.add_argument(
+        "--repeats",
+        type=int,
+        default=20,
+        metavar="R",
+        help="turns that count, of a step each, on a GPU of four (default: 20)",
+    )
     parser.add_argument("--evaluate", action="store_true", help="time the forward pass of an evaluation too")
     parser.add_argument(
         "--against",

@@ -154,7 +154,7 @@ def _step(
     world.at("compute", run.step)
     began = time.perf_counter()
     probing = last_of_epoch or run.probe.fresh
-    following = None
+    following = None  # an epoch's last step is not begun ahead: it probes
     if ahead and world.size == 1 and not (probing or stop or save) and batch + 2 < run.steps_per_epoch:
         following = shard(order, batch + 1, batch_size, world.size, world.rank)
     loss_sum = run.engine.gradient(run, mine, global_batch, run.step, probing, following)

@@ -2,13 +2,13 @@
 # What only a GPU can show, in some four minutes: that the kernels and whole steps are right, how fast a step is beside
 # PyTorch's, how soon MNIST is learnt, and that compute-sanitizer finds nothing. For a machine with one GPU.
 #
-#   bash tests/on_gpu.sh [FOLDER]     what each stage printed goes to FOLDER (default: on_gpu), a summary to the screen
+#   bash tests/on_gpu.sh [FOLDER]     what each stage printed goes to FOLDER (default: runs/on_gpu), a summary to the screen
 #
 # STAGES="kernels steps" chooses stages. It needs the project installed with its extras test, cuda12 or cuda13, and MPICH
 # or Open MPI; PyTorch for the stages step-*; MNIST where DISTCONV_DATA_DIR says. A stage that takes too long is ended.
 set -u
 cd "$(dirname "$0")/.."
-folder=${1:-on_gpu} failed=0
+folder=${1:-runs/on_gpu} failed=0
 mkdir -p "$folder"
 folder=$(cd "$folder" && pwd)
 export PYTHONUNBUFFERED=1 PYTHONPATH=$PWD
