@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import pickle
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
+from mpi4py import MPI
 from numpy.typing import DTypeLike
 
 from distconv import loop
@@ -119,6 +120,15 @@ def test_a_sum_on_the_gpus_has_the_bits_of_one_on_the_hosts(world: World, gpu: G
         assert found.tobytes() == wanted.tobytes()
         assert headers["samples"].tolist() == [10 * rank for rank in range(world.size)]
         assert headers["bad_at"].tolist() == [-1] * world.size
+
+
+def test_a_rank_that_is_alone_makes_of_its_zeros_what_the_hosts_make(world: World, gpu: Gpu) -> None:
+    vector = contribution(0, 700)
+    vector[[0, 300]], vector[256:512:2], vector[512:] = -0.0, 1e-42, -0.0
+    wanted = vector.copy()
+    Flat(MPI.COMM_SELF, 700, WIRES["float16"]).sum(wanted, np.zeros((), HEADER))
+    found, _, _ = sum_on_device(OneRank(gpu), gpu, vector, header(world))
+    assert found.tobytes() == wanted.tobytes()
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -306,9 +316,8 @@ def test_a_rank_that_begins_steps_ahead_makes_the_same_run(world: World, folder:
         begun |= set(ahead.engine.begun)
     assert found == expected
     assert ahead.parameters.vector.tobytes() == at_step[plain.step]
-    assert begun == (
-        {2, 3, 6, 7, 8} if world.size == 1 else set()
-    )  # not the first, which tries the wire, nor an epoch's last
+    # Not the first step, which tries the wire, nor an epoch's last.
+    assert begun == ({2, 3, 6, 7, 8} if world.size == 1 else set())
 
     asked = fresh()
     record = next(r for r in loop.train(asked, never, lambda: asked.step == 2, ahead=True) if r.agreed)
@@ -392,10 +401,38 @@ def test_a_network_of_a_users_own_may_branch_and_join(world: World, folder: Path
     np.testing.assert_allclose(gradient, parameters.gradient, rtol=1e-4, atol=1e-5)
 
 
-def test_what_the_gpu_tells_of_the_first_step_is_exact(world: World, folder: Path) -> None:
+@dataclasses.dataclass(frozen=True)
+class Twice:
+    """A user's layer that looks at a gradient before the backward pass is over, and changes it."""
+
+    inner: Layer
+
+    def shapes(self, input_shape: Shape) -> tuple[Shape, Specs]:
+        return self.inner.shapes(input_shape)
+
+    def forward(self, x: Array, params: Views, context: Context) -> tuple[Array, Backward]:
+        y, backward_of_inner = self.inner.forward(x, params, context)
+
+        def backward(dy: Array, grads: Views, wants_dx: bool) -> Array | None:
+            dx = backward_of_inner(dy, grads, wants_dx)
+            grads["W"][...] *= 2
+            return dx
+
+        return y, backward
+
+
+def network_of_a_user(classes: int) -> Layer:
+    return Chain(Conv(5, pad=1, relu=True), Twice(Conv(4, pad=1, relu=True)), Affine(classes))
+
+
+@pytest.mark.parametrize("model", [network, network_of_a_user])
+def test_what_the_gpu_tells_of_the_first_step_is_exact(
+    world: World, folder: Path, model: Callable[[int], Layer]
+) -> None:
     """The gradient of all ranks, before any update, is that of one CPU in float64."""
-    exact = on_cpu(unplaced_run(dataclasses.replace(SETTINGS, wire="float64"), dataset(), world))
-    run = on_gpu(unplaced_run(dataclasses.replace(SETTINGS, wire="float32"), dataset(), world), Emulator(folder), False)
+    settings = dataclasses.replace(SETTINGS, model=f"{__name__}:{model.__name__}")
+    exact = on_cpu(unplaced_run(dataclasses.replace(settings, wire="float64"), dataset(), world))
+    run = on_gpu(unplaced_run(dataclasses.replace(settings, wire="float32"), dataset(), world), Emulator(folder), False)
     totals = []
     for one in (exact, run):
         samples = np.arange(8)[split(8, world.size, world.rank)]
