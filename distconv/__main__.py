@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from distconv import __version__
-from distconv.comm.launched import launcher_rank
 from distconv.comm.start import run_command
 from distconv.config import Parser
+from distconv.process.launched import launcher_rank
 
 COMMANDS = {  # each a module of this package, with a main of its own
     "train": "train a network across MPI ranks",

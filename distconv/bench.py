@@ -15,7 +15,7 @@ from distconv.comm.start import run_command, start
 from distconv.comm.world import BLAS_THREADS, blas_threads
 from distconv.config import DEVICES, MODELS, PRECISIONS, WIRES, Config, Parser
 from distconv.errors import CannotCreateError, UsageError
-from distconv.launcher import end_on_sigterm, job_starter, refuse_to_nest
+from distconv.supervise.launcher import end_on_sigterm, job_starter, refuse_to_nest
 
 
 def main(argv: Sequence[str]) -> int:
@@ -81,7 +81,7 @@ def step(argv: Sequence[str]) -> int:
     with start() as world, contextlib.ExitStack() as rivals:
         from distconv.benchmarks import step as benchmark
         from distconv.comm.placement import place
-        from distconv.runlog import RunLog
+        from distconv.run.log import RunLog
 
         world.agree("the command line", repr(argv), "start all ranks alike")
         device = "cpu" if place(world, flags.device, flags.precision).ordinal is None else "cuda"
@@ -125,7 +125,7 @@ def step(argv: Sequence[str]) -> int:
                 log.say(f"\n{text}" + ", PyTorch's among them" * (rival is not None and device == "cpu"))
         with world.together():
             if flags.png and world.rank == 0:
-                from distconv.plots import draw_step
+                from distconv.run.plots import draw_step
 
                 parts = [(size, part) for size, (part, _) in zip(sizes, results, strict=True)]
                 draw(flags.png, lambda: draw_step(parts, title, flags.png))
@@ -172,7 +172,7 @@ def exchange(argv: Sequence[str]) -> int:
 
     with start() as world:
         from distconv.benchmarks import exchange as benchmark
-        from distconv.runlog import RunLog
+        from distconv.run.log import RunLog
 
         world.agree("the command line", repr(argv), "start all ranks alike")
         log, columns = RunLog(world.rank == 0), ""
@@ -254,7 +254,7 @@ def scaling(argv: Sequence[str]) -> int:
     check_png(flags.png)
     one_blas_thread()
     from distconv.benchmarks.scaling import climb, table
-    from distconv.runlog import RunLog
+    from distconv.run.log import RunLog
 
     arguments = ["-m", "distconv.bench", "scaling", *argv, "--worker"]
     rungs = climb(starter, numbers, batch_size, flags.wire, arguments, RunLog(True).say_aside)
@@ -264,7 +264,7 @@ def scaling(argv: Sequence[str]) -> int:
     title = f"{flags.model} on {flags.data}, {flags.wire} on the wire: {what}"
     print("\n".join(json.dumps(asdict(rung)) for rung in rungs) if flags.json else f"{title}\n{table(rungs)}")
     if flags.png:
-        from distconv.plots import draw_scaling
+        from distconv.run.plots import draw_scaling
 
         draw(flags.png, lambda: draw_scaling([asdict(rung) for rung in rungs], title, flags.png))
     return int(len(rungs) < len(numbers))

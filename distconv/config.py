@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from distconv.comm.launched import launcher_rank
 from distconv.errors import MissingInputError, UsageError
 from distconv.factory import is_factory
+from distconv.process.launched import launcher_rank
 
 if sys.version_info >= (3, 11):
     import tomllib

@@ -14,12 +14,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from distconv.comm.launched import Launched, launched
-from distconv.comm.roll_call import ranks_here, stopped
 from distconv.comm.start import run_command, start
-from distconv.comm.voice import speak
 from distconv.comm.world import World, end_job
 from distconv.config import Parser
+from distconv.process.launched import Launched, launched
+from distconv.process.roll_call import ranks_here, stopped
+from distconv.process.voice import speak
 
 if TYPE_CHECKING:
     from distconv.checkup.checks import Finding
@@ -53,7 +53,7 @@ def main(argv: Sequence[str]) -> int:
     with attendance(told) as absent:
         world = start(limit=SECONDS_TO_START, absent=absent)
     with world:
-        from distconv.runlog import RunLog
+        from distconv.run.log import RunLog
 
         say = RunLog(world.rank == 0).say
         findings = examine(world, deadline, say, flags.json)

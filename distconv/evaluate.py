@@ -26,9 +26,9 @@ def main(argv: Sequence[str]) -> int:
     arguments = parser.parse_args(argv)
 
     with start() as world:
-        from distconv import inputs
-        from distconv.loop import count_correct
-        from distconv.runlog import RunLog
+        from distconv.run import inputs
+        from distconv.run.log import RunLog
+        from distconv.run.loop import count_correct
 
         world.watch.set_limits(0.0)
         log = RunLog(world.rank == 0)

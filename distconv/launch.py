@@ -8,12 +8,12 @@ from pathlib import Path
 
 from distconv import config
 from distconv.comm.start import run_command
-from distconv.comm.voice import write
 from distconv.config import Parser
 from distconv.errors import CannotCreateError, UsageError
-from distconv.folder import new_folder
-from distconv.launcher import job_command, job_starter, refuse_to_nest
-from distconv.supervisor import Supervisor
+from distconv.process.voice import write
+from distconv.run.folder import new_folder
+from distconv.supervise.launcher import job_command, job_starter, refuse_to_nest
+from distconv.supervise.supervisor import Supervisor
 
 
 def main(argv: Sequence[str]) -> int:

@@ -29,10 +29,10 @@ def main(argv: Sequence[str]) -> int:
     with start() as world:
         import numpy as np
 
-        from distconv import inputs
-        from distconv.loop import predict
-        from distconv.plots import draw_mistakes
-        from distconv.runlog import RunLog
+        from distconv.run import inputs
+        from distconv.run.log import RunLog
+        from distconv.run.loop import predict
+        from distconv.run.plots import draw_mistakes
 
         world.watch.set_limits(0.0)
         log = RunLog(world.rank == 0)

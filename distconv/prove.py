@@ -17,12 +17,12 @@ from distconv.benchmarks import rank_list
 from distconv.comm.start import run_command, start
 from distconv.config import DEVICES, MODELS, Config, Parser
 from distconv.errors import UsageError
-from distconv.launcher import end_on_sigterm, job_starter, refuse_to_nest, rows, run_job
+from distconv.supervise.launcher import end_on_sigterm, job_starter, refuse_to_nest, rows, run_job
 
 if TYPE_CHECKING:
     from distconv.comm.world import World
-    from distconv.kernels.cpu import Array
-    from distconv.run import Run
+    from distconv.kernels.interface import Array
+    from distconv.run.run import Run
 
 # The largest |gradient of P ranks - gradient of one rank| / |gradient of one rank| that a tensor may show. float16 and
 # bfloat16: two roundings of 2^-11 and 2^-8, with room for tensors of few numbers. The others: roundings of the sums.
@@ -74,7 +74,7 @@ def main(argv: Sequence[str]) -> int:
     refuse_to_nest("prove")
     starter = job_starter(flags.mpirun)
     end_on_sigterm()
-    from distconv.runlog import RunLog
+    from distconv.run.log import RunLog
 
     table, note = Table(flags.json), RunLog(True).say_aside
     with tempfile.TemporaryDirectory() as folder:
@@ -93,9 +93,9 @@ def work(settings: list[Config], folder: Path, writes: bool, world: World) -> No
     """One job: write the gradients of one rank, or print a row for each wire that tells how far these ranks' are."""
     import numpy as np
 
-    from distconv.inputs import load_dataset
-    from distconv.loop import EpochRecord, train
-    from distconv.wiring import build_run
+    from distconv.run.build import build_run
+    from distconv.run.inputs import load_dataset
+    from distconv.run.loop import EpochRecord, train
 
     dataset, _ = load_dataset(settings[0].data, world, lambda line: None)
     dataset = dataset.limited(BATCHES * settings[0].batch_size)

@@ -11,18 +11,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distconv import __version__, config, errors
-from distconv.comm.launched import launcher_rank
 from distconv.comm.start import run_command, start
 from distconv.comm.world import World, blas_threads
 from distconv.config import Config
-from distconv.folder import LOCK, check_folder, held_folder, lock_file, make_ready
-from distconv.stopping import StopRequest
+from distconv.process.launched import launcher_rank
+from distconv.run.folder import LOCK, check_folder, held_folder, lock_file, make_ready
+from distconv.run.stopping import StopRequest
 
 if TYPE_CHECKING:
-    from distconv.checkpoint import Checkpoint
-    from distconv.loop import Record
-    from distconv.run import Run
-    from distconv.runlog import RunLog
+    from distconv.run.checkpoint import Checkpoint
+    from distconv.run.log import RunLog
+    from distconv.run.loop import Record
+    from distconv.run.run import Run
 
 COST = 100  # times as much training as saving
 
@@ -43,10 +43,10 @@ def main(argv: Sequence[str]) -> int:
 def train(settings: Config, world: World, stop: StopRequest) -> int:
     """The whole run on this rank; returns the exit code."""
     from distconv.comm.placement import place
-    from distconv.inputs import load_dataset
     from distconv.kernels.compiled import CACHE
-    from distconv.runlog import RunLog
-    from distconv.wiring import build_run
+    from distconv.run.build import build_run
+    from distconv.run.inputs import load_dataset
+    from distconv.run.log import RunLog
 
     world.watch.set_limits(settings.hang_seconds)
     world.agree("the command line or the version", f"{__version__} {settings.toml()}", "start all ranks alike")
@@ -70,7 +70,7 @@ def train(settings: Config, world: World, stop: StopRequest) -> int:
 
 def train_in(out: Path, run: Run, data_name: str, log: RunLog, stop: StopRequest) -> int:
     """The training itself, in the folder that is this job's alone; returns the exit code."""
-    from distconv.loop import train as records
+    from distconv.run.loop import train as records
 
     checkpoint = resume(run, out, log)
     with run.world.together():
@@ -94,7 +94,7 @@ def train_in(out: Path, run: Run, data_name: str, log: RunLog, stop: StopRequest
 
 def follow(records: Iterator[Record], run: Run, saver: Saver, out: Path, log: RunLog) -> int:
     """Go through a run's records: write them down, tell people, save; returns the exit code."""
-    from distconv.loop import EpochRecord, StepRecord, StopRecord
+    from distconv.run.loop import EpochRecord, StepRecord, StopRecord
 
     settings = run.config
     for record in records:
@@ -136,7 +136,7 @@ def check_settings(settings: Config, world: World) -> None:
 
 def resume(run: Run, out: Path, log: RunLog) -> Checkpoint | None:
     """Bring all ranks to the checkpoint that --resume asks for, read by rank 0. Returns it, on rank 0."""
-    from distconv import checkpoint as files
+    from distconv.run import checkpoint as files
 
     found, position = None, None
     with run.world.together():
@@ -207,9 +207,9 @@ def introduce(run: Run, out: Path, data_name: str, checkpoint: Checkpoint | None
 
 def finish(run: Run, out: Path, log: RunLog) -> int:
     """Final accuracy on the whole test set, curves and DONE; exit code 1 where the target is missed."""
-    from distconv import replicas
-    from distconv.loop import count_correct
-    from distconv.runlog import describe_steps, read_metrics, write_text
+    from distconv.run import agreement as replicas
+    from distconv.run.log import describe_steps, read_metrics, write_text
+    from distconv.run.loop import count_correct
 
     total = len(run.dataset.test_labels)
     run.world.at("evaluate", run.step)
@@ -248,7 +248,7 @@ def draw(metrics: Sequence[Mapping[str, Any]], run: Run, out: Path, log: RunLog)
     """The curves; a picture that cannot be drawn is told, and does not fail the run. Raises StorageError."""
     title = f"{run.config.model} on {run.world.size} rank{'s' * (run.world.size > 1)}"
     try:
-        from distconv.plots import draw_curves
+        from distconv.run.plots import draw_curves
 
         draw_curves(metrics, title, out / "curves.png")
     except OSError as error:
@@ -278,7 +278,7 @@ class Saver:
 
     def save(self) -> bool:
         """Write the state that the ranks have just agreed on, and return True; or False, after a bad step."""
-        from distconv.checkpoint import save_checkpoint
+        from distconv.run.checkpoint import save_checkpoint
 
         run, began = self.run, time.monotonic()
         if run.skipped or run.diverging:
@@ -305,7 +305,7 @@ class Saver:
 
     def set_aside(self, step: int) -> None:
         """Have no run go on from the states after this step and later ones."""
-        from distconv.checkpoint import set_aside
+        from distconv.run.checkpoint import set_aside
 
         if self.run.world.rank == 0:
             for path in set_aside(self.folder, step):

@@ -17,8 +17,8 @@ from pathlib import Path
 
 import psutil
 
-from distconv.runlog import read_metrics
-from distconv.supervisor import last_record
+from distconv.run.log import read_metrics
+from distconv.supervise.supervisor import last_record
 from tests import jobs
 from tests.test_train import metrics, parameters
 

@@ -30,12 +30,12 @@ from distconv.benchmarks.step import (
 )
 from distconv.comm.start import start
 from distconv.config import Config
-from distconv.engine import GpuEngine
 from distconv.errors import UsageError
 from distconv.nn.layers import Affine, Chain, Context, Conv, Dropout, MaxPool
 from distconv.nn.parameters import Parameters
-from distconv.run import Run
-from distconv.wiring import on_gpu, unplaced_run
+from distconv.run.build import on_gpu, unplaced_run
+from distconv.run.replica import GpuEngine
+from distconv.run.run import Run
 from tests import emulator, jobs
 
 KEYS = {"engine", "device", "ranks", "threads", "batch_size", "wire", "phase", "median_seconds", "images_per_second"}

@@ -16,13 +16,13 @@ import numpy as np
 import pytest
 from safetensors.numpy import save
 
-from distconv import checkpoint as files
-from distconv.checkpoint import Checkpoint, check_same_run, find_checkpoints, load_checkpoint, newest_good
 from distconv.config import Config
 from distconv.errors import BadDataError, MismatchError, MissingInputError, StorageError
 from distconv.nn.optimizers import Adam
 from distconv.nn.parameters import Parameters, Spec
-from distconv.tensorfile import TensorFile
+from distconv.run import checkpoint as files
+from distconv.run.checkpoint import Checkpoint, check_same_run, find_checkpoints, load_checkpoint, newest_good
+from distconv.run.tensorfile import TensorFile
 from tests.files import peak_memory, python
 
 SPECS = {"conv1": {"W": Spec((3, 3, 1, 2)), "b": Spec((2,))}, "affine1": {"W": Spec((4, 5)), "b": Spec((5,))}}

@@ -10,8 +10,8 @@ import matplotlib.image
 import numpy as np
 import pytest
 
-from distconv.checkpoint import find_checkpoints
-from distconv.runlog import read_metrics
+from distconv.run.checkpoint import find_checkpoints
+from distconv.run.log import read_metrics
 from tests import jobs
 
 QUICK = ("--data", "digits", "--limit-train", "300", "--batch-size", "30", "--epochs", "3")

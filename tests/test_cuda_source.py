@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from distconv.kernels.gpu import CAPABILITY, PASSES, PRECISIONS, THREADS, Convolution, source
+from distconv.kernels.gpu.arithmetic import CAPABILITY, PASSES, PRECISIONS, THREADS, Convolution, source
 from tests.emulator import signatures
 
 GPUS = (CAPABILITY, 90)

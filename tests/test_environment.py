@@ -63,7 +63,7 @@ def test_a_reader_that_leaves_is_no_news(command: str) -> None:
 SPEAKING = """
 import os, sys
 from distconv.comm.start import run_command
-from distconv.comm.voice import write
+from distconv.process.voice import write
 def command(argv):
     with open(argv[0], "w") as file:
         file.write("mine")

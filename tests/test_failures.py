@@ -12,14 +12,14 @@ from pathlib import Path
 
 import pytest
 
-from distconv.checkpoint import find_checkpoints, load_checkpoint
+from distconv.run.checkpoint import find_checkpoints, load_checkpoint
 from tests import jobs
 
 QUICK = ("--data", "digits", "--limit-train", "150", "--batch-size", "32", "--eval-samples", "40", "--epochs", "2")
 
 FAILING = """
 import os, sys
-from distconv.comm.launched import launcher_rank
+from distconv.process.launched import launcher_rank
 from distconv.nn.networks import deepconvnet
 
 class Failing:

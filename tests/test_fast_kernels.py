@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from distconv.kernels import cpu
-from distconv.kernels.vector import LANES
+from distconv.kernels.cpu import arithmetic as cpu
+from distconv.kernels.cpu.vector import LANES
 
 TOLERANCE = 1e-4  # of each tensor's norm
 
@@ -136,7 +136,7 @@ FOR = """
 import sys, numba, pytest
 numba.njit(lambda: None)()  # from here on Numba compiles for this machine, as it must: the code will run here
 numba.config.CPU_FEATURES = {features!r}
-from distconv.kernels import products, vector
+from distconv.kernels.cpu import products, vector
 assert (vector.LANES, products.ROWS) == {layout}
 sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", {here!r}, "-k", "convolution and True-5 or pooling"]))
 """
@@ -152,7 +152,7 @@ def test_the_layout_for_another_kind_of_processor_is_right_too(tmp_path: Path) -
 
 
 def test_the_layout_is_that_of_the_processor_that_numba_compiles_for() -> None:
-    code = "from distconv.kernels.vector import LANES; print(LANES)"
+    code = "from distconv.kernels.cpu.vector import LANES; print(LANES)"
     for features, lanes in (("+avx512f,+avx2", "16"), ("-avx512f,+avx2", "8"), ("", "8")):
         environment = {**os.environ, "NUMBA_CPU_FEATURES": features, "NUMBA_CPU_NAME": "generic"}
         result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)

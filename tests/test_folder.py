@@ -16,11 +16,11 @@ from typing import Any
 
 import pytest
 
-from distconv import folder
-from distconv.checkpoint import find_checkpoints, load_checkpoint
 from distconv.config import Config
 from distconv.errors import CannotCreateError, MismatchError, MissingInputError
-from distconv.runlog import read_metrics
+from distconv.run import folder
+from distconv.run.checkpoint import find_checkpoints, load_checkpoint
+from distconv.run.log import read_metrics
 from tests import jobs
 from tests.test_failures import QUICK, assert_one_sentence
 from tests.test_start import one_line

@@ -17,13 +17,13 @@ import numpy as np
 import pytest
 from safetensors.numpy import save
 
-from distconv import checkpoint as files
-from distconv.checkpoint import check_same_run, load_checkpoint
 from distconv.errors import BadDataError, DistconvError, MismatchError
 from distconv.nn.networks import build_network
 from distconv.nn.optimizers import Adam
 from distconv.nn.parameters import Parameters, digest
-from distconv.run import Run
+from distconv.run import checkpoint as files
+from distconv.run.checkpoint import check_same_run, load_checkpoint
+from distconv.run.run import Run
 from tests.files import peak_memory
 from tests.test_checkpoint import CONFIG, DATA, SPECS, content, position, refused
 

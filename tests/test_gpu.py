@@ -10,16 +10,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from distconv import loop
 from distconv.comm.on_gpu import OnGpu, choose_on_gpu
 from distconv.comm.start import start
 from distconv.comm.world import World
 from distconv.config import Config
 from distconv.data.dataset import Dataset
-from distconv.kernels import cuda
-from distconv.kernels.gpu import PRECISIONS
-from distconv.run import Run
-from distconv.wiring import on_cpu, on_gpu, unplaced_run
+from distconv.kernels.gpu import device as cuda
+from distconv.kernels.gpu.arithmetic import PRECISIONS
+from distconv.run import loop
+from distconv.run.build import on_cpu, on_gpu, unplaced_run
+from distconv.run.run import Run
 from tests import jobs
 
 try:

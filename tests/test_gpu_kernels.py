@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from numpy.typing import DTypeLike, NDArray
 
-from distconv.comm.half import WIRES
-from distconv.kernels import cpu
-from distconv.kernels.cuda import Cuda, visible
-from distconv.kernels.gpu import BLOCK, FINITE, Gpu
+from distconv.comm.wire import WIRES
+from distconv.kernels.cpu import arithmetic as cpu
+from distconv.kernels.gpu.arithmetic import BLOCK, FINITE, Gpu
+from distconv.kernels.gpu.device import Cuda, visible
 from distconv.nn.optimizers import OPTIMIZERS, Optimizer
 from tests import emulator
 from tests.test_emulator import to_bfloat16, to_float16, to_tf32

@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from distconv.runlog import read_metrics
+from distconv.run.log import read_metrics
 from tests import jobs
 from tests.test_box import BOX, needs_a_box
 
@@ -89,7 +89,7 @@ def test_a_job_that_is_stopped_as_a_whole_goes_on(tmp_path: Path) -> None:
 
 BLOCKING = """
 import ctypes, os, time
-from distconv.comm.launched import launcher_rank
+from distconv.process.launched import launcher_rank
 from distconv.nn.networks import deepconvnet
 
 class Blocking:

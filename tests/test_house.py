@@ -20,13 +20,13 @@ FLOORS = (
     # Commands, which nobody imports.
     ("train", "launch", "evaluate", "misclassified", "prove", "bench", "doctor", "__main__"),
     ("benchmarks", "checkup"),
-    ("inputs", "wiring", "folder", "supervisor"),
-    ("loop", "checkpoint", "runlog", "plots", "pickled", "launcher", "stopping", "same_code"),
-    ("engine", "replicas"),
+    ("supervise",),
     ("run",),
-    ("config", "unpickler"),
+    ("config",),
     ("nn", "data", "comm"),
-    ("kernels", "factory", "tensorfile"),
+    ("monitor",),
+    ("process",),
+    ("kernels", "factory"),
     ("errors",),
 )
 COMMANDS = FLOORS[0]
@@ -97,15 +97,15 @@ def test_imports_point_down_and_heavy_libraries_have_their_places(path: Path) ->
 @pytest.mark.parametrize(
     ("name", "source"),
     [
-        ("kernels/cpu.py", "from distconv.errors import BadDataError"),
+        ("kernels/cpu/arithmetic.py", "from distconv.errors import BadDataError"),
         ("nn/layers.py", "def f():\n    from distconv import config"),
         ("nn/layers.py", "from distconv.data.dataset import Dataset"),
-        ("config.py", "import distconv.loop"),
-        ("loop.py", "from distconv.train import main"),
+        ("config.py", "import distconv.run.loop"),
+        ("run/loop.py", "from distconv.train import main"),
         ("prove.py", "try:\n    from distconv import bench\nexcept ImportError: pass"),
         ("errors.py", "if TYPE_CHECKING:\n    from distconv.config import Config"),
         ("comm/exchange.py", "from mpi4py import MPI"),
-        ("loop.py", "class A:\n    def f(self):\n        import mpi4py.MPI"),
+        ("run/loop.py", "class A:\n    def f(self):\n        import mpi4py.MPI"),
         ("comm/exchange.py", "import cupy as cp"),
         ("nn/layers.py", "from numba import njit"),
     ],
@@ -119,7 +119,7 @@ def test_the_rules_see_what_breaks_them(name: str, source: str) -> None:
     [
         ("comm/exchange.py", "if TYPE_CHECKING:\n    from mpi4py import MPI"),
         ("comm/world.py", "def f():\n    from mpi4py import MPI\n    import cupy"),
-        ("kernels/cuda.py", "import cupy\nfrom distconv.kernels import cpu"),
+        ("kernels/gpu/device.py", "import cupy\nfrom distconv.kernels import cpu"),
         ("train.py", "from distconv import __version__, errors"),
     ],
 )

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from distconv.kernels import cpu
+from distconv.kernels.cpu import arithmetic as cpu
 from tests import reference
 
 steady = settings(derandomize=True, deadline=None, max_examples=100)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from distconv.comm.launched import LAUNCHERS, Launched, in_a_job, launched, launcher_rank
+from distconv.process.launched import LAUNCHERS, Launched, in_a_job, launched, launcher_rank
 
 HYDRA = {"PMI_RANK": "1", "PMI_SIZE": "4", "MPI_LOCALRANKID": "1", "MPI_LOCALNRANKS": "2"}
 PRRTE = {

@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from distconv.checkpoint import find_checkpoints
+from distconv.run.checkpoint import find_checkpoints
 from tests import jobs
 
 SIZE = 20_000_000  # numbers
 WIDE = """
 import atexit, os
 from pathlib import Path
-from distconv.comm.launched import launcher_rank
+from distconv.process.launched import launcher_rank
 from distconv.nn.layers import Affine, Chain
 from distconv.nn.parameters import Spec
 

@@ -6,14 +6,15 @@ import json
 import sys
 from pathlib import Path
 
-from distconv.runlog import read_metrics
+from distconv.run.log import read_metrics
 from tests.jobs import MPIRUN
 from tests.test_box import needs_a_box, run_box
 
 EXCHANGES = """
 import sys
 import numpy as np
-from distconv.comm.exchange import HEADER, choose
+from distconv.comm.choose import choose
+from distconv.comm.exchange import HEADER
 from distconv.comm.start import start
 
 wire, kind = sys.argv[1:]

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 from distconv.data import mnist
-from distconv.engine import local_gradient
 from distconv.errors import UsageError
 from distconv.nn.layers import EVALUATION, Context
 from distconv.nn.networks import NETWORKS, build_network
 from distconv.nn.parameters import Parameters
+from distconv.run.replica import local_gradient
 from tests import reference
 
 MNIST = (28, 28, 1)

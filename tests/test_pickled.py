@@ -24,7 +24,7 @@ from distconv.errors import BadDataError, MismatchError, MissingInputError
 from distconv.nn.layers import EVALUATION
 from distconv.nn.networks import build_network
 from distconv.nn.parameters import Parameters
-from distconv.pickled import from_source, read_pickle
+from distconv.run.pickled import from_source, read_pickle
 from tests.files import peak_memory, python
 
 Arrays = dict[str, Any]
@@ -234,7 +234,7 @@ def test_a_large_pickle_takes_no_more_than_its_size_and_an_arrays_check(tmp_path
 READ_ALL = """
 import pathlib, resource, sys
 from distconv.errors import DistconvError
-from distconv.pickled import read_pickle
+from distconv.run.pickled import read_pickle
 resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))
 for path in sorted(pathlib.Path(sys.argv[1]).iterdir()):
     try:

@@ -7,8 +7,8 @@ import time
 import numpy as np
 import pytest
 
-from distconv.comm.half import WIRES
 from distconv.comm.probe import SAMPLE, WireProbe
+from distconv.comm.wire import WIRES
 from distconv.kernels.half import BLOCK
 from tests.files import peak_memory
 

@@ -15,7 +15,7 @@ from tests import jobs
 
 RANK_DEPENDENT = """
 import dataclasses
-from distconv.comm.launched import launcher_rank
+from distconv.process.launched import launcher_rank
 from distconv.nn.layers import Affine, Chain, Dropout
 
 class RankDropout(Dropout):

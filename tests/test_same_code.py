@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from distconv import same_code
 from distconv.errors import MismatchError
+from distconv.run import same_code
 from tests import jobs
 from tests.test_failures import QUICK, assert_one_sentence
 

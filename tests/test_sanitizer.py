@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from distconv.kernels import cuda
+from distconv.kernels.gpu import device as cuda
 from tests import jobs
 
 

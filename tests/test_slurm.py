@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from distconv.supervisor import last_record
+from distconv.supervise.supervisor import last_record
 from tests import jobs
 from tests.slurm import Slurm, edit, events, slurm, why_there_can_be_no_slurm
 

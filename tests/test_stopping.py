@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from distconv.checkpoint import find_checkpoints
+from distconv.run.checkpoint import find_checkpoints
 from tests import jobs
 
 LONG = (
@@ -104,7 +104,7 @@ def test_a_signal_that_is_repeated_until_the_end_changes_nothing(tmp_path: Path,
 
 PERSON = """
 import os, signal, sys, time
-from distconv.stopping import StopRequest
+from distconv.run.stopping import StopRequest
 stop = StopRequest()
 stop.can_save = True
 for number in map(int, sys.argv[1:]):
@@ -130,6 +130,6 @@ def test_only_a_second_ctrl_c_acts_at_once(signals: list[signal.Signals], ends_b
 
 
 def test_the_same_request_much_later_acts() -> None:
-    later = PERSON.replace("stop.can_save", "import distconv.stopping as s; s.ONE_REQUEST = 0.0; stop.can_save")
+    later = PERSON.replace("stop.can_save", "import distconv.run.stopping as s; s.ONE_REQUEST = 0.0; stop.can_save")
     result = jobs.run(0, "-c", later, str(int(signal.SIGTERM)), str(int(signal.SIGTERM)), seconds=20)
     assert result.returncode == -signal.SIGTERM

@@ -9,8 +9,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from distconv.runlog import read_metrics
-from distconv.supervisor import last_record
+from distconv.run.log import read_metrics
+from distconv.supervise.supervisor import last_record
 from tests import jobs
 from tests.test_failures import FAILING, QUICK
 from tests.test_supervisor import REQUESTS

@@ -13,8 +13,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from distconv import supervisor
-from distconv.supervisor import last_record, useful_seconds
+from distconv.supervise import supervisor
+from distconv.supervise.supervisor import last_record, useful_seconds
 from tests import jobs
 
 # Stands for mpirun and its job. Each start does what the next part of PLAY says; the last one is repeated.
@@ -245,7 +245,7 @@ def test_a_second_ctrl_c_ends_the_job_at_once_and_leaves_nothing(out: Path) -> N
 TWO_WAYS = """
 import pathlib, signal, sys
 from types import SimpleNamespace
-from distconv import supervisor
+from distconv.supervise import supervisor
 supervisor.time.monotonic = iter([0.0, 10.0, 10.2, 11.0]).__next__
 came = []
 signal.sigtimedwait = lambda *events: came.append(events) or SimpleNamespace(si_signo=signal.SIGINT)
@@ -269,7 +269,7 @@ def test_what_a_dead_job_has_left_is_gone_before_the_next_one_starts(out: Path) 
 
 STUCK = """
 import pathlib, sys
-from distconv import supervisor
+from distconv.supervise import supervisor
 supervisor.LOOK, supervisor.SECONDS_AFTER_A_REPORT = 0.1, 0.3
 print(supervisor.Supervisor(None, pathlib.Path(sys.argv[1]), 0).start([sys.executable, "-c", sys.argv[2]]))
 """

@@ -10,8 +10,8 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from distconv import tensorfile
-from distconv.tensorfile import TensorFile, write_tensors
+from distconv.run import tensorfile
+from distconv.run.tensorfile import TensorFile, write_tensors
 
 TENSORS = {
     "value/conv1.W": np.random.default_rng(0).standard_normal((3, 5, 7)).astype(np.float32),

@@ -12,8 +12,8 @@ from typing import Any
 import matplotlib.image
 import pytest
 
-from distconv.checkpoint import find_checkpoints, load_checkpoint
-from distconv.runlog import read_metrics
+from distconv.run.checkpoint import find_checkpoints, load_checkpoint
+from distconv.run.log import read_metrics
 from tests import jobs
 
 QUICK = ("--data", "digits", "--limit-train", "150", "--batch-size", "32", "--eval-samples", "40")  # 5 steps an epoch
@@ -238,9 +238,9 @@ def test_a_picture_that_cannot_be_drawn_does_not_fail_the_run(tmp_path: Path, od
 FLIPPING = """
 import gc, os
 import numpy as np
-from distconv.comm.launched import launcher_rank
+from distconv.process.launched import launcher_rank
 from distconv.nn.networks import deepconvnet
-from distconv.run import Run
+from distconv.run.run import Run
 
 class Flipping:
     def __init__(self, inner): self.inner = inner

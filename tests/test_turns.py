@@ -7,12 +7,12 @@ import sys
 
 import pytest
 
-from distconv.comm.turns import TURN
+from distconv.process.turns import TURN
 
 ASK = """
 import ctypes, os, threading
 os.nice({nice})
-from distconv.comm.turns import GET, Attributes, take_long_turns
+from distconv.process.turns import GET, Attributes, take_long_turns
 def show():
     found = Attributes()
     ctypes.CDLL(None).syscall(GET, 0, ctypes.byref(found), ctypes.sizeof(found), 0)

@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from distconv.engine import local_gradient
 from distconv.errors import UsageError
 from distconv.nn.checked import checked
 from distconv.nn.layers import Context
 from distconv.nn.networks import build_network
 from distconv.nn.parameters import Parameters
+from distconv.run.replica import local_gradient
 from tests import jobs
 from tests.test_failures import QUICK, assert_one_sentence
 
@@ -296,7 +296,7 @@ def test_what_a_users_code_leaves_behind_does_not_keep_a_finished_run(tmp_path: 
     code = f"""
 import multiprocessing, os, threading, time
 from distconv.comm import leave
-from distconv.comm.launched import launcher_rank
+from distconv.process.launched import launcher_rank
 from distconv.data.digits import load
 leave.LEAST = 4.0  # seconds; a minute, else
 

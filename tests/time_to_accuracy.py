@@ -12,8 +12,8 @@ import time
 from distconv.comm.start import start
 from distconv.config import Config
 from distconv.data import load
-from distconv.loop import EpochRecord, train
-from distconv.wiring import build_run
+from distconv.run.build import build_run
+from distconv.run.loop import EpochRecord, train
 
 SEEDS, TARGET = range(10), 0.99
 

@@ -13,11 +13,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from distconv.comm.exchange import HEADER, choose
-from distconv.comm.half import WIRES
+from distconv.comm.choose import choose
+from distconv.comm.exchange import HEADER
+from distconv.comm.wire import WIRES
 from distconv.comm.world import World
 from distconv.errors import UsageError
-from distconv.kernels.cpu import Array
+from distconv.kernels.interface import Array
 
 MODEL = 123_552  # parameters of deepconvnet with images of 28 x 28 pixels and 10 classes
 SIZES = tuple(4**power for power in range(5, 14))  # elements: 1 Ki to 64 Mi

@@ -16,11 +16,11 @@ import numpy as np
 from distconv.benchmarks.step import GPU_STEPS, Bench, Engine, Parts, Row, random_dataset, step_flops
 from distconv.comm.world import World
 from distconv.config import Config
-from distconv.engine import GpuEngine
-from distconv.loop import count_correct, train
 from distconv.nn.layers import Chain, Context
-from distconv.run import Run
-from distconv.wiring import build_run
+from distconv.run.build import build_run
+from distconv.run.loop import count_correct, train
+from distconv.run.replica import GpuEngine
+from distconv.run.run import Run
 
 AT_ONCE, TURNS = 20, 5  # starts of a layer in a graph, and replays that are timed
 

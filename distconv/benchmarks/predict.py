@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from distconv.comm.exchange import HEADER
-from distconv.comm.half import WIRES
+from distconv.comm.wire import WIRES
 from distconv.errors import BadDataError, MissingInputError
 from distconv.kernels.half import BLOCK
 

@@ -17,10 +17,10 @@ import numpy as np
 from distconv.comm.world import World
 from distconv.config import Config
 from distconv.errors import DistconvError
-from distconv.inputs import load_dataset
-from distconv.launcher import rows, run_job
-from distconv.loop import StepRecord, train
-from distconv.wiring import build_run
+from distconv.run.build import build_run
+from distconv.run.inputs import load_dataset
+from distconv.run.loop import StepRecord, train
+from distconv.supervise.launcher import rows, run_job
 
 WARM_UP = 5  # steps of each job that do not count
 ROUNDS = 2  # jobs for each number of ranks

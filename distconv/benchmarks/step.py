@@ -20,12 +20,12 @@ import numpy as np
 from distconv.comm.world import World
 from distconv.config import Config
 from distconv.data.dataset import Dataset
-from distconv.kernels.cpu import Array
-from distconv.loop import StepRecord, count_correct, train
+from distconv.kernels.interface import Array
 from distconv.nn.layers import Backward, Chain, Context, Layer
 from distconv.nn.networks import deepconvnet
 from distconv.nn.parameters import Shape, Spec, Specs, Views
-from distconv.wiring import build_run
+from distconv.run.build import build_run
+from distconv.run.loop import StepRecord, count_correct, train
 
 IMAGE_SHAPE: Shape = (28, 28, 1)
 CLASSES = 10

@@ -19,10 +19,10 @@ from distconv.benchmarks.step import CLASSES, GPU_STEPS, IMAGE_SHAPE, Engine
 from distconv.comm.world import World
 from distconv.data.dataset import Dataset
 from distconv.data.shard import split
-from distconv.engine import CPU
 from distconv.errors import DistconvError, UsageError
 from distconv.nn.layers import Affine, Chain, Conv, Dropout, Layer, MaxPool
 from distconv.nn.networks import deepconvnet
+from distconv.run.replica import CPU
 
 HOST = "127.0.0.1"
 

@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import distconv
-from distconv.comm.launched import launched
-from distconv.comm.roll_call import own_name_resolves
 from distconv.comm.start import reading_is_refused
 from distconv.comm.world import World, blas_threads, cuda_aware_mpi
+from distconv.process.launched import launched
+from distconv.process.roll_call import own_name_resolves
 
 Facts = dict[str, Any]
 SAME_EVERYWHERE = ("distconv", "code", "python", "numpy", "numba", "mpi4py", "mpi", "machine")  # on all ranks
@@ -153,7 +153,7 @@ def gpus() -> Facts:
     """The GPUs that this process sees, the driver's and NCCL's versions, whether MPI takes addresses of a GPU."""
     facts: Facts = {"gpus": [], "gpu_problem": "", "driver": "", "nccl": "", "cuda_mpi": ""}
     try:
-        from distconv.kernels.cuda import versions, visible
+        from distconv.kernels.gpu.device import versions, visible
 
         found = visible()
     except Exception as error:

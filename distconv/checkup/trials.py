@@ -11,12 +11,13 @@ from collections.abc import Sequence
 import numpy as np
 
 from distconv.checkup.checks import Finding, ok
-from distconv.comm.exchange import HEADER, choose
+from distconv.comm.choose import choose
+from distconv.comm.exchange import HEADER
 from distconv.comm.world import World
 from distconv.errors import DistconvError
 from distconv.kernels import compiled
-from distconv.launcher import job_starter, run_job
-from distconv.wiring import compile_wire, one_of_a_host_first
+from distconv.run.build import compile_wire, one_of_a_host_first
+from distconv.supervise.launcher import job_starter, run_job
 
 SIZE = 123_552  # numbers; the gradient of DeepConvNet
 ROUNDS = 20

@@ -12,7 +12,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import numpy as np
 
 from distconv.comm.exchange import HEADER, Exchange, Headers
-from distconv.kernels.cpu import Array
+from distconv.kernels.interface import Array
 
 BUCKET = 1 << 20  # numbers: 2 MiB of halves, 0.3 s at 100 Mbit/s, so that latencies do not count
 

@@ -20,12 +20,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from distconv.comm.half import WIRES, Wire
 from distconv.comm.transport import SharedSpace, connect
-from distconv.comm.world import World
-from distconv.errors import UsageError
-from distconv.kernels.cpu import Array
+from distconv.comm.wire import Wire
 from distconv.kernels.half import BLOCK
+from distconv.kernels.interface import Array
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -150,29 +148,3 @@ class TwoLevel:
         everyone: Headers = np.concatenate(list(self.headers)).view(HEADER)[self.order]
         self.barrier()  # nobody reads the result any more
         return everyone
-
-
-def choose(world: World, size: int, wire: str, kind: str = "auto") -> Exchange:
-    """The exchange of that kind for vectors (size,); collective.
-
-    auto: two-level where it saves bytes between hosts, else in buckets behind the backward pass where these are several
-    and cross a network, else flat. Raises UsageError, on all ranks alike, for a kind that this job cannot have.
-    """
-    if kind == "mpi":
-        from distconv.comm.library import Library
-
-        return Library(world.comm, size, wire)
-    if kind == "two-level" or (kind == "auto" and world.hosts > 1 and world.size > world.hosts):
-        try:
-            return TwoLevel(world.comm, world.local, size, WIRES[wire])
-        except ValueError as error:
-            if kind == "two-level":
-                raise UsageError(f"--exchange two-level: {error}; use --exchange auto") from None
-    if kind == "buckets" and not world.threads:
-        raise UsageError("--exchange buckets: this MPI does not let a thread send (MPI_THREAD_SERIALIZED); use auto")
-    if kind == "buckets" or (kind == "auto" and world.hosts > 1 and world.threads):
-        from distconv.comm.buckets import BUCKET, Buckets
-
-        if kind == "buckets" or size >= 2 * BUCKET:
-            return Buckets(size, lambda n: Flat(world.comm, n, WIRES[wire], patient=True))
-    return Flat(world.comm, size, WIRES[wire])

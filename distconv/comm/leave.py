@@ -12,8 +12,8 @@ import sys
 import threading
 from typing import Any, NoReturn
 
-from distconv.comm.judge import LEAST
-from distconv.comm.voice import write
+from distconv.monitor.judge import LEAST
+from distconv.process.voice import write
 
 
 def prepare_to_leave() -> None:

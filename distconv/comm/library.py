@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from distconv.comm.exchange import HEADER, Headers
-from distconv.comm.half import WIRES
+from distconv.comm.wire import WIRES
 from distconv.errors import UsageError
-from distconv.kernels.cpu import Array
+from distconv.kernels.interface import Array
 
 if TYPE_CHECKING:
     from mpi4py import MPI

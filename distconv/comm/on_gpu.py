@@ -15,12 +15,13 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from distconv.comm.exchange import HEADER, Exchange, Flat, Headers, choose
-from distconv.comm.half import WIRES, Wire
+from distconv.comm.choose import choose
+from distconv.comm.exchange import HEADER, Exchange, Flat, Headers
+from distconv.comm.wire import WIRES, Wire
 from distconv.comm.world import World, cuda_aware_mpi
 from distconv.errors import UsageError
-from distconv.kernels.cpu import Array
-from distconv.kernels.gpu import BLOCK, FINITE, Gpu
+from distconv.kernels.gpu.arithmetic import BLOCK, FINITE, Gpu
+from distconv.kernels.interface import Array
 
 if TYPE_CHECKING:
     from mpi4py import MPI

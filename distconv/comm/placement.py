@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 from distconv.comm.world import World
 from distconv.errors import UsageError
-from distconv.kernels import cuda
-from distconv.kernels.gpu import CAPABILITY
+from distconv.kernels.gpu import device as cuda
+from distconv.kernels.gpu.arithmetic import CAPABILITY
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from distconv.comm.barrier import Barrier
 from distconv.comm.exchange import HEADER, Exchange
-from distconv.comm.futex import Barrier
-from distconv.comm.half import WIRES
-from distconv.kernels.cpu import Array
+from distconv.comm.wire import WIRES
 from distconv.kernels.half import BLOCK
+from distconv.kernels.interface import Array
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from distconv.comm.half import Bytes
-from distconv.comm.world import share
+from distconv.comm.shared_memory import share
+from distconv.comm.wire import Bytes
 
 if TYPE_CHECKING:
     from mpi4py import MPI

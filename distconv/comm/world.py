@@ -18,22 +18,21 @@ import threading
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from distconv.comm.futex import Barrier
-from distconv.comm.heartbeat import Heartbeat
-from distconv.comm.judge import Judge
-from distconv.comm.launched import GRACE, launched, listed
-from distconv.comm.voice import claim, write
-from distconv.comm.watch import Watch
-from distconv.comm.whereabouts import Whereabouts
 from distconv.errors import HUNG, DistconvError, MismatchError
+from distconv.monitor.heartbeat import Heartbeat
+from distconv.monitor.judge import Judge
+from distconv.monitor.watch import Watch
+from distconv.monitor.whereabouts import Whereabouts
+from distconv.process.launched import GRACE, launched, listed
+from distconv.process.voice import claim, write
 
 if TYPE_CHECKING:
-    from mpi4py import MPI
+    pass
 
 BLAS_THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "BLIS_NUM_THREADS")
 
@@ -312,46 +311,3 @@ def cuda_aware_mpi() -> str | None:
                 return None
             return "this MPI says that it takes no addresses of a GPU"
     return "this MPI does not say whether it takes addresses of a GPU"
-
-
-def share(comm: MPI.Comm, nbytes: int) -> tuple[memoryview, Callable[[], None]] | None:
-    """Memory that the ranks of one host share, nbytes for each of them, one behind the other; collective over comm.
-
-    Returns it with a barrier, after which all ranks see what each has written before it; or None where the ranks are
-    not on one host with room for it. It lasts as long as the process. nbytes is a multiple of 8.
-    """
-    MPI = load_mpi()
-    local = comm.Split_type(MPI.COMM_TYPE_SHARED)
-    # Containers often have a small /dev/shm, and to write beyond its end is a bus error, not an exception.
-    store = os.statvfs("/dev/shm") if Path("/dev/shm").is_dir() else None
-    room = store is None or store.f_bavail * store.f_frsize > 1.5 * nbytes * comm.size
-    fits = comm.allreduce(local.size == comm.size and room, MPI.LAND)
-    local.Free()
-    if not fits:
-        return None
-    # The standard puts the parts of the ranks one behind the other; the words of the barrier follow the last one.
-    last = comm.rank == comm.size - 1
-    window = MPI.Win.Allocate_shared(nbytes + (Barrier.nbytes(comm.size) if last else 0), 1, comm=comm)
-    window.Lock_all()
-    start, _ = window.Shared_query(0)
-    memory = memoryview(MPI.buffer.fromaddress(start.address, nbytes * comm.size + Barrier.nbytes(comm.size)))
-    memory, words = memory[: nbytes * comm.size], memory[nbytes * comm.size :]
-
-    def spinning() -> None:
-        window.Sync()
-        comm.Barrier()
-        window.Sync()
-
-    if last:
-        words[:] = bytes(len(words))
-    # MPICH's Lock_all waits until the other ranks have answered, and one that sleeps or has ended answers nobody.
-    spinning()
-    if comm.allreduce(Barrier.works(), MPI.LAND) and cores_are_short(comm):
-        return memory, Barrier(words, comm.rank, comm.size, window.Sync, comm.Iprobe)
-    return memory, spinning
-
-
-def cores_are_short(comm: MPI.Comm) -> bool:
-    """Whether these ranks, all of one host, are more than the cores on which they may run; collective."""
-    own = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
-    return comm.size > len(set().union(*comm.allgather(own)))

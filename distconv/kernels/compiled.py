@@ -115,7 +115,7 @@ def cpu_features() -> str:
 
 def _cache_folder() -> Path:
     """A folder of NUMBA_CACHE_DIR or the user's cache for these kernels on this kind of processor."""
-    sources = sorted(Path(__file__).parent.glob("*.py"))
+    sources = sorted(Path(__file__).parent.rglob("*.py"))
     processor = numba.config.CPU_NAME or llvmlite.binding.get_host_cpu_name()
     made_by = f"{sys.version} Numba {numba.__version__} for {processor} {cpu_features()}"
     content = hashlib.sha256(b"".join(source.read_bytes() for source in sources) + made_by.encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""16-bit numbers at the speed of the hardware: the loops of the wire format (distconv/comm/half.py), compiled by Numba.
+"""16-bit numbers at the speed of the hardware: the loops of the wire format (distconv/comm/wire.py), compiled by Numba.
 
 NumPy casts to float16 in software, a number at a time: 1031 us for 123,552 numbers. LLVM's `fptrunc` to half becomes
 one instruction for 16 numbers (vcvtps2ph): 10 us. Numba has no type for halves, so they are kept as their 16 bits, and

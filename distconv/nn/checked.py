@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from distconv.errors import UsageError
-from distconv.kernels.cpu import Array
+from distconv.kernels.interface import Array
 from distconv.nn.layers import Backward, Chain, Context, Layer, kind_of
 from distconv.nn.parameters import Shape, Specs, Views
 

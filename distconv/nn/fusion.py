@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from distconv.kernels.cpu import Array
+from distconv.kernels.interface import Array
 from distconv.nn.layers import Backward, Chain, Context, Conv, Layer, MaxPool
 from distconv.nn.parameters import Shape, Specs, Views
 

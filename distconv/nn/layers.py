@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from distconv.errors import UsageError
-from distconv.kernels import cpu
-from distconv.kernels.cpu import Array
+from distconv.kernels.cpu import arithmetic as cpu
+from distconv.kernels.interface import Array, output_size
 from distconv.nn.parameters import Shape, Spec, Specs, Views, check_specs, is_shape, is_whole, is_within
 
 # backward(dy, grads, wants_dx): writes into grads, returns dx, or None where the caller does not want it.
@@ -285,7 +285,7 @@ def _window_grid(layer: object, H: int, W: int, K: int, stride: int, pad: int) -
     _check_whole(layer, "size", K)
     _check_whole(layer, "stride", stride)
     _check_whole(layer, "pad", pad, least=0)
-    grid = cpu.output_size(H, K, stride, pad), cpu.output_size(W, K, stride, pad)
+    grid = output_size(H, K, stride, pad), output_size(W, K, stride, pad)
     if min(grid) < 1:
         raise ValueError(f"{layer} does not fit into an image of {H} x {W}: use a smaller window or more padding")
     return grid

@@ -13,8 +13,8 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import DTypeLike
 
-from distconv.kernels import updates
-from distconv.kernels.cpu import Array
+from distconv.kernels.cpu import updates
+from distconv.kernels.interface import Array
 
 PIECE = 1 << 16  # numbers
 EPSILON = 1e-7  # keeps the divisions finite; outside the bias correction, as in the source

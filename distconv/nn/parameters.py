@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike
 
-from distconv.kernels.cpu import Array
+from distconv.kernels.interface import Array
 
 Shape = tuple[int, ...]
 PIECE = 1 << 16  # numbers that are drawn at a time: they are drawn in float64, twice as large as most vectors

@@ -9,11 +9,12 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from distconv.comm import world as ranks
+from distconv.comm import shared_memory
+from distconv.comm.barrier import LINE, Barrier
 from distconv.comm.exchange import HEADER, Flat
-from distconv.comm.futex import LINE, Barrier
-from distconv.comm.half import WIRES
-from distconv.comm.world import World, cores_are_short, share
+from distconv.comm.shared_memory import cores_are_short, share
+from distconv.comm.wire import WIRES
+from distconv.comm.world import World
 
 needs_futex = pytest.mark.skipif(not Barrier.works(), reason="no futex here")
 
@@ -23,7 +24,7 @@ def waiting(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     """As if there were too few cores, or enough."""
     if request.param and not Barrier.works():
         pytest.skip("no futex here")
-    monkeypatch.setattr(ranks, "cores_are_short", lambda comm: request.param)
+    monkeypatch.setattr(shared_memory, "cores_are_short", lambda comm: request.param)
 
 
 @pytest.fixture
@@ -69,7 +70,7 @@ def test_the_count_may_pass_the_largest_number_of_its_word(world: World) -> None
 def test_the_sum_has_the_same_bits_however_the_ranks_wait(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     results = []
     for short in (True, False):
-        monkeypatch.setattr(ranks, "cores_are_short", lambda comm, short=short: short)
+        monkeypatch.setattr(shared_memory, "cores_are_short", lambda comm, short=short: short)
         exchange = Flat(world.comm, 5000, WIRES["float16"])
         header = np.zeros((), HEADER)
         vectors = np.random.default_rng(world.rank).standard_normal((50, 5000)).astype(np.float32)

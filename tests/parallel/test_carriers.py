@@ -7,9 +7,10 @@ import pytest
 
 from distconv.comm import buckets, transport
 from distconv.comm import exchange as exchanges
-from distconv.comm.exchange import HEADER, Flat, TwoLevel, choose
-from distconv.comm.half import WIRES
+from distconv.comm.choose import choose
+from distconv.comm.exchange import HEADER, Flat, TwoLevel
 from distconv.comm.library import half_problem
+from distconv.comm.wire import WIRES
 from distconv.comm.world import World
 from distconv.errors import UsageError
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from distconv.comm.exchange import HEADER, Flat
-from distconv.comm.half import BLOCK, WIRES
+from distconv.comm.wire import BLOCK, WIRES
 from distconv.comm.world import World
 
 SIZES = (1, 7, BLOCK - 1, BLOCK, BLOCK + 1, 1000, 123_552)

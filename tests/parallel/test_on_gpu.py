@@ -12,21 +12,21 @@ import pytest
 from mpi4py import MPI
 from numpy.typing import DTypeLike
 
-from distconv import loop
 from distconv.comm.exchange import HEADER, Flat
-from distconv.comm.half import WIRES
 from distconv.comm.on_gpu import CudaMpi, GpuExchange, OneRank, OnGpu, Staged, choose_on_gpu
+from distconv.comm.wire import WIRES
 from distconv.comm.world import World
 from distconv.config import Config
 from distconv.data.dataset import Dataset
 from distconv.data.shard import split
 from distconv.errors import DistconvError, UsageError
-from distconv.kernels.cpu import Array
-from distconv.kernels.gpu import FINITE, Gpu
+from distconv.kernels.gpu.arithmetic import FINITE, Gpu
+from distconv.kernels.interface import Array
 from distconv.nn.layers import Affine, Backward, Chain, Context, Conv, Dropout, Layer, MaxPool, ReLU
 from distconv.nn.parameters import Parameters, Shape, Specs, Views
-from distconv.run import Run
-from distconv.wiring import on_cpu, on_gpu, unplaced_run
+from distconv.run import loop
+from distconv.run.build import on_cpu, on_gpu, unplaced_run
+from distconv.run.run import Run
 from tests.emulator import Emulator, available, own_folder
 from tests.parallel.test_carriers import contribution, flat_model, header, through
 

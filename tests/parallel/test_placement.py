@@ -7,7 +7,7 @@ import pytest
 from distconv.comm import placement
 from distconv.comm.world import World
 from distconv.errors import UsageError
-from distconv.kernels.cuda import NOT_INSTALLED, Visible
+from distconv.kernels.gpu.device import NOT_INSTALLED, Visible
 
 
 def gpus(*identities: str, capability: int = 90) -> list[Visible]:

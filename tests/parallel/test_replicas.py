@@ -7,11 +7,12 @@ import dataclasses
 import numpy as np
 import pytest
 
-from distconv import loop, replicas
 from distconv.comm.world import World
-from distconv.engine import CPU
 from distconv.errors import DistconvError, DivergedError, ReplicasDifferError
-from distconv.run import Run
+from distconv.run import agreement as replicas
+from distconv.run import loop
+from distconv.run.replica import CPU
+from distconv.run.run import Run
 from tests.parallel.test_training import SETTINGS, make_run, never
 
 FLIPS = [(0, "value", 0, 30), (1, "m", 777, 0), (2, "v", 123_551, 22), (3, "value", 50_000, 1), (0, "v", 31_415, 31)]

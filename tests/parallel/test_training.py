@@ -8,22 +8,24 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import pytest
 
-from distconv import config, loop
+from distconv import config
 from distconv.comm import buckets
-from distconv.comm.exchange import HEADER, choose
-from distconv.comm.futex import Barrier
+from distconv.comm.barrier import Barrier
+from distconv.comm.choose import choose
+from distconv.comm.exchange import HEADER
 from distconv.comm.probe import WireProbe
 from distconv.comm.world import World
 from distconv.data import digits
 from distconv.data.shard import split
-from distconv.engine import CPU, local_gradient
 from distconv.errors import DistconvError, ReplicasDifferError
-from distconv.kernels.cpu import Array
+from distconv.kernels.interface import Array
 from distconv.nn.layers import Context
 from distconv.nn.networks import build_network
 from distconv.nn.optimizers import OPTIMIZERS
 from distconv.nn.parameters import Parameters
-from distconv.run import Run
+from distconv.run import loop
+from distconv.run.replica import CPU, local_gradient
+from distconv.run.run import Run
 
 SETTINGS = config.Config(data="digits", epochs=1, batch_size=23, limit_train=100, eval_samples=50)
 

@@ -1,0 +1,236 @@
+"""The arithmetic on the CPU: compiled kernels for the shapes that networks mostly have, NumPy for all others.
+
+In NumPy, convolution is a matrix product of image patches and filters (im2col, Chellapilla et al. 2006). The patches of
+a whole batch would be nine times its size, so they are made for as many images as stay in a core's cache (PATCH_BYTES).
+
+Every function takes float32 or float64 arrays and computes in their type. The forward ones take float16 arrays too,
+multiply them in float32, as tensor cores do, and store halves. A gradient is named after its variable: dx, dw, db, dy.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from numpy.lib.stride_tricks import as_strided
+from numpy.typing import DTypeLike, NDArray
+
+from distconv.kernels import philox
+from distconv.kernels.cpu.loss import softmax_cross_entropy as compiled_loss
+from distconv.kernels.interface import Array, output_size
+
+PATCH_BYTES = 1 << 20  # about a core's L2 cache; 0.5 to 4 MiB measured within a few per cent of each other
+
+
+def _compute_dtype(dtype: DTypeLike) -> np.dtype[Any]:
+    return np.promote_types(dtype, np.float32)
+
+
+def _patches(x: Array, K: int, stride: int, pad: int) -> Iterator[tuple[slice, Array]]:
+    """Yield (images, patches) for a few images of x (N, H, W, C) at a time; patches are (n*OH*OW, K*K*C).
+
+    The patches lie in one buffer that the next turn overwrites.
+    """
+    N, H, W, C = x.shape
+    OH, OW = output_size(H, K, stride, pad), output_size(W, K, stride, pad)
+    dtype = _compute_dtype(x.dtype)
+    few = max(1, min(N, PATCH_BYTES // (OH * OW * K * K * C * dtype.itemsize)))
+    padded = np.zeros((few, H + 2 * pad, W + 2 * pad, C), dtype)
+    patches = np.empty((few, OH, OW, K, K * C), dtype)
+    sn, sh, sw, sc = padded.strides
+    # In a row of a patch, K pixels of C channels lie side by side: one run of K*C numbers to copy.
+    windows = as_strided(padded, patches.shape, (sn, sh * stride, sw * stride, sh, sc), writeable=False)
+    for start in range(0, N, few):
+        images = slice(start, min(start + few, N))
+        n = images.stop - start
+        padded[:n, pad : pad + H, pad : pad + W] = x[images]
+        np.copyto(patches[:n], windows[:n])
+        yield images, patches[:n].reshape(n * OH * OW, K * K * C)
+
+
+def conv_forward(x: Array, w: Array, b: Array, stride: int, pad: int, relu: bool) -> Array:
+    """Convolution, bias and, if asked, ReLU: x (N, H, W, C), w (K, K, C, F), b (F,) -> y (N, OH, OW, F)."""
+    if fast := _fast_road(x, w, stride):
+        found: Array = fast.conv_forward(x, w, b, pad, relu)
+        return found
+    (N, H, W, _), (K, _, _, F) = x.shape, w.shape
+    y = np.empty((N, output_size(H, K, stride, pad), output_size(W, K, stride, pad), F), x.dtype)
+    filters = w.reshape(-1, F).astype(_compute_dtype(w.dtype), copy=False)
+    for images, patches in _patches(x, K, stride, pad):
+        product = patches @ filters
+        product += b
+        if relu:
+            np.maximum(product, 0, out=product)
+        y[images] = product.reshape(y[images].shape)
+    return y
+
+
+def conv_backward(
+    x: Array, y: Array, dy: Array, w: Array, stride: int, pad: int, relu: bool, dw: Array, db: Array, wants_dx: bool
+) -> Array | None:
+    """The adjoint of conv_forward: write dw (K, K, C, F) and db (F,), return dx (N, H, W, C) if it is wanted.
+
+    y (N, OH, OW, F) is what conv_forward returned for x and w, dy its gradient.
+    """
+    fast = _fast_road(x, w, stride)
+    if fast and not (wants_dx and fast.ONLY_FILTERS):
+        dx: Array | None = fast.conv_backward(x, y, dy, w, pad, relu, dw, db, wants_dx)
+        return dx
+    if relu:
+        dy = relu_backward(dy, y)
+    conv_backward_filters(x, dy, stride, pad, dw, db)
+    return conv_backward_input(dy, w, stride, pad, x.shape) if wants_dx else None
+
+
+def _fast_road(x: Array, w: Array, stride: int) -> Any:
+    """The module of compiled kernels for such a convolution, or None. Numba is imported when it is first needed."""
+    K, _, C, F = w.shape
+    if not (K == 3 and stride == 1 and x.dtype == w.dtype == np.float32 and F % 16 == 0):
+        return None
+    if C % 16 == 0:
+        from distconv.kernels.cpu import winograd
+
+        return winograd
+    if C == 1:
+        from distconv.kernels.cpu import thin
+
+        return thin
+    return None
+
+
+def conv_backward_filters(x: Array, dy: Array, stride: int, pad: int, dw: Array, db: Array) -> None:
+    """Write the gradients dw (K, K, C, F) and db (F,) of a convolution of x (N, H, W, C) from dy (N, OH, OW, F)."""
+    K, F = dw.shape[0], dw.shape[3]
+    dw[...] = 0
+    flat = dw.reshape(-1, F)
+    for images, patches in _patches(x, K, stride, pad):
+        flat += patches.T @ dy[images].reshape(-1, F)
+    db[...] = dy.sum(axis=(0, 1, 2))
+
+
+def conv_backward_input(dy: Array, w: Array, stride: int, pad: int, shape: tuple[int, ...]) -> Array:
+    """Gradient dx of the given shape (N, H, W, C) of a convolution from dy (N, OH, OW, F) and w (K, K, C, F).
+
+    The adjoint of a convolution is a convolution of dy, spread out by the stride, with the filters turned round:
+    dx[h] is the sum over j of spread[h + j] * w[K - 1 - j], where spread[stride * o + K - 1 - pad] = dy[o].
+    """
+    N, H, W, _ = shape
+    K, F = w.shape[0], w.shape[3]
+    spread = np.zeros((N, H + K - 1, W + K - 1, F), dy.dtype)
+    to_h, from_h = _spread(dy.shape[1], stride, K - 1 - pad, H + K - 1)
+    to_w, from_w = _spread(dy.shape[2], stride, K - 1 - pad, W + K - 1)
+    spread[:, to_h, to_w] = dy[:, from_h, from_w]
+    turned = np.ascontiguousarray(w[::-1, ::-1].transpose(0, 1, 3, 2))
+    return conv_forward(spread, turned, np.zeros(w.shape[2], w.dtype), stride=1, pad=0, relu=False)
+
+
+def _spread(length: int, stride: int, first: int, room: int) -> tuple[slice, slice]:
+    """Where the elements o < length with 0 <= stride * o + first < room go, and which of them they are."""
+    start = max(0, -(first // stride))
+    stop = max(start, min(length, -((first - room) // stride)))
+    return slice(stride * start + first, max(0, stride * (stop - 1) + first + 1), stride), slice(start, stop)
+
+
+def max_pool_forward(x: Array, K: int, stride: int, pad: int) -> tuple[Array, Array]:
+    """Largest of each K x K window of x (N, H, W, C) -> y (N, OH, OW, C), and which of the K*K it was (uint8).
+
+    The first of equal elements counts. pad is below K, so that no window lies in the padding alone.
+    """
+    if _halves(x.dtype, x.shape, K, stride, pad):
+        from distconv.kernels.cpu import pooling
+
+        return pooling.max_pool_forward(x)
+    best, winner = None, None
+    padded = np.pad(x, ((0, 0), (pad, pad), (pad, pad), (0, 0)), constant_values=-np.inf) if pad else x
+    for i, window in enumerate(_window_offsets(padded, K, stride)):
+        if best is None or winner is None:
+            best, winner = window.copy(), np.zeros(window.shape, np.uint8 if K <= 16 else np.intp)
+        else:
+            larger = window > best
+            np.copyto(best, window, where=larger)
+            np.copyto(winner, i, where=larger)
+    assert best is not None and winner is not None
+    return best, winner
+
+
+def max_pool_backward(dy: Array, winner: Array, K: int, stride: int, pad: int, shape: tuple[int, ...]) -> Array:
+    """Gradient dx of the given shape (N, H, W, C): each dy (N, OH, OW, C) goes to the element that won its window."""
+    if _halves(dy.dtype, shape, K, stride, pad):
+        from distconv.kernels.cpu import pooling
+
+        return pooling.max_pool_backward(dy, winner, shape)
+    N, H, W, C = shape
+    padded = np.zeros((N, H + 2 * pad, W + 2 * pad, C), dy.dtype)
+    for i, window in enumerate(_window_offsets(padded, K, stride)):
+        window += dy * (winner == i)
+    return padded[:, pad : pad + H, pad : pad + W]
+
+
+def _halves(dtype: DTypeLike, shape: tuple[int, ...], K: int, stride: int, pad: int) -> bool:
+    """Whether kernels.pooling can do such a pooling."""
+    return dtype == np.float32 and shape[3] % 16 == 0 and (K, stride, pad) == (2, 2, 0)
+
+
+def _window_offsets(x: Array, K: int, stride: int) -> Iterator[Array]:
+    """For each of the K*K places in a window, the view (N, OH, OW, C) of x that lies there in all windows."""
+    OH, OW = output_size(x.shape[1], K, stride, 0), output_size(x.shape[2], K, stride, 0)
+    for i in range(K):
+        for j in range(K):
+            yield x[:, i : i + stride * OH : stride, j : j + stride * OW : stride]
+
+
+def affine_forward(x: Array, w: Array, b: Array, relu: bool) -> Array:
+    """x (N, C) @ w (C, F) + b (F,) and, if asked, ReLU -> y (N, F)."""
+    dtype = _compute_dtype(x.dtype)
+    y: Array = x.astype(dtype, copy=False) @ w.astype(dtype, copy=False)
+    y += b
+    if relu:
+        np.maximum(y, 0, out=y)
+    return y.astype(x.dtype, copy=False)
+
+
+def affine_backward(x: Array, y: Array, dy: Array, w: Array, relu: bool, dw: Array, db: Array) -> Array:
+    """The adjoint of affine_forward, which returned y (N, F): write dw (C, F) and db (F,), return dx (N, C)."""
+    if relu:
+        dy = relu_backward(dy, y)
+    np.matmul(x.T, dy, out=dw)
+    dy.sum(axis=0, out=db)
+    return dy @ w.T
+
+
+def relu(x: Array) -> Array:
+    """max(x, 0)"""
+    y: Array = np.maximum(x, 0)
+    return y
+
+
+def relu_backward(dy: Array, y: Array) -> Array:
+    """dx = dy where y = max(x, 0) is positive, else 0 (the slope at 0 is taken as 0)."""
+    dx: Array = dy * (y > 0)
+    return dx
+
+
+def scale(x: Array, factor: float) -> Array:
+    """x times a number."""
+    y: Array = x * factor
+    return y
+
+
+def dropout(x: Array, ratio: float, key: tuple[int, int], step: int, samples: NDArray[np.integer[Any]]) -> Array:
+    """x (N, ...) with each number replaced by 0 with probability `ratio`; of a sample, key and step always the same."""
+    flat = x.reshape(len(x), math.prod(x.shape[1:]))
+    return philox.drop(flat, round(ratio * 2**32), key, step, samples).reshape(x.shape)
+
+
+def softmax_cross_entropy(scores: Array, labels: NDArray[np.integer[Any]], batch: int = 1) -> tuple[float, Array]:
+    """Sum over the N rows of -log softmax(scores)[label], and its gradient divided by `batch`, dscores (N, F).
+
+    scores (N, F), labels (N,) integers in [0, F). The loss is summed in float64.
+    """
+    dscores = np.empty_like(scores)
+    loss = float(
+        compiled_loss(np.ascontiguousarray(scores), labels.astype(np.int64), scores.dtype.type(batch), dscores)
+    )
+    return loss, dscores

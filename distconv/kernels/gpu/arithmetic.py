@@ -1,0 +1,301 @@
+"""The arithmetic on a GPU: the functions of kernels/cpu/arithmetic.py on arrays of a device, by the kernels of source/.
+
+The shapes of a convolution are compiled into its kernels. Nothing here waits for the GPU but `argmax`, which a training
+step does not use, so a whole step can be recorded as a graph. All sums are made in a fixed order, so two runs give the
+same bits. Arrays are float32 and contiguous.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from distconv.kernels.gpu.device import Array, Defines
+from distconv.kernels.interface import output_size
+
+PRECISIONS = ("float32", "tf32", "float16", "bfloat16")  # of the products' factors; sums are in float32
+CAPABILITY = 80  # that a GPU must have, 10 times: its tensor cores take tf32 and bfloat16
+PASSES = {"forward": 0, "input": 1, "filters": 2}  # the enum of convolution.cu, where the precisions follow
+DEPTH_STEP, FINISH_OUTPUTS = 16, 32  # BK and OUTPUTS there
+ENOUGH_BLOCKS = 264  # to keep some 130 multiprocessors busy; fixed, as it decides the order of sums
+THREADS = 256  # of a block, where nothing else is said
+BLOCK = 256  # numbers that share an exponent on the wire
+FINITE = 0x7FFFFFFF  # in place of the index of a number that is not finite
+MOST = 2**31 - 1  # numbers of an array, as the kernels count in 32 bits
+
+
+@functools.cache
+def source(name: str) -> str:
+    """A CUDA file of this package, with what all of them need before it."""
+    folder = Path(__file__).parent / "source"
+    return (folder / "arithmetic.cu").read_text() + (folder / f"{name}.cu").read_text()
+
+
+@dataclass(frozen=True)
+class Convolution:
+    """What convolution.cu is compiled for: x (N, H, W, C), w (K, K, C, F), y (N, OH, OW, F), perhaps pooled 2 x 2."""
+
+    H: int
+    W: int
+    C: int
+    F: int
+    K: int
+    stride: int
+    pad: int
+    relu: bool
+    pooled: bool = False
+
+    @property
+    def OH(self) -> int:
+        return output_size(self.H, self.K, self.stride, self.pad)
+
+    @property
+    def OW(self) -> int:
+        return output_size(self.W, self.K, self.stride, self.pad)
+
+    def pixels(self, N: int) -> int:
+        """Of y before pooling that matter."""
+        return 4 * N * (self.OH // 2) * (self.OW // 2) if self.pooled else N * self.OH * self.OW
+
+    def product(self, which: str, N: int) -> tuple[int, int, int]:
+        """Rows, columns and depth of the product of a pass."""
+        taps = self.K * self.K
+        if which == "forward":
+            return self.pixels(N), self.F, taps * self.C
+        if which == "input":
+            return N * self.H * self.W, self.C, taps * self.F
+        return taps * self.C + 1, self.F, N * self.OH * self.OW
+
+    def defines(self, which: str, precision: str, aligned: bool) -> Defines:
+        """The macros. aligned: w begins where four numbers can be loaded at once."""
+        BM, BN, groups = self.tile(which)
+        wide_x, wide_y = self.C % 4 == 0, self.F % 4 == 0
+        values = {
+            "PASS": PASSES[which], "PRECISION": len(PASSES) + PRECISIONS.index(precision),
+            "H": self.H, "W": self.W, "C": self.C, "F": self.F, "K": self.K, "STRIDE": self.stride, "PAD": self.pad,
+            "OH": self.OH, "OW": self.OW, "RELU": int(self.relu), "POOL": int(self.pooled), "BM": BM, "BN": BN,
+            "GROUPS": groups, "VX": 4 if wide_x else 1, "VY": 4 if wide_y else 1, "VW": 4 if wide_y and aligned else 1,
+        }  # fmt: skip
+        return tuple(values.items())
+
+    def tile(self, which: str) -> tuple[int, int, int]:
+        """Rows and columns of the product that a block of threads computes, and the groups of warps in it.
+
+        Measured at deepconvnet's layers, 100 images, on an H200: there a multiprocessor is short of warps, so a product
+        of few rows has small blocks of many groups.
+        """
+        rows, columns, depth = self.product(which, 1)  # of one image
+        if which == "filters":
+            if columns <= 16 or depth == 1:
+                return 32, 16 if columns <= 16 else 32, 4
+            return (64, 32, 2) if columns <= 32 else (64, 64, 1)
+        if columns <= 16 and rows > 64:
+            return (128, 16, 1) if rows > 256 else (64, 16, 2)
+        if rows == 1:
+            return 32, 16 if columns <= 16 else 32, 4
+        if columns <= 32:
+            return (32, 32, 2) if rows > 64 else (32, 32, 4)
+        return 64, 32, 2
+
+
+class Gpu:
+    """The functions of kernels/cpu/arithmetic.py, for arrays of a device (a Cuda of device.py)."""
+
+    def __init__(self, device: Any, precision: str = "float32") -> None:
+        self.device, self.precision = device, precision
+        self.apart = False  # whether the gradients of filters may be computed beside the rest, until device.join()
+        self.no_floats, self.no_bytes = device.zeros(4, np.float32), device.zeros(4, np.uint8)
+
+    def launch(self, file: str, name: str, count: int, *arguments: Any) -> None:
+        """Start a kernel with a thread for each of `count` numbers; Python's integers and floats become 32 bits.
+
+        An array of which a layer of a user's own has made a view that is not contiguous is copied.
+        """
+        if count > MOST:
+            raise ValueError(f"{name}: {count:,} numbers are more than a kernel can count: use a smaller batch")
+        if count > 0:
+            kernel = self.device.function(source(file), name)
+            kernel((-(-count // THREADS), 1, 1), THREADS, *map(self._argument, arguments))
+
+    def _argument(self, argument: Any) -> Any:
+        if isinstance(argument, int):
+            return np.int32(argument)
+        if isinstance(argument, float):
+            return np.float32(argument)
+        return argument if isinstance(argument, np.generic) else self.device.contiguous(argument)
+
+    def conv_forward(self, x: Array, w: Array, b: Array, stride: int, pad: int, relu: bool) -> Array:
+        """As on the CPU."""
+        shape = _convolution(x.shape, w.shape, stride, pad, relu)
+        y = self.device.empty((len(x), shape.OH, shape.OW, shape.F), np.float32)
+        self._multiply(shape, "forward", len(x), x=x, w=w, bias=b, out=y)
+        return y
+
+    def conv_backward(
+        self, x: Array, y: Array, dy: Array, w: Array, stride: int, pad: int, relu: bool, dw: Array, db: Array,
+        wants_dx: bool
+    ) -> Array | None:  # fmt: skip
+        """As on the CPU."""
+        return self._adjoint(_convolution(x.shape, w.shape, stride, pad, relu), x, y, dy, w, dw, db, wants_dx)
+
+    def conv_pool_forward(self, x: Array, w: Array, b: Array, stride: int, pad: int, relu: bool) -> tuple[Array, Array]:
+        """conv_forward and then max_pool_forward of 2 x 2 windows side by side, in one kernel -> (y, winner)."""
+        shape = replace(_convolution(x.shape, w.shape, stride, pad, relu), pooled=True)
+        y = self.device.empty((len(x), shape.OH // 2, shape.OW // 2, shape.F), np.float32)
+        winner = self.device.empty(y.shape, np.uint8)
+        self._multiply(shape, "forward", len(x), x=x, w=w, bias=b, out=y, winner=winner)
+        return y, winner
+
+    def conv_pool_backward(
+        self, x: Array, winner: Array, dy: Array, w: Array, stride: int, pad: int, relu: bool, dw: Array, db: Array,
+        wants_dx: bool
+    ) -> Array | None:  # fmt: skip
+        """The adjoint of conv_pool_forward."""
+        shape = replace(_convolution(x.shape, w.shape, stride, pad, relu), pooled=True)
+        return self._adjoint(shape, x, winner, dy, w, dw, db, wants_dx)
+
+    def affine_forward(self, x: Array, w: Array, b: Array, relu: bool) -> Array:
+        """As on the CPU: the convolution of images of one pixel."""
+        (N, C), F = x.shape, w.shape[1]
+        return self.conv_forward(x.reshape(N, 1, 1, C), w.reshape(1, 1, C, F), b, 1, 0, relu).reshape(N, F)
+
+    def affine_backward(self, x: Array, y: Array, dy: Array, w: Array, relu: bool, dw: Array, db: Array) -> Array:
+        """As on the CPU."""
+        (N, C), F = x.shape, w.shape[1]
+        shape = _convolution((N, 1, 1, C), (1, 1, C, F), 1, 0, relu)
+        dx = self._adjoint(shape, x.reshape(N, 1, 1, C), y, dy, w, dw, db, wants_dx=True)
+        assert dx is not None
+        return dx.reshape(N, C)
+
+    def _adjoint(
+        self, shape: Convolution, x: Array, gate: Array, dy: Array, w: Array, dw: Array, db: Array, wants_dx: bool
+    ) -> Array | None:
+        """gate: what tells where dy counts, winner or y."""
+        gates = {"won" if shape.pooled else "y": gate}
+
+        def filters() -> None:
+            self._multiply(shape, "filters", len(x), x=x, dy=dy, **gates, out=dw, db=db)
+
+        if not wants_dx or not self.apart:
+            filters()
+        else:
+            self.device.beside(filters, x, dy, gate)
+        if not wants_dx:
+            return None
+        dx = self.device.empty(x.shape, np.float32)
+        self._multiply(shape, "input", len(x), w=w, dy=dy, **gates, out=dx)
+        return dx
+
+    def _multiply(
+        self, shape: Convolution, which: str, N: int, *, out: Array, x: Array = None, w: Array = None, dy: Array = None,
+        y: Array = None, won: Array = None, bias: Array = None, db: Array = None, winner: Array = None
+    ) -> None:  # fmt: skip
+        """Run a pass of convolution.cu, with the arrays that it uses."""
+        rows, columns, depth = shape.product(which, N)
+        if max(rows * columns, N * shape.H * shape.W * shape.C, shape.pixels(N) * shape.F) > MOST:
+            raise ValueError(f"a layer of {shape} on {N} images is more than a kernel can count: use a smaller batch")
+        BM, BN, groups = shape.tile(which)
+        down, across, tile_depth = -(-rows // BM), -(-columns // BN), groups * DEPTH_STEP
+        threads = BM * BN // 16 * groups
+        enough = ENOUGH_BLOCKS * (2 if BM * BN <= 32 * 16 else 1)  # of small ones, more
+        slices = max(1, min(enough // (down * across), depth // (2 * tile_depth)))
+        per_slice = -(-depth // (slices * tile_depth)) * tile_depth
+        slices = -(-depth // per_slice)
+        partial = self.device.empty(slices * rows * columns, np.float32) if slices > 1 else self.no_floats
+        x, w, dy, y, bias, db = (
+            self.no_floats if a is None else self.device.contiguous(a) for a in (x, w, dy, y, bias, db)
+        )
+        won, winner = (self.no_bytes if a is None else a for a in (won, winner))
+        defines = shape.defines(which, self.precision, self.device.address(w) % 16 == 0)
+        product = self.device.function(source("convolution"), "product", defines)
+        sizes, grid = map(np.int32, (rows, depth, per_slice)), (down, across, slices)
+        product(grid, threads, x, w, dy, y, won, bias, out, db, winner, partial, *sizes)
+        if slices > 1:
+            outputs = -(-rows // (4 if shape.pooled and which == "forward" else 1)) * columns
+            finish = self.device.function(source("convolution"), "finish", defines)
+            grid = (-(-outputs // FINISH_OUTPUTS), 1, 1)
+            finish(grid, THREADS, partial, bias, out, db, winner, np.int32(rows), np.int32(slices))
+
+    def max_pool_forward(self, x: Array, K: int, stride: int, pad: int) -> tuple[Array, Array]:
+        """As on the CPU; winner is int32."""
+        N, H, W, C = x.shape
+        OH, OW = output_size(H, K, stride, pad), output_size(W, K, stride, pad)
+        y = self.device.empty((N, OH, OW, C), np.float32)
+        winner = self.device.empty(y.shape, np.int32)
+        self.launch("layers", "max_pool_forward", y.size, x, y, winner, y.size, H, W, C, OH, OW, K, stride, pad)
+        return y, winner
+
+    def max_pool_backward(
+        self, dy: Array, winner: Array, K: int, stride: int, pad: int, shape: tuple[int, ...]
+    ) -> Array:
+        """As on the CPU."""
+        (_, H, W, C), (OH, OW) = shape, dy.shape[1:3]
+        dx = self.device.empty(shape, np.float32)
+        self.launch("layers", "max_pool_backward", dx.size, dy, winner, dx, dx.size, H, W, C, OH, OW, K, stride, pad)
+        return dx
+
+    def relu(self, x: Array) -> Array:
+        """As on the CPU."""
+        return self._like(x, lambda y: self.launch("layers", "relu", x.size, x, y, x.size))
+
+    def relu_backward(self, dy: Array, y: Array) -> Array:
+        """As on the CPU."""
+        return self._like(y, lambda dx: self.launch("layers", "relu_backward", y.size, dy, y, dx, y.size))
+
+    def scale(self, x: Array, factor: float) -> Array:
+        """As on the CPU."""
+        return self._like(x, lambda y: self.launch("layers", "scale", x.size, x, factor, y, x.size))
+
+    def dropout(self, x: Array, ratio: float, key: tuple[int, int], step: Array, samples: Array) -> Array:
+        """As on the CPU, with the same random words. step (2,) uint32, lower half first; samples (N,) int32."""
+        n, size = len(x), math.prod(x.shape[1:])
+        words = np.uint64(round(ratio * 2**32)), np.uint32(key[0]), np.uint32(key[1])
+        return self._like(x, lambda y: self.launch("layers", "dropout", x.size, x, y, *words, step, samples, n, size))
+
+    def _like(self, x: Array, write: Callable[[Array], None]) -> Array:
+        y = self.device.empty(x.shape, np.float32)
+        write(y)
+        return y
+
+    def softmax_cross_entropy(self, scores: Array, labels: Array, batch: int = 1) -> tuple[Array, Array]:
+        """As on the CPU, labels (N,) int32; the loss is an array (1,) of float64."""
+        n, classes = scores.shape
+        dscores, loss = self.device.empty(scores.shape, np.float32), self.device.empty(1, np.float64)
+        arguments = scores, labels, dscores, loss, float(batch), n, classes
+        self.launch("layers", "softmax_cross_entropy", 1, *arguments)  # one block
+        return loss, dscores
+
+    def begin_step(
+        self, images: Array, labels: Array, samples: Array, bad_at: Array, bad_sum: Array
+    ) -> tuple[Array, Array]:
+        """x (N, H, W, C) and the labels (N,) int32 of the samples (N,) int32, from all images and labels, bytes.
+
+        Sets bad_at (1,) and bad_sum (1,), int32, to FINITE.
+        """
+        n, shape = len(samples), images.shape[1:]
+        x, chosen = self.device.empty((n, *shape), np.float32), self.device.empty(n, np.int32)
+        arguments = images, labels, samples, x, chosen, bad_at, bad_sum, n, math.prod(shape)
+        self.launch("layers", "begin_step", max(x.size, 1), *arguments)
+        return x, chosen
+
+    def pixels(self, images: Any) -> Array:
+        """Bytes (N, ...) of the host as numbers from 0 to 1 on the device."""
+        there = self.device.upload(images)
+        return self._like(there, lambda x: self.launch("layers", "pixels", x.size, there, x, x.size))
+
+    def argmax(self, scores: Array) -> Any:
+        """The class of the largest score of each row (N, F) -> (N,) int64, on the host."""
+        best = self.device.empty(len(scores), np.int32)
+        self.launch("layers", "argmax", len(scores), scores, best, *scores.shape)
+        return self.device.download(best).astype(np.int64)
+
+
+def _convolution(x: tuple[int, ...], w: tuple[int, ...], stride: int, pad: int, relu: bool) -> Convolution:
+    (_, H, W, C), (K, _, _, F) = x, w
+    return Convolution(H, W, C, F, K, stride, pad, relu)

@@ -1,0 +1,181 @@
+"""What a run tells: metrics.jsonl for programs, lines and a progress bar for people. Only rank 0 has a voice."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import statistics
+import sys
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+from tqdm import tqdm
+
+from distconv.errors import StorageError
+from distconv.process.launched import PROCESSES, parents
+from distconv.process.streams import lead_nowhere
+
+READ_AGAIN = (  # fields of the records that curves, lines and finished runs are made of
+    "epoch",
+    "train_loss",
+    "train_accuracy",
+    "test_accuracy",
+    "compute_seconds",
+    "exchange_seconds",
+    "wait_seconds",
+    "wire_bytes",
+    "wire_seconds_float32",
+    "slowest_rank",
+    "correct",
+    "total",
+)
+SECONDS_BETWEEN_LINES = 10.0  # of progress, where there is no terminal
+
+
+class RunLog:
+    """The voice of a run. On a silent rank every method does nothing."""
+
+    def __init__(self, speaks: bool) -> None:
+        self.speaks = speaks
+        self.file: IO[str] | None = None
+        self.bar: Any = None
+        self.draws = speaks and on_a_terminal()
+        self.last_line = time.monotonic()
+
+    def say(self, text: str) -> None:
+        """One line on standard output, above the progress bar if there is one."""
+        if self.speaks:
+            try:
+                with tqdm.external_write_mode(file=sys.stdout):
+                    print(text, flush=True)
+            except BrokenPipeError:  # nobody listens any more, but the run goes on
+                lead_nowhere(sys.stdout.fileno())
+            except OSError as error:
+                raise StorageError(f"standard output cannot be written: {error.strerror}") from None
+
+    def say_aside(self, text: str) -> None:
+        """One line on standard error, for a command whose standard output is its result."""
+        if self.speaks:
+            print(f"distconv: {text}", file=sys.stderr, flush=True)
+
+    def open(self, path: Path, step: int) -> None:
+        """Append to a file of metrics, without what lies after a step: that is about to happen again.
+
+        Raises StorageError.
+        """
+        if not self.speaks:
+            return
+        kept = [record for record in read_metrics(path) if _happened(record, step)]
+        write_text(path, "".join(json.dumps(record) + "\n" for record in kept))
+        try:
+            self.file = path.open("a")
+        except OSError as error:
+            raise StorageError(f"{path} cannot be written: {error}") from None
+
+    def write(self, event: str, **fields: Any) -> None:
+        """One line of metrics, with the time of day (seconds since 1970). Raises StorageError.
+
+        Numbers that are not finite become null, as JSON has none.
+        """
+        if self.file is None:
+            return
+        clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in fields.items()}
+        try:
+            self.file.write(json.dumps({"event": event, "time": round(time.time(), 3), **clean}) + "\n")
+            self.file.flush()
+        except OSError as error:
+            raise StorageError(f"{self.file.name} cannot be written: {error}") from None
+
+    def progress(self, step: int, steps: int, epoch: int, epochs: int, loss: float, images_per_second: float) -> None:
+        """Show how far the run is: a bar on a terminal, else a line about every ten seconds."""
+        if not self.speaks:
+            return
+        if self.bar is None and self.draws:
+            self.bar = tqdm(total=steps, initial=step - 1, unit="step", dynamic_ncols=True, leave=False)
+        if self.bar is not None:
+            self.bar.set_description(f"epoch {epoch}/{epochs}", refresh=False)
+            self.bar.set_postfix_str(f"loss {loss:.3f}, {images_per_second:.0f} images/s", refresh=False)
+            self.bar.update(step - self.bar.n)
+        elif time.monotonic() - self.last_line >= SECONDS_BETWEEN_LINES:
+            self.last_line = time.monotonic()
+            self.say(
+                f"epoch {epoch}/{epochs}, step {step:,} of {steps:,}: loss {loss:.3f}, {images_per_second:.0f} images/s"
+            )
+
+    def close(self) -> None:
+        """Take the bar away and close the file."""
+        if self.bar is not None:
+            self.bar.close()
+        if self.file is not None:
+            self.file.close()
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file, whole or not at all. Raises StorageError."""
+    temporary = path.with_name(f".{path.name}.tmp")  # not the name of a file that a user would have
+    try:
+        temporary.unlink(missing_ok=True)  # it may be a link to a file of somebody's
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    except OSError as error:
+        raise StorageError(f"{path} cannot be written: {error}") from None
+
+
+def read_metrics(path: Path) -> list[Mapping[str, Any]]:
+    """The records of a metrics.jsonl, none if there is no such file; a torn line, left by a kill, is passed over.
+
+    So is what this file never held: text or a list, say, where a number is.
+    """
+    records: list[Mapping[str, Any]] = []
+    if path.is_file():
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            with contextlib.suppress(ValueError, RecursionError):
+                record = json.loads(line)
+                if isinstance(record, dict) and _is_ours(record):
+                    records.append(record)
+    return records
+
+
+def _is_ours(record: Mapping[str, Any]) -> bool:
+    """Whether the fields that are read again are numbers, or null where they were not finite."""
+    whole = isinstance(record.get("step", 0), int) and isinstance(record.get("time", 0.0), (int, float))
+    return whole and all(isinstance(record.get(name), (int, float, type(None))) for name in READ_AGAIN)
+
+
+def describe_steps(steps: Sequence[Mapping[str, Any]], ranks: int) -> str:
+    """Where the time of a step went and what it sent: medians over the step records of a run, in a line for people."""
+
+    def milliseconds(key: str) -> str:
+        return f"{1e3 * statistics.median(record.get(key) or 0.0 for record in steps):.2f} ms"
+
+    line = "a step on rank 0: " + ", ".join(
+        f"{milliseconds(f'{part}_seconds')} {part}" for part in ("compute", "exchange", "wait")
+    )
+    if ranks == 1:
+        return line
+    slowest, times = Counter(record.get("slowest_rank") or 0 for record in steps).most_common(1)[0]
+    return (
+        f"{line}; {steps[-1].get('wire_bytes') or 0:,} bytes sent, a float32 wire would exchange in "
+        f"{milliseconds('wire_seconds_float32')}; rank {slowest} was slowest in {times / len(steps):.0%} of steps"
+    )
+
+
+def on_a_terminal() -> bool:
+    """Whether a person watches: standard error is a terminal, or that of the launcher that forwards it is."""
+    if sys.stderr.isatty():
+        return True
+    for process, name in parents():
+        if not name.startswith(PROCESSES):
+            break
+        with contextlib.suppress(OSError):  # a launcher of another user
+            if str(Path(f"/proc/{process}/fd/2").readlink()).startswith(("/dev/pts/", "/dev/tty")):
+                return True
+    return False
+
+
+def _happened(record: Mapping[str, Any], step: int) -> bool:
+    return record.get("event") == "start" or (record.get("event") != "final" and record.get("step", 0) <= step)

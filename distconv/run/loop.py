@@ -1,0 +1,273 @@
+"""The synchronous step and the epoch: a generator of records. It prints nothing and knows no files.
+
+Each rank computes the gradient of its shard as a sum over its samples divided by the global batch, so that the exchange
+is a plain sum and every sample weighs the same, however unevenly the batch divides. All ranks then make the same step.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from distconv.comm.barrier import Barrier
+from distconv.comm.exchange import HEADER
+from distconv.comm.world import World
+from distconv.data.dataset import Bytes
+from distconv.data.shard import epoch_order, shard, split
+from distconv.errors import DistconvError, DivergedError
+from distconv.nn.layers import Layer
+from distconv.nn.parameters import Parameters
+from distconv.run import agreement as replicas
+from distconv.run.replica import CPU
+from distconv.run.run import Engine, Run
+
+MOST_SKIPPED = 10  # steps in a row without a finite gradient
+MOST_FAR = 5  # steps in a row whose loss is not finite, or more than FAR times that of the start
+FAR = 10
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """One step. train_loss is the mean over the global batch, with dropout; seconds and bytes are rank 0's own.
+
+    compute: its gradient; wait: for the slowest rank, or for a core that several ranks share; exchange: the rest of the
+    exchange, in which all ranks take part; wire_seconds_float32: such an exchange on a float32 wire, when last tried.
+    """
+
+    event: ClassVar[str] = "step"
+    step: int
+    epoch: int
+    train_loss: float
+    images_per_second: float
+    compute_seconds: float
+    exchange_seconds: float
+    wait_seconds: float
+    wire_bytes: int
+    wire_seconds_float32: float
+    slowest_rank: int
+    skipped: bool
+    last_of_epoch: bool = field(metadata={"log": False})
+    agreed: bool = field(metadata={"log": False})  # all ranks have been seen to hold the same state, which may be saved
+
+
+@dataclass(frozen=True)
+class EpochRecord:
+    """One epoch. The accuracies are without dropout, on the first eval_samples images of each set.
+
+    The wire's health is that of the epoch's last step: see WireHealth.
+    """
+
+    event: ClassVar[str] = "epoch"
+    step: int
+    epoch: int
+    train_loss: float
+    train_accuracy: float
+    test_accuracy: float
+    images_per_second: float
+    largest_gradient: float
+    flushed_share: float
+    wire_error: float
+    parameters_sha256: str
+
+
+@dataclass(frozen=True)
+class StopRecord:
+    """Some rank was asked to stop; all have stopped after the same step."""
+
+    event: ClassVar[str] = "stop"
+    step: int
+
+
+Record = StepRecord | EpochRecord | StopRecord
+
+
+def predict(
+    model: Layer, parameters: Parameters, images: Bytes, world: World, engine: Engine = CPU
+) -> NDArray[np.int64]:
+    """The class that the model gives each image (N, H, W, C), without dropout -> (N,); the ranks share the work."""
+    mine, batch = split(len(images), world.size, world.rank), engine.evaluation_batch
+    found = [np.empty(0, np.int64)]
+    for start in range(mine.start, mine.stop, batch):
+        world.at("evaluate")
+        found.append(engine.classify(model, parameters, images[start : min(start + batch, mine.stop)]))
+    world.at("gather")
+    return np.concatenate(world.comm.allgather(np.concatenate(found)))
+
+
+def count_correct(
+    model: Layer, parameters: Parameters, images: Bytes, labels: Bytes, world: World, engine: Engine = CPU
+) -> int:
+    """How many images the model classifies as labelled; every image once, the same number on every rank."""
+    return int(np.count_nonzero(predict(model, parameters, images, world, engine) == labels))
+
+
+def train(
+    run: Run,
+    stop_requested: Callable[[], bool],
+    save_requested: Callable[[], bool] = lambda: False,
+    ahead: bool = False,
+) -> Iterator[Record]:
+    """Train from the run's position to its end, or until a rank is asked to stop.
+
+    save_requested: whether this rank wants a state that may be saved; then all ranks look whether they agree on it.
+    ahead: a rank that is alone may begin the next step before it gives the record of the last one, so that its GPU need
+    not wait for who reads the records. Between records the run's position and vectors are those of a checkpoint, except
+    between the last step of an epoch and the record of the epoch, and with `ahead`, where a step's record says that it
+    is not agreed. Raises DivergedError, ReplicasDifferError.
+    """
+    run.checksum, run.good_until, stopping = run.engine.checksum(run), run.step - 1, False
+    while run.step < run.steps and not stopping:
+        epoch, first = divmod(run.step, run.steps_per_epoch)
+        order = epoch_order(run.config.seed, epoch, len(run.dataset.train_labels))
+        seconds, images = 0.0, 0
+        for batch in range(first, run.steps_per_epoch):
+            began = time.perf_counter()
+            record, stopping = _step(run, order, epoch, batch, stop_requested(), save_requested(), ahead)
+            seconds += time.perf_counter() - began
+            images += len(order[batch * run.config.batch_size : (batch + 1) * run.config.batch_size])
+            yield record
+            if stopping and not record.last_of_epoch:
+                break
+        else:
+            yield _end_of_epoch(run, epoch, images / seconds)
+    if stopping:
+        yield StopRecord(run.step)
+    elif run.diverging:
+        raise _diverged(run)
+
+
+def _step(
+    run: Run, order: NDArray[np.int64], epoch: int, batch: int, stop: bool, save: bool, ahead: bool
+) -> tuple[StepRecord, bool]:
+    """One synchronous step of all ranks: its record, and whether any rank was asked to stop."""
+    world, batch_size = run.world, run.config.batch_size
+    mine = shard(order, batch, batch_size, world.size, world.rank)
+    global_batch = len(order[batch * batch_size : (batch + 1) * batch_size])
+    last_of_epoch = batch + 1 == run.steps_per_epoch
+
+    world.at("compute", run.step)
+    began = time.perf_counter()
+    probing = last_of_epoch or run.probe.fresh
+    following = None  # an epoch's last step is not begun ahead: it probes
+    if ahead and world.size == 1 and not (probing or stop or save) and batch + 2 < run.steps_per_epoch:
+        following = shard(order, batch + 1, batch_size, world.size, world.rank)
+    loss_sum = run.engine.gradient(run, mine, global_batch, run.step, probing, following)
+    computed = time.perf_counter()
+    contribution = run.engine.contribution(run) if probing else None
+    world.at("exchange")
+    ready = time.perf_counter()
+    busy = ready - run.exchanged
+    told = (run.step, len(mine), loss_sum, -1, stop, save, run.checksum, run.corrupted, busy)
+    header = np.array(told, HEADER)
+    asleep = Barrier.asleep
+    headers = run.engine.sum(run, header)
+    run.exchanged = time.perf_counter()
+    wait = max(float(headers["busy_seconds"].max() - header["busy_seconds"]), Barrier.asleep - asleep)
+    if contribution is not None:
+        run.probe.compare(contribution, run.engine.total(run))
+
+    if np.any(headers["step"] != run.step) or headers["samples"].sum() != global_batch:
+        raise DistconvError(f"the ranks are not at the same step: {headers['step'].tolist()}; this is a bug")
+    replicas.compare(run.step, headers["checksum"].tolist(), headers["changed"].tolist())
+    loss = float(headers["loss_sum"].sum())
+    run.step += 1
+    run.corrupted = run.engine.checksum(run) != run.checksum
+    good = run.engine.update(run, run.step)
+    run.checksum = run.engine.checksum(run)
+    _note_loss(run, good, loss, global_batch)
+    if run.skipped == MOST_SKIPPED:
+        raise _diverged(run, f"a gradient that is not finite (last {_who_is_bad(headers['bad_at'], run.parameters)})")
+    if run.diverging == MOST_FAR:
+        raise _diverged(run)
+    stopping, asked = bool(headers["stop"].any()), bool(headers["save"].any())
+    agreed = not last_of_epoch and (stopping or asked)
+    if agreed:
+        replicas.agree(run)
+    record = StepRecord(
+        step=run.step,
+        epoch=epoch + 1,
+        train_loss=loss / global_batch,
+        images_per_second=global_batch / (time.perf_counter() - began),
+        compute_seconds=computed - began,
+        exchange_seconds=max(0.0, run.exchanged - ready - wait),
+        wait_seconds=wait,
+        wire_bytes=run.exchange.bytes_sent,
+        wire_seconds_float32=run.probe.seconds,
+        slowest_rank=int(np.argmax(headers["busy_seconds"])),
+        skipped=not good,
+        last_of_epoch=last_of_epoch,
+        agreed=agreed,
+    )
+    return record, stopping
+
+
+def _note_loss(run: Run, updated: bool, loss: float, global_batch: int) -> None:
+    """Keep the sums of the epoch, and count the steps in a row that were skipped, or whose loss is out of bounds."""
+    mean = loss / global_batch
+    finite = math.isfinite(mean)
+    if finite and not run.first_loss:
+        run.first_loss = mean
+    far = not finite or mean > FAR * _loss_of_the_start(run)
+    if not far:
+        run.good_until = run.step - 1
+    if updated:
+        run.loss_sum += loss
+        run.samples += global_batch
+        run.skipped, run.diverging = 0, run.diverging + 1 if far else 0
+    else:
+        run.skipped += 1
+
+
+def _loss_of_the_start(run: Run) -> float:
+    """Of the first step, or of a blind guess, should the first samples have been easy ones."""
+    return max(run.first_loss, math.log(run.dataset.classes))
+
+
+def _diverged(run: Run, what: str = "") -> DivergedError:
+    what = what or f"a loss that is not finite, or more than {FAR} times the {_loss_of_the_start(run):.3g} of the start"
+    bad = run.skipped or run.diverging
+    failure = DivergedError(
+        f"step {run.step}: {bad} step{'s' * (bad > 1)} in a row had {what}: use a smaller --lr than {run.config.lr:g}",
+        bad_from=run.good_until + 1,
+    )
+    failure.everywhere = True
+    return failure
+
+
+def _who_is_bad(bad_at: NDArray[np.int64], parameters: Parameters) -> str:
+    """Names the ranks whose gradient is not finite, and the first such tensor of each."""
+    bad = [f"{parameters.name_at(int(index))} on rank {rank}" for rank, index in enumerate(bad_at) if index >= 0]
+    return ", ".join(bad) or "in the sum of finite ones"
+
+
+def _end_of_epoch(run: Run, epoch: int, images_per_second: float) -> EpochRecord:
+    """Measure the accuracies, check that all replicas hold the same bits, and begin the sums of the next epoch."""
+    train_accuracy = _accuracy(run, run.dataset.train_images, run.dataset.train_labels)
+    test_accuracy = _accuracy(run, run.dataset.test_images, run.dataset.test_labels)
+    train_loss = run.loss_sum / run.samples if run.samples else float("nan")
+    run.loss_sum, run.samples = 0.0, 0
+    replicas.agree(run)  # at last, as what follows is saved
+    health = run.probe.health
+    return EpochRecord(
+        run.step,
+        epoch + 1,
+        train_loss,
+        train_accuracy,
+        test_accuracy,
+        images_per_second,
+        health.largest_gradient,
+        health.flushed_share,
+        health.wire_error,
+        run.parameters.digest(),
+    )
+
+
+def _accuracy(run: Run, images: Bytes, labels: Bytes) -> float:
+    count = min(run.config.eval_samples or len(labels), len(labels))
+    return count_correct(run.model, run.parameters, images[:count], labels[:count], run.world, run.engine) / count
