@@ -26,9 +26,11 @@ def main(argv: Sequence[str]) -> int:
     arguments = parser.parse_args(argv)
 
     with start() as world:
+        from distconv.kernels.cpu.host import Cpu
         from distconv.run import inputs
         from distconv.run.log import RunLog
-        from distconv.run.loop import count_correct
+        from distconv.run.measure import measure
+        from distconv.tasks.classify import Classification
 
         world.watch.set_limits(0.0)
         log = RunLog(world.rank == 0)
@@ -38,7 +40,8 @@ def main(argv: Sequence[str]) -> int:
             log.say(f"{'precision':<10} {'test accuracy':>13}   correct of {total:,}")
         for precision in arguments.precision or PRECISIONS:
             rounded = inputs.cast(parameters, precision)
-            correct = count_correct(model, rounded, dataset.test_images, dataset.test_labels, world)
+            kernels = Cpu(precision)
+            correct = int(measure(Classification(), dataset, "test", model, rounded.values, kernels, world)[0])
             result = {"precision": precision, "test_accuracy": correct / total, "correct": correct, "total": total}
             log.say(json.dumps(result) if arguments.json else f"{precision:<10} {correct / total:>13.2%}   {correct:,}")
     return 0

@@ -124,16 +124,13 @@ def shared_gradient(run: Run, batch: int, alone: bool) -> Array:
     """
     import numpy as np
 
-    from distconv.comm.exchange import HEADER
     from distconv.data.shard import split
 
     B = run.config.batch_size
     samples = np.arange(batch * B, (batch + 1) * B)
     mine = samples if alone else samples[split(B, run.world.size, run.world.rank)]
-    run.engine.gradient(run, mine, B, step=batch, probing=True)
-    if not alone:
-        run.engine.sum(run, np.zeros((), HEADER))
-    return run.engine.total(run).copy()
+    share = run.replica.share(batch, mine, B)
+    return (share if alone else run.replica.sum_shares()).copy()
 
 
 def largest_difference(run: Run, gradient: Array, reference: Array) -> float:

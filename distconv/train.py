@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from distconv.run.run import Run
 
 COST = 100  # times as much training as saving
+SHOWN = {"train": "training"}  # to people
 
 
 def main(argv: Sequence[str]) -> int:
@@ -98,7 +99,7 @@ def follow(records: Iterator[Record], run: Run, saver: Saver, out: Path, log: Ru
 
     settings = run.config
     for record in records:
-        fields = {f.name: getattr(record, f.name) for f in dataclasses.fields(record) if f.metadata.get("log", True)}
+        fields = logged(record)
         log.write(record.event, **fields)
         if isinstance(record, StepRecord):
             log.progress(
@@ -110,9 +111,9 @@ def follow(records: Iterator[Record], run: Run, saver: Saver, out: Path, log: Ru
                 saver.save()
         elif isinstance(record, EpochRecord):
             log.say(
-                f"epoch {record.epoch}/{settings.epochs}: loss {record.train_loss:.4f}, accuracy "
-                f"{record.train_accuracy:.2%} training, {record.test_accuracy:.2%} test, "
-                f"{record.images_per_second:,.0f} images/s"
+                f"epoch {record.epoch}/{settings.epochs}: loss {record.train_loss:.4f}, {record.metric} "
+                + "".join(f"{score:.2%} {SHOWN.get(part, part)}, " for part, score in record.scores.items())
+                + f"{record.images_per_second:,.0f} images/s"
             )
             saver.save()
         elif isinstance(record, StopRecord):
@@ -123,6 +124,13 @@ def follow(records: Iterator[Record], run: Run, saver: Saver, out: Path, log: Ru
             log.close()
             return errors.STOPPED
     return 0
+
+
+def logged(record: Record) -> dict[str, Any]:
+    """What metrics.jsonl holds of a record."""
+    fields = {f.name: getattr(record, f.name) for f in dataclasses.fields(record) if f.metadata.get("log", True)}
+    scores: Mapping[str, float] = getattr(record, "scores", {})
+    return fields | {f"{part}_{record.metric}": score for part, score in scores.items()}  # type: ignore[union-attr]
 
 
 def check_settings(settings: Config, world: World) -> None:
@@ -148,7 +156,7 @@ def resume(run: Run, out: Path, log: RunLog) -> Checkpoint | None:
             else:
                 found = files.load_checkpoint(Path(run.config.resume))
             if found:
-                for change in files.check_same_run(found, run.config, run.dataset.digest):
+                for change in files.check_same_run(found, run.config, run.data.digest):
                     log.say(f"resumed with a change: {change}")
                 found.fill(run.parameters.by_slot(run.vectors()))
                 position = dict(found.position)
@@ -164,16 +172,18 @@ def introduce(run: Run, out: Path, data_name: str, checkpoint: Checkpoint | None
     """The start line and the start event."""
     import numpy as np
 
-    world, dataset, settings = run.world, run.dataset, run.config
+    world, data, settings, exchange, device = (
+        run.world, run.data, run.config, run.replica.exchange, run.replica.kernels.name
+    )  # fmt: skip
     threads = blas_threads()
-    where = f"{run.engine.device} in {settings.precision}"
-    if run.engine.device == "cpu":
+    where = f"{device} in {settings.precision}"
+    if device == "cpu":
         where = f"cpu with {threads} BLAS thread{'s' * (threads > 1)} a rank"
     log.say(
         f"distconv {__version__}: {world.size} rank{'s' * (world.size > 1)} on {world.hosts} "
         f"host{'s' * (world.hosts > 1)}, {where}, {world.library} | "
-        f"{settings.model}, {run.parameters.size:,} parameters, {settings.wire} on the wire ({run.exchange.how}) | "
-        f"{data_name}, {len(dataset.train_labels):,} training and {len(dataset.test_labels):,} test images"
+        f"{settings.model}, {run.parameters.size:,} parameters, {settings.wire} on the wire ({exchange.how}) | "
+        f"{data_name}, {data.size('train'):,} training and {data.size('test'):,} test images"
     )
     if checkpoint:
         log.say(f"going on from {checkpoint.path}, after step {run.step:,} of {run.steps:,}")
@@ -182,18 +192,18 @@ def introduce(run: Run, out: Path, data_name: str, checkpoint: Checkpoint | None
         resumed_step=run.step,
         ranks=world.size,
         hosts=world.hosts,
-        device=run.engine.device,
+        device=device,
         precision=settings.precision,
         blas_threads=threads,
         wire=settings.wire,
-        exchange=run.exchange.how,
-        bus_bytes=getattr(run.exchange, "bus_bytes", 0),  # of a step, between a GPU and its host
+        exchange=exchange.how,
+        bus_bytes=exchange.bus_bytes,  # of a step, between a GPU and its host
         model=settings.model,
         parameter_count=run.parameters.size,
         data=data_name,
-        data_sha256=dataset.digest,
-        train_images=len(dataset.train_labels),
-        test_images=len(dataset.test_labels),
+        data_sha256=data.digest,
+        train_images=data.size("train"),
+        test_images=data.size("test"),
         steps=run.steps,
         out=str(out),
         versions={
@@ -206,18 +216,16 @@ def introduce(run: Run, out: Path, data_name: str, checkpoint: Checkpoint | None
 
 
 def finish(run: Run, out: Path, log: RunLog) -> int:
-    """Final accuracy on the whole test set, curves and DONE; exit code 1 where the target is missed."""
-    from distconv.run import agreement as replicas
+    """Final score on the whole test set, curves and DONE; exit code 1 where the target is missed."""
+    from distconv.run import agreement
     from distconv.run.log import describe_steps, read_metrics, write_text
-    from distconv.run.loop import count_correct
+    from distconv.run.measure import measure
 
-    total = len(run.dataset.test_labels)
+    replica = run.replica
     run.world.at("evaluate", run.step)
-    correct = count_correct(
-        run.model, run.parameters, run.dataset.test_images, run.dataset.test_labels, run.world, run.engine
-    )
-    replicas.agree(run)  # nothing has changed while it was evaluated
-    final = {"step": run.step, "test_accuracy": correct / total, "correct": correct, "total": total}
+    correct, total = measure(run.task, run.data, "test", replica.model, replica.values, replica.kernels, run.world)
+    agreement.agree(run)  # nothing has changed while it was evaluated
+    final = {"step": run.step, f"test_{run.task.metric}": correct / total, "correct": int(correct), "total": int(total)}
     log.write("final", **final, parameters_sha256=run.parameters.digest())
     log.close()
     run.world.at("end")
@@ -262,11 +270,11 @@ class Saver:
 
     def __init__(self, run: Run, folder: Path, data_name: str, log: RunLog) -> None:
         self.run, self.folder, self.log = run, folder, log
-        shape = list(run.dataset.image_shape)
+        shape = list(run.data.image_shape)
         self.data = {
             "name": data_name,
-            "digest": run.dataset.digest,
-            "classes": run.dataset.classes,
+            "digest": run.data.digest,
+            "classes": run.data.classes,
             "image_shape": shape,
         }
         self.lock = lock_file(folder.parent)
@@ -296,7 +304,7 @@ class Saver:
                     "and another job may have the folder; see to it that none has, and start again"
                 )
             save_checkpoint(
-                self.folder, run.parameters, run.optimizer, run.position(), run.config, self.data, run.agreed_sha256
+                self.folder, run.parameters, run.replica.state, run.position(), run.config, self.data, run.agreed_sha256
             )
             self.saved_at = run.step
             now, asked = time.monotonic(), run.config.checkpoint_seconds

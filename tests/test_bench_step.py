@@ -33,8 +33,7 @@ from distconv.config import Config
 from distconv.errors import UsageError
 from distconv.nn.layers import Affine, Chain, Context, Conv, Dropout, MaxPool
 from distconv.nn.parameters import Parameters
-from distconv.run.build import on_gpu, unplaced_run
-from distconv.run.replica import GpuEngine
+from distconv.run.build import build_run
 from distconv.run.run import Run
 from tests import emulator, jobs
 
@@ -223,10 +222,8 @@ def test_both_ways_through_each_layer_of_a_gpu_are_told(monkeypatch: pytest.Monk
     monkeypatch.setattr(gpu_step, "AT_ONCE", 2)
     monkeypatch.setattr(gpu_step, "TURNS", 1)
     settings = Config(model="tests.test_bench_step:small_network", batch_size=2, epochs=1)
-    run = unplaced_run(settings, random_dataset(2, 1), start())
-    engine = on_gpu(run, emulator.Emulator(), shared=False).engine
-    assert isinstance(engine, GpuEngine)
-    rows = gpu_step.layer_rows(engine, 2)
+    run = build_run(settings, random_dataset(2, 1), start(), device=emulator.Emulator())
+    rows = gpu_step.layer_rows(run.replica, 2)
     assert [(row.layer, row.way) for row in rows] == [
         (name, way) for name in ("conv1", "affine1", "dropout1") for way in ("forward", "backward")
     ]
@@ -253,11 +250,11 @@ def test_a_turn_on_a_gpu_ends_when_the_gpu_has_nothing_left_to_do(monkeypatch: p
 
     def small_run(settings: Config, *arguments: Any) -> Run:
         settings = dataclasses.replace(settings, model="tests.test_bench_step:small_network", device="auto")
-        return on_gpu(unplaced_run(settings, *arguments[:2]), Watched(), shared=False)
+        return build_run(settings, *arguments[:2], device=Watched())
 
     monkeypatch.setattr(gpu_step, "build_run", small_run)
     (engine, _), _ = gpu_step.bench_gpu(start(), "float32", print)(2, 2)
-    engine.step()  # its first step tries the wire
+    engine.step()
     happened.clear()
     engine.step()
     assert happened == ["begun"] * engine.steps + ["idle"]
@@ -269,7 +266,7 @@ def test_where_the_peaks_cannot_be_measured_only_the_shares_are_missing(monkeypa
         device = emulator.Emulator()
         device.peaks = Mock(side_effect=RuntimeError("CUBLAS_STATUS_NOT_INITIALIZED\nand more"))
         settings = dataclasses.replace(settings, model="tests.test_bench_step:small_network", device="auto")
-        return on_gpu(unplaced_run(settings, *arguments[:2]), device, shared=False)
+        return build_run(settings, *arguments[:2], device=device)
 
     layers = [gpu_step.LayerRow("conv1", way, 2, 1e-3, 10, 10) for way in ("forward", "backward")]
     monkeypatch.setattr(gpu_step, "build_run", small_run)

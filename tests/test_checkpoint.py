@@ -45,9 +45,9 @@ def position(step: int) -> dict[str, Any]:
 
 def write(folder: Path, step: int, dtype: type = np.float32, config: Config = CONFIG) -> Path:
     parameters = Parameters(SPECS, dtype)
-    optimizer = Adam(parameters.size, dtype, 0.001)
-    parameters.vector[...], optimizer.state["m"][...], optimizer.state["v"][...] = content(step, dtype).values()
-    return files.save_checkpoint(folder, parameters, optimizer, position(step), config, DATA)
+    state = Adam(0.001).new_state(parameters.size, dtype)
+    parameters.vector[...], state["m"][...], state["v"][...] = content(step, dtype).values()
+    return files.save_checkpoint(folder, parameters, state, position(step), config, DATA)
 
 
 def assert_holds(checkpoint: Checkpoint | None, step: int, dtype: type = np.float32) -> None:
@@ -95,12 +95,12 @@ def test_files_of_earlier_versions_are_read(tmp_path: Path) -> None:
 
 def test_neither_a_save_nor_a_load_copies_a_large_model(tmp_path: Path) -> None:
     parameters = Parameters({"affine1": {"W": Spec((1000, 4000))}})
-    optimizer = Adam(parameters.size, np.float32, 0.001)
+    state = Adam(0.001).new_state(parameters.size, np.float32)
     position = {"step": 1, "loss_sum": 0.0, "samples": 1, "skipped": 0, "epoch": 0, "cursor": 1}
 
     def save_and_load() -> None:
-        path = files.save_checkpoint(tmp_path, parameters, optimizer, position, CONFIG, DATA)
-        load_checkpoint(path).fill(by_name(parameters, {"value": parameters.vector, **optimizer.state}))
+        path = files.save_checkpoint(tmp_path, parameters, state, position, CONFIG, DATA)
+        load_checkpoint(path).fill(by_name(parameters, {"value": parameters.vector, **state}))
 
     assert peak_memory(save_and_load) < parameters.vector.nbytes / 4
 

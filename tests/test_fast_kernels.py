@@ -45,9 +45,10 @@ def assert_close(found: np.ndarray, expected: np.ndarray) -> None:
 
 
 def backward(x, y, dy, w, pad, relu, wants_dx):
-    dw, db = np.full_like(w, np.nan), np.full(w.shape[3], np.nan, w.dtype)
-    dx = cpu.conv_backward(x, y, dy, w, 1, pad, relu, dw, db, wants_dx)
-    return dw, db, dx
+    dw, db = np.zeros_like(w), np.zeros(w.shape[3], w.dtype)
+    for _ in range(2):  # what is there stays in the sum
+        dx = cpu.conv_backward(x, y, dy, w, 1, pad, relu, dw, db, wants_dx)
+    return dw / 2, db / 2, dx
 
 
 @cases

@@ -70,13 +70,13 @@ def use(path: Path) -> None:
     for dtype in (np.float32, np.float64):
         parameters = Parameters(SPECS, dtype)
         check_same_run(checkpoint, CONFIG, DATA["digest"])
-        nobody = SimpleNamespace(push=lambda run: None)
-        run = Run(*[None] * 8, nobody)  # type: ignore[arg-type]
-        run.parameters, run.optimizer = parameters, Adam(parameters.size, dtype, 0.001)
+        state = Adam(0.001).new_state(parameters.size, dtype)
+        replica = SimpleNamespace(push=lambda: None, parameters=parameters, state=state)
+        run = Run(None, None, None, replica, None, None)  # type: ignore[arg-type]
         checkpoint.fill(parameters.by_slot(run.vectors()))
         run.restore(dict(checkpoint.position), run.vectors())
         f"{run.step:,} {run.loss_sum / (run.samples or 1):.4f}"
-    Parameters(build_network(checkpoint.config["model"], (28, 28, 1), 10)[1])
+    Parameters(build_network(checkpoint.config["model"], (28, 28, 1), 10, (10,))[1])
 
 
 def test_a_file_forged_by_the_rules_is_read(tmp_path: Path) -> None:

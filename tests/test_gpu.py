@@ -18,7 +18,7 @@ from distconv.data.dataset import Dataset
 from distconv.kernels.gpu import device as cuda
 from distconv.kernels.gpu.arithmetic import PRECISIONS
 from distconv.run import loop
-from distconv.run.build import on_cpu, on_gpu, unplaced_run
+from distconv.run.build import build_run
 from distconv.run.run import Run
 from tests import jobs
 
@@ -55,7 +55,7 @@ def new_run(world: World, dataset: Dataset) -> Callable[..., Run]:
     def make(settings: Config = SETTINGS, graphs: bool = True) -> Run:
         device = cuda.Cuda(0, lambda line: pytest.fail(line))
         device.records = graphs
-        return on_gpu(unplaced_run(settings, dataset, world), device, shared=False)
+        return build_run(settings, dataset, world, device=device)
 
     return make
 
@@ -71,7 +71,7 @@ def test_a_replayed_step_has_the_bits_of_a_plain_one(new_run: Callable[..., Run]
     settings = dataclasses.replace(SETTINGS, wire=wire)
     replayed = new_run(settings)
     assert trained(replayed) == trained(new_run(settings, graphs=False))
-    assert any(recording.graph for recording in replayed.engine.kernels.device.recordings.values())
+    assert any(recording.graph for recording in replayed.replica.device.recordings.values())
 
 
 def test_two_runs_have_the_same_bits(new_run: Callable[..., Run]) -> None:
@@ -87,7 +87,7 @@ def test_where_nothing_can_be_recorded_a_line_says_so_and_the_run_goes_on(
     lines: list[str] = []
     device = cuda.Cuda(0, lines.append)
     device._record_work = refuse  # type: ignore[method-assign]
-    run = on_gpu(unplaced_run(SETTINGS, dataset, world), device, shared=False)
+    run = build_run(SETTINGS, dataset, world, device=device)
     assert trained(run) == trained(new_run(graphs=False))
     assert len(lines) == 1 and "not today" in lines[0]
 
@@ -96,26 +96,23 @@ def test_where_nothing_can_be_recorded_a_line_says_so_and_the_run_goes_on(
 def test_the_first_gradient_is_that_of_the_cpu(
     world: World, dataset: Dataset, new_run: Callable[..., Run], precision: str
 ) -> None:
-    exact = on_cpu(unplaced_run(dataclasses.replace(SETTINGS, wire="float64"), dataset, world))
+    exact = build_run(dataclasses.replace(SETTINGS, wire="float64", device="cpu"), dataset, world)
     run = new_run(dataclasses.replace(SETTINGS, wire="float32", precision=precision))
-    gradients = []
-    for one in (exact, run):
-        one.engine.gradient(one, np.arange(64), 64, step=0, probing=True)
-        gradients.append(one.engine.contribution(one).astype(np.float64))
+    gradients = [one.replica.share(0, np.arange(64), 64).astype(np.float64) for one in (exact, run)]
     difference = np.linalg.norm(gradients[1] - gradients[0]) / np.linalg.norm(gradients[0])
     assert difference <= BOUNDS[precision]
 
 
 def test_nccl_sums_within_the_graph_of_a_step(world: World, new_run: Callable[..., Run]) -> None:
     run = new_run()
-    if problem := run.engine.kernels.device.nccl_problem():
+    if problem := run.replica.device.nccl_problem():
         pytest.skip(f"NCCL: {problem}")
     run = new_run(dataclasses.replace(SETTINGS, exchange="nccl"))
-    assert isinstance(run.exchange, OnGpu) and run.exchange.how == "on the GPUs, NCCL"
-    alone = choose_on_gpu(world, run.engine.kernels, run.parameters.size, "float16", "auto", shared=False)
+    assert isinstance(run.replica.exchange, OnGpu) and run.replica.exchange.how == "on the GPUs, NCCL"
+    alone = choose_on_gpu(world, run.replica.kernels, run.parameters.size, "float16", "auto", shared=False)
     assert alone.how == "on the GPUs, one rank"
     assert trained(run) == trained(new_run())
-    assert any(recording.graph for recording in run.engine.kernels.device.recordings.values())
+    assert any(recording.graph for recording in run.replica.device.recordings.values())
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])

@@ -14,8 +14,9 @@ from numpy.typing import DTypeLike, NDArray
 
 from distconv.comm.wire import WIRES
 from distconv.kernels.cpu import arithmetic as cpu
-from distconv.kernels.gpu.arithmetic import BLOCK, FINITE, Gpu
+from distconv.kernels.gpu.arithmetic import BLOCK, Gpu
 from distconv.kernels.gpu.device import Cuda, visible
+from distconv.kernels.interface import FINITE
 from distconv.nn.optimizers import OPTIMIZERS, Optimizer
 from tests import emulator
 from tests.test_emulator import to_bfloat16, to_float16, to_tf32
@@ -152,7 +153,7 @@ def backward(case: Case, of: Factors, gate: Array) -> tuple[Array, Array, Array]
     x, w, b, dy = (factor.astype(np.float64) for factor in of)
     if case.pooled:
         dy = cpu.max_pool_backward(dy, gate, 2, 2, 0, case.shape)
-    dw, db = np.empty_like(w), np.empty_like(b)
+    dw, db = np.ones_like(w), np.ones_like(b)  # to be added to
     dx = cpu.conv_backward(x, gate, dy, w, case.stride, case.pad, case.relu and not case.pooled, dw, db, True)
     assert dx is not None
     return dx, dw, db
@@ -176,7 +177,9 @@ def filters_on(device: Any, w: Array, start: int) -> Any:
 def backward_on(gpu: Gpu, case: Case, of: Factors, gate: Array, start: int = 0) -> tuple[Array, Array, Array]:
     """The same on a GPU, with the gradients as parts of one vector, at any address."""
     device, size = gpu.device, of.w.size
-    gradients = device.empty(size + len(of.b) + 3, np.float32)
+    before = np.ones(size + len(of.b) + 3, np.float32)
+    before[[0, size + 1, -1]] = np.nan
+    gradients = device.upload(before)
     dw, db = gradients[1 : size + 1].reshape(of.w.shape), gradients[size + 2 : -1]
     gate = gate.astype(np.uint8 if case.pooled else np.float32)
     x, gate, dy, w = device.upload(of.x), device.upload(gate), device.upload(of.dy), filters_on(device, of.w, start)
@@ -208,10 +211,10 @@ def test_filters_at_any_address(gpu: Gpu) -> None:
 def test_no_gradient_of_the_images_where_nobody_wants_it(gpu: Gpu) -> None:
     case = CASES["pooled in slices"]
     x, w, _, dy = map(gpu.device.upload, factors(case, whole))
-    winner, dw = gpu.device.zeros(case.out, np.uint8), gpu.device.empty(w.shape, np.float32)
-    db = gpu.device.empty(case.F, np.float32)
+    winner, dw = gpu.device.zeros(case.out, np.uint8), gpu.device.zeros(w.shape, np.float32)
+    db = gpu.device.zeros(case.F, np.float32)
     assert gpu.conv_pool_backward(x, winner, dy, w, 1, 1, True, dw, db, wants_dx=False) is None
-    assert not np.isnan(gpu.device.download(dw)).any()
+    assert gpu.device.download(dw).any()
 
 
 ROUNDED = {"float32": np.asarray, "tf32": to_tf32, "float16": to_float16, "bfloat16": to_bfloat16}
@@ -263,11 +266,11 @@ def test_what_is_infinite_gives_nothing_finite(gpu: Gpu) -> None:
 def test_affine_layer_and_its_gradients(gpu: Gpu, N: int, C: int, F: int, relu: bool) -> None:
     device, rng = gpu.device, random(3)
     x, w, b, dy = whole(rng, N, C), whole(rng, C, F), whole(rng, F), whole(rng, N, F)
-    y, dw, db = cpu.affine_forward(x, w, b, relu), np.empty_like(w), np.empty_like(b)
+    y, dw, db = cpu.affine_forward(x, w, b, relu), np.zeros_like(w), np.zeros_like(b)
     dx = cpu.affine_backward(x, y, dy, w, relu, dw, db)
 
     x, w, b, dy = map(device.upload, (x, w, b, dy))
-    found_y, found_dw, found_db = gpu.affine_forward(x, w, b, relu), device.empty((C, F), "f4"), device.empty(F, "f4")
+    found_y, found_dw, found_db = gpu.affine_forward(x, w, b, relu), device.zeros((C, F), "f4"), device.zeros(F, "f4")
     found_dx = gpu.affine_backward(x, found_y, dy, w, relu, found_dw, found_db)
     for found, expected in ((found_y, y), (found_dx, dx), (found_dw, dw), (found_db, db)):
         np.testing.assert_array_equal(device.download(found), expected)
@@ -361,21 +364,31 @@ def test_the_loss_of_scores_that_are_not_numbers_is_none(gpu: Gpu) -> None:
     assert np.isnan(dscores).any(axis=1).tolist() == [False, True, False, True]
 
 
-def test_bytes_become_numbers_from_0_to_1(gpu: Gpu) -> None:
-    images = np.arange(512).astype(np.uint8).reshape(2, 16, 16, 1)
-    found = gpu.device.download(gpu.pixels(images))
-    np.testing.assert_array_equal(bits(found), bits(images / np.float32(255)))
-
-
-def test_a_step_begins_with_its_images_and_labels_and_no_bad_number(gpu: Gpu) -> None:
+@pytest.mark.parametrize("dtype", [np.uint8, np.float32])
+def test_a_batch_has_the_images_and_labels_of_its_samples(gpu: Gpu, dtype: type) -> None:
     device, rng = gpu.device, random(11)
-    images, labels = rng.integers(0, 256, (9, 5, 3, 2), np.uint8), rng.integers(0, 256, 9, np.uint8)
+    images, labels = rng.integers(0, 256, (9, 5, 3, 2)).astype(dtype), rng.integers(0, 2**31, (9, 3)).astype(np.int64)
+    numbers = images / np.float32(255) if dtype == np.uint8 else images
     for samples in np.int32([8, 0, 3, 3, 5, 1, 7, 2, 6, 4, 8]), np.int32([]):  # a rank's share can be empty
-        bad_at, bad_sum = device.empty(1, np.int32), device.empty(1, np.int32)
-        x, chosen = gpu.begin_step(*map(device.upload, (images, labels, samples)), bad_at, bad_sum)
-        np.testing.assert_array_equal(bits(device.download(x)), bits(images[samples] / np.float32(255)))
+        there = device.upload(samples)
+        x, chosen = gpu.gather(device.upload(images), there), gpu.gather_labels(gpu.upload_labels(labels), there)
+        np.testing.assert_array_equal(bits(device.download(x)), bits(numbers[samples]))
         np.testing.assert_array_equal(device.download(chosen), labels[samples])
-        assert device.download(bad_at) == device.download(bad_sum) == FINITE
+
+
+def test_a_step_begins_without_gradient_and_without_a_bad_number(gpu: Gpu) -> None:
+    gradient, bad = gpu.device.upload(np.full(5, np.nan, np.float32)), gpu.device.zeros(2, np.int32)
+    gpu.begin_step(gradient, bad)
+    assert gpu.device.download(gradient).tolist() == [0] * 5
+    assert gpu.device.download(bad).tolist() == [FINITE, FINITE]
+
+
+def test_random_numbers_are_those_of_the_cpu(gpu: Gpu) -> None:
+    samples, key = np.int32([5, 0, 59_999]), (3, 0xDEADBEEF)
+    step = gpu.device.upload(np.uint32([7, 1]))
+    found = gpu.device.download(gpu.uniform(9, key, step, gpu.device.upload(samples)))
+    np.testing.assert_array_equal(found, cpu.uniform(9, key, (1 << 32) + 7, samples))
+    assert found.min() >= 0 and found.max() < 1
 
 
 def test_the_class_of_the_largest_score(gpu: Gpu) -> None:
@@ -471,16 +484,25 @@ def test_a_part_is_added_up_as_on_the_cpu(gpu: Gpu, kinds: tuple[str, ...]) -> N
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_optimizers(gpu: Gpu, name: str) -> None:
     device, rng, n = gpu.device, random(15), 700
-    optimizer: Optimizer = OPTIMIZERS[name](n, np.float64, 0.1)
-    p = rng.standard_normal(n)
-    state = [device.zeros(n, np.float32) for _ in optimizer.slots]
-    vectors = [device.upload(p.astype(np.float32)), *state]
+    optimizer: Optimizer = OPTIMIZERS[name](0.1)
+    p, state = rng.standard_normal(n), optimizer.new_state(n, np.float64)
+    vectors = [device.upload(vector.astype(np.float32)) for vector in (p, *state.values())]
     for t in (1, 2, 3):
         g = normal(rng, n) * (rng.random(n) < 0.9)
-        here = np.float32(optimizer.scalars(t))
+        there, numbers = device.upload(g.astype(np.float32)), device.upload(np.float32(optimizer.numbers(t)))
         for bad_sum in (n - 1, FINITE):  # in this order: what is not finite changes nothing
-            arguments = *vectors[1:], device.upload(here), device.upload(np.int32([bad_sum])), n
-            gpu.launch("updates", name, n, vectors[0], device.upload(g.astype(np.float32)), *arguments)
-        optimizer.step(p, g.astype(np.float64), t)
-        for found, expected in zip(vectors, (p, *optimizer.state.values()), strict=True):
+            bad = device.upload(np.int32([FINITE, bad_sum]))
+            gpu.update(optimizer, vectors[0], there, vectors[1:], numbers, bad)
+        optimizer.step(p, g.astype(np.float64), optimizer.numbers(t), *state.values())
+        for found, expected in zip(vectors, (p, *state.values()), strict=True):
             assert error(device.download(found), expected) < 1e-6
+
+
+def test_what_decays_and_what_is_moved_by_its_layer(gpu: Gpu) -> None:
+    device, p, g = gpu.device, np.arange(300, dtype=np.float32), np.ones(300, np.float32)
+    there, numbers = device.upload(p), device.upload(np.float32([0.5, 9]))
+    for bad_sum in (3, FINITE):
+        bad = device.upload(np.int32([FINITE, bad_sum]))
+        gpu.decay(there, numbers, bad)
+        gpu.add(there, device.upload(g), bad)
+    np.testing.assert_array_equal(device.download(there), p / 2 + 1)

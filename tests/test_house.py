@@ -23,6 +23,7 @@ FLOORS = (
     ("supervise",),
     ("run",),
     ("config",),
+    ("tasks",),
     ("nn", "data", "comm"),
     ("monitor",),
     ("process",),

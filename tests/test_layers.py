@@ -41,7 +41,6 @@ def assert_gradients_are_the_slopes(model: Layer, N: int, *input_shape: int) -> 
     y, backward = model.forward(x, parameters.values, training(N))
     assert y.shape == (N, *model.shapes(input_shape)[0])
     u = rng.standard_normal(y.shape)
-    parameters.gradient[...] = np.nan  # a backward pass writes every element, and adds to none
     dx = backward(u, parameters.grads, True)
 
     def output() -> float:
@@ -138,6 +137,7 @@ def test_gradients_are_the_same_when_nobody_wants_dx():
     found = []
     for wants_dx in (True, False):
         y, backward = NOT_A_CHAIN.forward(x, parameters.values, training(3))
+        parameters.gradient[...] = 0
         backward(np.ones(y.shape), parameters.grads, wants_dx)
         found.append(parameters.gradient.copy())
     np.testing.assert_array_equal(*found)
@@ -149,14 +149,46 @@ def test_gradients_of_the_parts_of_a_batch_add_up_to_that_of_the_whole(cuts):
     parameters, x = built(model, (12, 12, 1)), images(len(SAMPLES), 12, 12, 1)
     dy = np.random.default_rng(3).standard_normal((len(SAMPLES), 10))
 
-    def gradient(part: np.ndarray) -> np.ndarray:
+    def add_gradient(part: np.ndarray) -> None:
         context = Context(training=True, seed=1, step=5, samples=SAMPLES[part])
         model.forward(x[part], parameters.values, context)[1](dy[part], parameters.grads, False)
-        return parameters.gradient.copy()
 
-    parts = [part for part in np.split(np.arange(len(SAMPLES)), cuts) if len(part)]
-    whole = gradient(np.arange(len(SAMPLES)))
-    assert np.linalg.norm(sum(map(gradient, parts)) - whole) < 1e-13 * np.linalg.norm(whole)
+    for part in np.split(np.arange(len(SAMPLES)), cuts):
+        if len(part):
+            add_gradient(part)
+    sum_of_parts = parameters.gradient.copy()
+    parameters.gradient[...] = 0
+    add_gradient(np.arange(len(SAMPLES)))
+    whole = parameters.gradient
+    assert np.linalg.norm(sum_of_parts - whole) < 1e-13 * np.linalg.norm(whole)
+
+
+@dataclass(frozen=True)
+class Siamese:
+    """Two halves of an image, each through the same layers: |f(left) - f(right)|^2 / 2 of each output."""
+
+    body: Layer
+
+    def shapes(self, input_shape):
+        H, W, C = input_shape
+        return self.body.shapes((H, W // 2, C))
+
+    def forward(self, x, params, context):
+        half = x.shape[2] // 2
+        left, left_backward = self.body.forward(x[:, :, :half], params, context)
+        right, right_backward = self.body.forward(x[:, :, half:], params, context)
+        difference = left - right
+
+        def backward(dy, grads, wants_dx):
+            d = dy * difference
+            parts = left_backward(d, grads, wants_dx), right_backward(-d, grads, wants_dx)
+            return np.concatenate(parts, axis=2) if wants_dx else None
+
+        return difference**2 / 2, backward
+
+
+def test_a_weight_that_is_used_twice_gets_its_whole_gradient():
+    assert_gradients_are_the_slopes(Siamese(Chain(Conv(3, relu=True), MaxPool(), Affine(4))), 3, 6, 12, 1)
 
 
 def mask(ratio: float, context: Context, size: int = 1000) -> np.ndarray:

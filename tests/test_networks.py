@@ -11,10 +11,11 @@ import pytest
 
 from distconv.data import mnist
 from distconv.errors import UsageError
+from distconv.kernels.cpu.host import Cpu
 from distconv.nn.layers import EVALUATION, Context
 from distconv.nn.networks import NETWORKS, build_network
 from distconv.nn.parameters import Parameters
-from distconv.run.replica import local_gradient
+from distconv.tasks.classify import Classification
 from tests import reference
 
 MNIST = (28, 28, 1)
@@ -34,7 +35,7 @@ both_networks = pytest.mark.parametrize("name", SHAPES)
 
 
 def initialized(name: str, dtype: type = np.float32):
-    model, specs = build_network(name, MNIST, 10)
+    model, specs = build_network(name, MNIST, 10, (10,))
     parameters = Parameters(specs, dtype)
     parameters.initialize(0)
     return model, parameters
@@ -61,7 +62,7 @@ def test_deepconvnet_has_123552_parameters():
 
 def test_deepconvnet_has_the_output_shapes_of_the_source():
     shape, shapes = MNIST, {}
-    for layer_name, layer in build_network("deepconvnet", MNIST, 10)[0].layers:
+    for layer_name, layer in build_network("deepconvnet", MNIST, 10, (10,))[0].layers:
         shape, _ = layer.shapes(shape)
         shapes[layer_name] = shape
     assert shapes == {
@@ -136,7 +137,7 @@ def test_scores_in_evaluation_are_those_of_the_loops(name, by_loops):
 @both_networks
 @pytest.mark.parametrize(("shape", "classes"), [((32, 32, 3), 100), ((17, 30, 2), 2)])
 def test_networks_take_other_images_and_numbers_of_classes(name, shape, classes):
-    model, specs = build_network(name, shape, classes)
+    model, specs = build_network(name, shape, classes, (classes,))
     parameters = Parameters(specs)
     parameters.initialize(0)
     scores, _ = model.forward(np.ones((3, *shape), np.float32), parameters.values, EVALUATION)
@@ -147,7 +148,7 @@ def test_networks_take_other_images_and_numbers_of_classes(name, shape, classes)
 @both_networks
 def test_images_too_small_for_the_network_are_refused_with_the_layer_named(name):
     with pytest.raises(UsageError, match=rf"--model {name} does not fit images of \(1, 1, 1\): .*\(.* 1 x 1"):
-        build_network(name, (1, 1, 1), 10)
+        build_network(name, (1, 1, 1), 10, (10,))
 
 
 @pytest.fixture
@@ -168,7 +169,7 @@ def own_networks(tmp_path, monkeypatch):
 
 
 def test_a_network_of_the_users_own_is_found_by_module_and_function(own_networks):
-    model, specs = build_network("own_networks:small", (4, 5, 1), 6)
+    model, specs = build_network("own_networks:small", (4, 5, 1), 6, (6,))
     assert [name for name, _ in model.layers] == ["conv1", "affine1"]
     assert specs["affine1"]["W"].shape == (2 * 3 * 2, 6)
 
@@ -187,7 +188,7 @@ def test_a_network_of_the_users_own_is_found_by_module_and_function(own_networks
 )
 def test_a_network_that_cannot_be_used_is_a_usage_error(own_networks, name, message):
     with pytest.raises(UsageError, match=message):
-        build_network(name, MNIST, 10)
+        build_network(name, MNIST, 10, (10,))
 
 
 def test_the_first_gradient_on_mnist_is_that_of_float64(mnist_folder: Path) -> None:
@@ -198,11 +199,12 @@ def test_the_first_gradient_on_mnist_is_that_of_float64(mnist_folder: Path) -> N
     data = mnist.load_folder(mnist_folder)
     gradients = []
     for dtype in (np.float64, np.float32):
-        model, specs = build_network("deepconvnet", (28, 28, 1), 10)
+        model, specs = build_network("deepconvnet", (28, 28, 1), 10, (10,))
         parameters = Parameters(specs, dtype)
         parameters.initialize(0)
-        context = Context(training=True, samples=np.arange(50))
-        local_gradient(model, parameters, data.train_images[:50], data.train_labels[:50], context, 50)
+        context = Context(training=True, samples=np.arange(50), kernels=Cpu(dtype), global_batch=50)
+        batch = data.batch("train", context.samples, context)
+        Classification().gradient(model, parameters.values, parameters.grads, batch, context)
         gradients.append(parameters.named(parameters.gradient))
     for name, exact in gradients[0].items():
         assert np.linalg.norm(gradients[1][name] - exact) <= 1e-2 * np.linalg.norm(exact), name

@@ -91,7 +91,7 @@ def test_a_pickle_of_the_source_gives_the_sources_scores(
 ) -> None:
     path = tmp_path / "params.pkl"
     path.write_bytes(pickle.dumps(arrays))
-    model, specs = build_network(name, image_shape, 10)
+    model, specs = build_network(name, image_shape, 10, (10,))
     parameters = Parameters(specs, np.float64)
     from_source(read_pickle(path), model, image_shape, parameters, path)
     x = np.random.default_rng(1).random((2, *image_shape))
@@ -353,7 +353,7 @@ def changed(**parts: np.ndarray | None) -> Arrays:
     ],
 )
 def test_arrays_of_another_model_are_refused_by_key(arrays: Arrays, words: str) -> None:
-    model, specs = build_network("deepconvnet", (28, 28, 1), 10)
+    model, specs = build_network("deepconvnet", (28, 28, 1), 10, (10,))
     parameters = Parameters(specs, np.float64)
     with pytest.raises(MismatchError, match=f"params.pkl: {words}.*--model"):
         from_source(arrays, model, (28, 28, 1), parameters, Path("params.pkl"))

@@ -36,7 +36,7 @@ def through(wire: str, x: np.ndarray) -> np.ndarray:
 
 
 def compared(gradient: np.ndarray, wire: str = "float16") -> WireProbe:
-    probe = WireProbe(wire, Doubling)
+    probe = WireProbe(WIRES[wire], gradient.size, Doubling)
     probe.compare(probe.sample(gradient), through(wire, 2 * gradient))
     return probe
 
@@ -68,7 +68,7 @@ def test_of_a_large_gradient_a_sample_says_nearly_the_same_and_the_largest_numbe
 
 def test_a_sample_is_of_whole_blocks_from_all_parts_of_the_gradient() -> None:
     gradient = np.arange(5 * SAMPLE + 7, dtype=np.float64)
-    sample = WireProbe("float64", Doubling).sample(gradient)
+    sample = WireProbe(WIRES["float64"], gradient.size, Doubling).sample(gradient)
     blocks = sample.reshape(-1, BLOCK)
     assert sample.size == SAMPLE and not np.any(blocks[:, 0] % BLOCK) and np.all(np.diff(blocks) == 1)
     assert len(set(blocks[:, 0])) == len(blocks)
@@ -77,9 +77,8 @@ def test_a_sample_is_of_whole_blocks_from_all_parts_of_the_gradient() -> None:
 
 
 def test_the_seconds_of_a_sample_are_those_of_all_numbers() -> None:
-    probe = WireProbe("float16", lambda size: Doubling(size, 0.01))
-    gradient = np.ones(5 * SAMPLE, np.float32)
-    probe.compare(probe.sample(gradient), gradient)
+    probe = WireProbe(WIRES["float16"], 5 * SAMPLE, lambda size: Doubling(size, 0.01))
+    probe.time()
     assert probe.seconds >= 0.05
 
 
@@ -93,5 +92,5 @@ def test_a_number_that_is_not_finite_is_the_largest() -> None:
 def test_a_large_gradient_takes_no_more_memory_than_a_few_samples() -> None:
     gradient = np.ones(20 * SAMPLE, np.float32)
     compared(gradient[:9])  # compiles
-    probe = WireProbe("float16", Doubling)
+    probe = WireProbe(WIRES["float16"], gradient.size, Doubling)
     assert peak_memory(lambda: probe.compare(probe.sample(gradient), gradient)) < gradient.nbytes / 3

@@ -250,7 +250,7 @@ class Flipping:
         here = context.step == int(step) > 0 if context.training else int(step) < 0
         if here and launcher_rank() == int(rank):
             run = next(found for found in gc.get_objects() if isinstance(found, Run))
-            vector = run.parameters.vector if slot == "value" else run.optimizer.state[slot]
+            vector = run.parameters.vector if slot == "value" else run.replica.state[slot]
             if context.training or run.step == -int(step):
                 vector.view(np.uint32)[int(index)] ^= np.uint32(1 << int(bit))
                 os.environ["FLIP"] = "-1 - 0 0 0"  # once

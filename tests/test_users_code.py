@@ -16,7 +16,7 @@ from distconv.nn.checked import checked
 from distconv.nn.layers import Context
 from distconv.nn.networks import build_network
 from distconv.nn.parameters import Parameters
-from distconv.run.replica import local_gradient
+from distconv.tasks.classify import Classification
 from tests import jobs
 from tests.test_failures import QUICK, assert_one_sentence
 
@@ -129,10 +129,10 @@ def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
 def try_model(name: str) -> None:
     """What a run does with a model before its first step."""
-    model, specs = build_network(name, (28, 28, 1), 10)
+    model, specs = build_network(name, (28, 28, 1), 10, (10,))
     context = Context(training=True, samples=np.arange(2))
-    images, labels = np.zeros((2, 28, 28, 1), np.uint8), np.zeros(2, np.uint8)
-    local_gradient(checked(model), Parameters(specs), images, labels, context, 2)
+    batch, parameters = (np.zeros((2, 28, 28, 1), np.float32), np.zeros(2, np.uint8)), Parameters(specs)
+    Classification().gradient(checked(model), parameters.values, parameters.grads, batch, context)
 
 
 @pytest.mark.parametrize("case", MODELS)

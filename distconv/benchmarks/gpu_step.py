@@ -13,13 +13,13 @@ from typing import Any
 
 import numpy as np
 
-from distconv.benchmarks.step import GPU_STEPS, Bench, Engine, Parts, Row, random_dataset, step_flops
+from distconv.benchmarks.step import GPU_STEPS, Bench, Engine, Parts, Row, evaluate, random_dataset, step_flops
 from distconv.comm.world import World
 from distconv.config import Config
 from distconv.nn.layers import Chain, Context
 from distconv.run.build import build_run
-from distconv.run.loop import count_correct, train
-from distconv.run.replica import GpuEngine
+from distconv.run.loop import train
+from distconv.run.replica import Replica
 from distconv.run.run import Run
 
 AT_ONCE, TURNS = 20, 5  # starts of a layer in a graph, and replays that are timed
@@ -45,18 +45,16 @@ def bench_gpu(world: World, precision: str, say: Callable[[str], None]) -> Bench
         runs = [build_run(settings, random_dataset(batch_size, repeats, GPU_STEPS), world, say) for _ in range(2)]
         names = ("distconv", "distconv-eager")
         for run, graphs in zip(runs, (True, False), strict=True):
-            assert isinstance(run.engine, GpuEngine)
-            run.engine.kernels.device.records = graphs
+            run.replica.device.records = graphs
 
         def look_inside(rows: Sequence[Row]) -> tuple[Parts, str]:
-            engine = runs[0].engine
-            assert isinstance(engine, GpuEngine)
+            replica = runs[0].replica
             step = next(r.median_seconds for r in rows if (r.engine, r.batch_size) == ("distconv", batch_size))
-            layers = layer_rows(engine, -(-batch_size // world.size))
+            layers = layer_rows(replica, -(-batch_size // world.size))
             parts = {(row.layer, row.way): row.seconds for row in layers}
             parts["rest", ""] = max(0.0, step - sum(parts.values()))
             try:
-                peaks = engine.kernels.device.peaks()
+                peaks = replica.device.peaks()
             except Exception as error:  # cuBLAS or cuRAND is missing or fails: CuPy has many ways to say so
                 peaks = str(error).strip().partition("\n")[0] or type(error).__name__
             return parts, where(layers, step, peaks)
@@ -67,35 +65,27 @@ def bench_gpu(world: World, precision: str, say: Callable[[str], None]) -> Bench
 
 
 def _engine(name: str, run: Run) -> Engine:
-    records, data = train(run, lambda: False, ahead=True), run.dataset
-    assert isinstance(run.engine, GpuEngine)
-    device = run.engine.kernels.device
+    records, device = train(run, lambda: False, ahead=True), run.replica.device
 
     def turn() -> None:
         for _ in range(GPU_STEPS):
             next(records)
         device.synchronize()  # the step that has begun is the first one of the next turn
 
-    return Engine(
-        name,
-        run.config.wire,
-        turn,
-        lambda: count_correct(run.model, run.parameters, data.test_images, data.test_labels, run.world, run.engine),
-        GPU_STEPS,
-    )
+    return Engine(name, run.config.wire, turn, lambda: evaluate(run, run.replica.model), GPU_STEPS)
 
 
-def layer_rows(engine: GpuEngine, batch_size: int) -> list[LayerRow]:
-    """Both ways through each layer of the engine's model, on random numbers."""
-    kernels, model = engine.kernels, engine.model
+def layer_rows(replica: Replica, batch_size: int) -> list[LayerRow]:
+    """Both ways through each layer of the replica's model, on random numbers."""
+    kernels, model = replica.kernels, replica.model
     assert isinstance(model, Chain)
-    x = kernels.pixels(random_dataset(batch_size, 0).train_images[:batch_size])
     samples = kernels.device.upload(np.arange(batch_size, dtype=np.int32))
     context = Context(training=True, step=kernels.device.zeros(2, np.uint32), samples=samples, kernels=kernels)
+    x, _ = random_dataset(batch_size, 0).batch("train", samples, context)
     flops = step_flops()
     rows: list[LayerRow] = []
     for name, layer in model.layers:
-        row, x = _both_ways(engine, name, layer, x, context.within(name), first=not rows)
+        row, x = _both_ways(replica, name, layer, x, context.within(name), first=not rows)
         rows += [
             LayerRow(name, way, batch_size, seconds, batch_size * flops.get((name, way), 0), nbytes)
             for way, (seconds, nbytes) in row.items()
@@ -104,10 +94,10 @@ def layer_rows(engine: GpuEngine, batch_size: int) -> list[LayerRow]:
 
 
 def _both_ways(
-    engine: GpuEngine, name: str, layer: Any, x: Any, context: Context, first: bool
+    replica: Replica, name: str, layer: Any, x: Any, context: Context, first: bool
 ) -> tuple[Mapping[str, tuple[float, int]], Any]:
     """Seconds and bytes of each way, and y."""
-    device, params, grads = engine.kernels.device, engine.values.get(name, {}), engine.grads.get(name, {})
+    device, params, grads = replica.device, replica.values.get(name, {}), replica.grads.get(name, {})
     y, backward = layer.forward(x, params, context)
     dy = device.upload(np.random.default_rng(0).standard_normal(y.shape).astype(np.float32))
     weights = sum(array.nbytes for array in params.values())

@@ -12,7 +12,7 @@ import resource
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -25,7 +25,9 @@ from distconv.nn.layers import Backward, Chain, Context, Layer
 from distconv.nn.networks import deepconvnet
 from distconv.nn.parameters import Shape, Spec, Specs, Views
 from distconv.run.build import build_run
-from distconv.run.loop import StepRecord, count_correct, train
+from distconv.run.loop import StepRecord, train
+from distconv.run.measure import measure as measure_part
+from distconv.run.run import Run
 
 IMAGE_SHAPE: Shape = (28, 28, 1)
 CLASSES = 10
@@ -128,27 +130,29 @@ def random_dataset(batch_size: int, repeats: int, steps: int = 1) -> Dataset:
     return Dataset("random", images, labels, images[:batch_size], labels[:batch_size], CLASSES)
 
 
+def evaluate(run: Run, model: Layer) -> tuple[float, float]:
+    """The model of a run on its test images; collective."""
+    replica = run.replica
+    return measure_part(run.task, run.data, "test", model, replica.values, replica.kernels, run.world)
+
+
 class Trainer:
     """Our own engine on the CPU, with notes of each step. None of `repeats` steps ends an epoch; made collectively."""
 
     def __init__(self, world: World, batch_size: int, repeats: int) -> None:
         settings = Config(batch_size=batch_size, epochs=1, device="cpu")
         run = build_run(settings, random_dataset(batch_size, repeats), world)
-        assert isinstance(run.model, Chain)
+        replica = run.replica
+        assert isinstance(replica.model, Chain)
         self.run, self.watch = run, Stopwatch()
-        self.watch.intercept(run.exchange, "sum", ("exchange", ""))
-        self.watch.intercept(run.optimizer, "step", ("optimizer", ""))
-        self.records = train(replace(run, model=TimedChain(run.model, self.watch)), lambda: False)
+        self.watch.intercept(replica.exchange, "travel", ("exchange", ""))
+        self.watch.intercept(replica.optimizer, "step", ("optimizer", ""))
+        self.plain, replica.model = replica.model, TimedChain(replica.model, self.watch)
+        self.records = train(run, lambda: False)
         self.notes: list[tuple[float, dict[tuple[str, str], float], int]] = []  # seconds, parts, page faults
 
     def engine(self) -> Engine:
-        run, data = self.run, self.run.dataset
-        return Engine(
-            "distconv",
-            run.config.wire,
-            self.step,
-            lambda: count_correct(run.model, run.parameters, data.test_images, data.test_labels, run.world),
-        )
+        return Engine("distconv", self.run.config.wire, self.step, lambda: evaluate(self.run, self.plain))
 
     def step(self) -> None:
         self.watch.parts.clear()

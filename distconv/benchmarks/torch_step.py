@@ -20,9 +20,9 @@ from distconv.comm.world import World
 from distconv.data.dataset import Dataset
 from distconv.data.shard import split
 from distconv.errors import DistconvError, UsageError
+from distconv.kernels.cpu.host import Cpu
 from distconv.nn.layers import Affine, Chain, Conv, Dropout, Layer, MaxPool
 from distconv.nn.networks import deepconvnet
-from distconv.run.replica import CPU
 
 HOST = "127.0.0.1"
 
@@ -185,8 +185,8 @@ def make_engine(torch: Any, world: World, dataset: Dataset, batch_size: int) -> 
         model.eval()
         correct = 0
         with torch.inference_mode():
-            for start in range(0, len(test_images), CPU.evaluation_batch):
-                part = slice(start, start + CPU.evaluation_batch)
+            for start in range(0, len(test_images), Cpu.evaluation_batch):
+                part = slice(start, start + Cpu.evaluation_batch)
                 correct += int((model(pixels(test_images[part])).argmax(1) == test_labels[part]).sum())
         return int(world.comm.allreduce(correct))
 

@@ -11,6 +11,7 @@ can be recorded as a graph.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -20,8 +21,8 @@ from distconv.comm.exchange import HEADER, Exchange, Flat, Headers
 from distconv.comm.wire import WIRES, Wire
 from distconv.comm.world import World, cuda_aware_mpi
 from distconv.errors import UsageError
-from distconv.kernels.gpu.arithmetic import BLOCK, FINITE, Gpu
-from distconv.kernels.interface import Array
+from distconv.kernels.gpu.arithmetic import BLOCK, Gpu
+from distconv.kernels.interface import FINITE, Array
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -51,8 +52,12 @@ class GpuExchange(Protocol):
         """Start what comes after travel: vector becomes the sum, the same bits on each rank."""
         ...
 
+    def sender(self, vector: Array) -> Callable[[int | None], None] | None:
+        """What sends off the numbers of the vector from an index on, when they are final; None where nothing can."""
+        return None
 
-class Staged:
+
+class Staged(GpuExchange):
     """Through the host, by one of its exchanges."""
 
     needs_no_host = False
@@ -127,7 +132,7 @@ class CudaMpi:
         self.comm.Allgather(self.in_place, gathered)
 
 
-class OneRank:
+class OneRank(GpuExchange):
     """A rank that is alone: its gradient becomes what the wire makes of it, to the bits of Flat."""
 
     wire, how = WIRES["float16"], "on the GPUs, one rank"
@@ -147,7 +152,7 @@ class OneRank:
         pass
 
 
-class OnGpu:
+class OnGpu(GpuExchange):
     """Every rank exchanges halves with every rank, and owns a part of the vector, which its GPU adds up."""
 
     wire = WIRES["float16"]

@@ -1,4 +1,4 @@
-"""What the wire does to gradients and what float32 on it would cost: measured in a run, on a step now and then.
+"""What the wire does to gradients, looked at after each epoch, and what float32 on it would cost, timed once.
 
 Of a large gradient, a sample is enough, and takes no memory to speak of: whole blocks of the wire, evenly spread.
 """
@@ -14,7 +14,7 @@ import numpy as np
 
 from distconv.comm.barrier import Barrier
 from distconv.comm.exchange import HEADER, Exchange
-from distconv.comm.wire import WIRES
+from distconv.comm.wire import Wire
 from distconv.kernels.half import BLOCK
 from distconv.kernels.interface import Array
 
@@ -40,22 +40,12 @@ class WireHealth:
 
 
 class WireProbe:
-    """Sums the gradients of a step, or a sample of them, once more on a float32 wire.
+    """Sums gradients (size,), or samples of them, once more on a float32 wire, by an exchange that connect(n) makes."""
 
-    connect(size) makes that exchange when first needed.
-    """
-
-    def __init__(self, wire: str, connect: Callable[[int], Exchange]) -> None:
-        self.wire = WIRES[wire]
-        self.connect = connect
-        self.exact: Exchange | None = None
-        self.seconds = float("nan")  # awake, of the exchange on a float32 wire, when last tried; see compare
+    def __init__(self, wire: Wire, size: int, connect: Callable[[int], Exchange]) -> None:
+        self.wire, self.size, self.exact = wire, size, connect(min(size, SAMPLE))
+        self.seconds = float("nan")  # awake, of the exchange on a float32 wire, when last tried; see time
         self.health = WireHealth(float("nan"), float("nan"), float("nan"))
-
-    @property
-    def fresh(self) -> bool:
-        """Whether nothing was compared yet."""
-        return self.exact is None
 
     def sample(self, vector: Array) -> Array:
         """A copy of what is compared of a gradient (size,): all of it, or SAMPLE numbers in blocks as the wire's."""
@@ -65,20 +55,20 @@ class WireProbe:
         chosen = np.arange(SAMPLE // BLOCK) * len(blocks) // (SAMPLE // BLOCK)
         return blocks[chosen].reshape(-1)
 
-    def compare(self, contribution: Array, total: Array) -> None:
-        """Measure on the sample of this rank's contribution, and on the sum (size,) that the run's own exchange made.
+    def time(self) -> None:
+        """Find out how long the exchange of a gradient takes on a float32 wire; collective.
 
-        The seconds of a sample are a median of several tries, scaled up as if each of all the numbers took as long.
+        The median of some tries; of a sample, scaled up as if each of all the numbers took as long.
         """
-        if self.exact is None:
-            self.exact = self.connect(contribution.size)
-            self._sum(np.zeros_like(contribution))  # touches its memory
-        flushed = self._flushed_share(contribution)
-        seconds, tries = [], 1 if contribution.size == total.size else TRIES
-        for _ in range(tries):
-            exact = contribution.copy()
-            seconds.append(self._sum(exact))
-        self.seconds = statistics.median(seconds) * total.size / contribution.size
+        zeros = np.zeros(min(self.size, SAMPLE), self.wire.dtype)
+        self._sum(zeros)  # touches its memory
+        tries = [self._sum(zeros) for _ in range(TRIES)]
+        self.seconds = statistics.median(tries) * self.size / zeros.size
+
+    def compare(self, share: Array, total: Array) -> None:
+        """Measure on the sample of this rank's share, and on the sum (size,) that the run's own exchange made."""
+        flushed, exact = self._flushed_share(share), share.copy()
+        self._sum(exact)
         with np.errstate(invalid="ignore", over="ignore"):
             norm = float(np.linalg.norm(exact))
             error = float(np.linalg.norm(self.sample(total) - exact)) / norm if norm else 0.0
@@ -87,7 +77,6 @@ class WireProbe:
 
     def _sum(self, vector: Array) -> float:
         """Replace vector by its sum over all ranks, on a float32 wire; return the seconds that this rank was awake."""
-        assert self.exact is not None
         began, asleep = time.perf_counter(), Barrier.asleep
         self.exact.sum(vector, np.zeros((), HEADER))
         return time.perf_counter() - began - (Barrier.asleep - asleep)

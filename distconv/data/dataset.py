@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
-from numpy.typing import DTypeLike, NDArray
+from numpy.typing import NDArray
 
 from distconv.errors import BadDataError
 
@@ -51,6 +51,32 @@ class Dataset:
         return self.train_images.shape[1:]
 
     @cached_property
+    def parts(self) -> dict[str, tuple[Bytes, Bytes]]:
+        """Images and labels by what they are for."""
+        return {"train": (self.train_images, self.train_labels), "test": (self.test_images, self.test_labels)}
+
+    def size(self, part: str) -> int:
+        return len(self.parts[part][1]) if part in self.parts else 0
+
+    def batch(self, part: str, samples: Any, context: Any) -> tuple[Any, Any]:
+        """x (N, H, W, C) and labels (N,) of some samples of a part, on the device of the context's kernels."""
+        kernels = context.kernels
+        images, labels = self._placed(kernels, part)
+        return kernels.gather(images, samples), kernels.gather_labels(labels, samples)
+
+    def _placed(self, kernels: Any, part: str) -> tuple[Any, Any]:
+        """The arrays of a part, brought to a device when they are first used there."""
+        key = id(kernels.device), part
+        if key not in self._there:
+            images, labels = self.parts[part]
+            self._there[key] = kernels.device.upload(images), kernels.upload_labels(labels)
+        return self._there[key]
+
+    @cached_property
+    def _there(self) -> dict[tuple[int, str], tuple[Any, Any]]:
+        return {}
+
+    @cached_property
     def digest(self) -> str:
         """SHA-256 over shapes and contents: tells whether two ranks, or a run and its checkpoint, see the same data."""
         sha = hashlib.sha256()
@@ -62,11 +88,6 @@ class Dataset:
     def limited(self, count: int) -> Dataset:
         """The same with the first `count` training samples only."""
         return replace(self, train_images=self.train_images[:count], train_labels=self.train_labels[:count])
-
-
-def pixels(images: Bytes, dtype: DTypeLike) -> NDArray[Any]:
-    """Bytes 0 to 255 as numbers from 0 to 1."""
-    return np.divide(images, 255, dtype=np.promote_types(dtype, np.float32)).astype(dtype, copy=False)
 
 
 def _whole(where: str, classes: object) -> int:

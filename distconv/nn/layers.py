@@ -1,7 +1,7 @@
 """Layers: small frozen objects of hyper-parameters. A forward pass returns its own backward pass.
 
 A layer has two methods. `shapes` tells, for an input shape without the batch axis, its output shape and the parameters
-it needs. `forward` computes y and returns it with `backward`, a function that writes the gradients of the parameters
+it needs. `forward` computes y and returns it with `backward`, a function that adds to the gradients of the parameters
 and returns dx. Activations live in that function, so a layer holds no state and evaluation keeps nothing.
 """
 
@@ -15,11 +15,14 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from distconv.errors import UsageError
-from distconv.kernels.cpu import arithmetic as cpu
+from distconv.kernels.cpu.host import Cpu
 from distconv.kernels.interface import Array, output_size
 from distconv.nn.parameters import Shape, Spec, Specs, Views, check_specs, is_shape, is_whole, is_within
 
-# backward(dy, grads, wants_dx): writes into grads, returns dx, or None where the caller does not want it.
+CPU = Cpu()
+
+# backward(dy, grads, wants_dx): adds to grads, which are 0 when a step begins; returns dx, or None where the caller
+# does not want it.
 Backward = Callable[[Array, Views, bool], "Array | None"]
 
 
@@ -27,11 +30,11 @@ Backward = Callable[[Array, Views, bool], "Array | None"]
 class Context:
     """What a forward pass knows besides its input.
 
-    samples (N,) are the indices of the batch in the whole training set. Random draws are keyed by seed, step, layer and
-    sample, so that they do not depend on which rank holds a sample. on_final is told, in the backward pass, the name of
-    each layer of the model whose gradients are final, and with them those of all layers behind it. kernels is where the
-    arithmetic is done, and with it what x, samples and step are: kernels.cpu, or a kernels.gpu.Gpu, on whose device
-    they lie.
+    samples (N,) are this rank's, by their indices in the whole training set; global_batch is how many all ranks have.
+    Random draws are keyed by seed, step, layer and sample, so that they do not depend on which rank holds a sample.
+    on_final is told, in the backward pass, the name of each layer of the model whose gradients are final, and with them
+    those of all layers behind it. kernels is where the arithmetic is done, and with it what x, samples and step are: a
+    kernels.cpu.host.Cpu, or a kernels.gpu.arithmetic.Gpu, on whose device they lie.
     """
 
     training: bool
@@ -40,19 +43,30 @@ class Context:
     samples: Any = None
     path: str = ""
     on_final: Callable[[str], None] | None = None
-    kernels: Any = cpu
+    kernels: Any = CPU
+    global_batch: int = 1
 
     def within(self, name: str) -> Context:
         """The same pass, seen by the layer called `name` inside this one."""
         path = f"{self.path}.{name}"  # dataclasses.replace would take 5 us, for each layer of each step
-        return Context(self.training, self.seed, self.step, self.samples, path, self.on_final, self.kernels)
+        return Context(
+            self.training, self.seed, self.step, self.samples, path, self.on_final, self.kernels, self.global_batch
+        )
+
+    @property
+    def _key(self) -> tuple[int, int]:
+        if self.samples is None:
+            raise ValueError("a layer that draws random numbers needs Context(samples=...), one index per image")
+        return self.seed, zlib.crc32(self.path.encode())
+
+    def uniform(self, count: int) -> Array:
+        """So many random numbers from 0 to 1 for each sample -> (N, count); in all calls of a layer the same ones."""
+        numbers: Array = self.kernels.uniform(count, self._key, self.step, self.samples)
+        return numbers
 
     def drop(self, x: Array, ratio: float) -> Array:
         """x (N, ...) with each number replaced by 0 with that probability; in all calls of a layer the same ones."""
-        if self.samples is None:
-            raise ValueError("a layer that draws random numbers needs Context(samples=...), one index per image")
-        key = self.seed, zlib.crc32(self.path.encode())
-        dropped: Array = self.kernels.dropout(x, ratio, key, self.step, self.samples)
+        dropped: Array = self.kernels.dropout(x, ratio, self._key, self.step, self.samples)
         return dropped
 
 
@@ -126,7 +140,7 @@ class Conv:
         K, F = self.size, self.filters
         output_shape = (*_window_grid(self, H, W, K, self.stride, self.pad), F)
         deviation = he(K * K * C) if self.deviation is None else self.deviation
-        return output_shape, {"W": Spec((K, K, C, F), deviation), "b": Spec((F,))}
+        return output_shape, {"W": Spec((K, K, C, F), deviation), "b": Spec((F,), decay=False)}
 
     def forward(self, x: Array, params: Views, context: Context) -> tuple[Array, Backward]:
         kernels = context.kernels
@@ -179,7 +193,7 @@ class Affine:
         _check_whole(self, "outputs", self.outputs)
         C = math.prod(input_shape)
         deviation = he(C) if self.deviation is None else self.deviation
-        return (self.outputs,), {"W": Spec((C, self.outputs), deviation), "b": Spec((self.outputs,))}
+        return (self.outputs,), {"W": Spec((C, self.outputs), deviation), "b": Spec((self.outputs,), decay=False)}
 
     def forward(self, x: Array, params: Views, context: Context) -> tuple[Array, Backward]:
         kernels, flat = context.kernels, x.reshape(len(x), params["W"].shape[0])

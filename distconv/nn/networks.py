@@ -43,27 +43,31 @@ def simpleconvnet(classes: int) -> Layer:
 NETWORKS = {"deepconvnet": deepconvnet, "simpleconvnet": simpleconvnet}
 
 
-def build_network(name: str, image_shape: Shape, classes: int) -> tuple[Layer, Specs]:
+def build_network(
+    name: str, image_shape: Shape, classes: int, output_shape: Shape | None, model: Layer | None = None
+) -> tuple[Layer, Specs]:
     """The network of that name, or of a user's package.module:function, and its parameters for such images (H, W, C).
 
-    Raises UsageError where there is none, where it is no layer, has no parameters, does not fit the images or gives no
-    score for each class; what the user's own code raises comes through.
+    output_shape: what it must give for an image; None: anything. model: the network itself, if it is there already.
+    Raises UsageError where there is none, where it is no layer, has no parameters, does not fit the images or gives
+    something else; what the user's own code raises comes through.
     """
-    if name not in NETWORKS and not is_factory(name):
+    if model is None and name not in NETWORKS and not is_factory(name):
         raise UsageError(f"--model {name}: expected one of {', '.join(NETWORKS)}, or package.module:function")
-    model = NETWORKS[name](classes) if name in NETWORKS else call_factory(name, classes)
+    if model is None:
+        model = NETWORKS[name](classes) if name in NETWORKS else call_factory(name, classes)
     if not is_layer(model):
         raise UsageError(
             f"--model {name} returned {kind_of(model)}, but a layer, with shapes and forward, was expected"
         )
     try:
-        output_shape, specs = shapes_of(model, image_shape)
+        found, specs = shapes_of(model, image_shape)
     except ValueError as error:
         raise UsageError(f"--model {name} does not fit images of {image_shape}: {error}") from None
-    if output_shape != (classes,):
+    if output_shape is not None and found != output_shape:
+        advice = "end it with Affine(classes)" if output_shape == (classes,) else f"give outputs of {output_shape}"
         raise UsageError(
-            f"--model {name} gives outputs of shape {output_shape}, but the data set has {classes} classes: "
-            f"end it with Affine(classes)"
+            f"--model {name} gives outputs of shape {found}, but the data set has {classes} classes: {advice}"
         )
     if not count(specs):
         raise UsageError(f"--model {name} has no parameters, so there is nothing to train")

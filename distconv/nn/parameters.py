@@ -11,7 +11,7 @@ import itertools
 import math
 import sys
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from numbers import Real
 from types import MappingProxyType
@@ -28,10 +28,17 @@ PIECE = 1 << 16  # numbers that are drawn at a time: they are drawn in float64, 
 
 @dataclass(frozen=True)
 class Spec:
-    """What a layer asks for: an array of this shape, first drawn from a normal distribution (deviation 0: zeros)."""
+    """What a layer asks for: an array of this shape, first drawn from a normal distribution (deviation 0: all `mean`).
+
+    trained: else no optimizer moves it, but what the layer adds to its gradient, summed over the ranks, is added to it
+    after each step: running means, for instance. decay: whether weight decay, if any, makes it smaller.
+    """
 
     shape: Shape
     deviation: float = 0.0
+    mean: float = 0.0
+    trained: bool = True
+    decay: bool = True
 
 
 Specs = Mapping[str, "Spec | Specs"]  # by name, nested as the layers are
@@ -51,6 +58,8 @@ def check_specs(specs: Any) -> None:
             raise ValueError(f"{name} has the shape {spec.shape!r}, but a tuple of whole numbers from 1 was expected")
         elif not is_within(spec.deviation, 0, sys.float_info.max):
             raise ValueError(f"{name} has the deviation {spec.deviation!r}, but a number from 0 was expected")
+        elif not is_within(spec.mean, -sys.float_info.max, sys.float_info.max):
+            raise ValueError(f"{name} has the mean {spec.mean!r}, but a number was expected")
 
 
 def is_shape(shape: Any) -> bool:
@@ -109,6 +118,18 @@ class Parameters:
             for start in range(0, numbers.size, PIECE):
                 piece = numbers[start : start + PIECE]
                 piece[...] = self.specs[name].deviation * stream.standard_normal(piece.size)
+                if self.specs[name].mean:
+                    piece += self.specs[name].mean
+
+    def runs(self, of: Callable[[Spec], bool]) -> list[slice]:
+        """The parts of the vectors whose arrays are of a kind, neighbours as one."""
+        found: list[slice] = []
+        for name, start in self.starts.items():
+            stop = start + math.prod(self.specs[name].shape)
+            if of(self.specs[name]):
+                joins = found and found[-1].stop == start
+                found[-1:] = [slice(found[-1].start, stop)] if joins else [*found[-1:], slice(start, stop)]
+        return found
 
     def start(self, layer: str) -> int | None:
         """Index of the first number of a layer of the model, or None where it has no parameters."""

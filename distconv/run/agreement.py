@@ -22,13 +22,13 @@ def agree(run: Run) -> None:
     Raises ReplicasDifferError where they differ, DivergedError where a number is not finite; on all ranks alike.
     """
     run.world.at("agree")
-    run.engine.pull(run)
-    changed = run.corrupted or run.engine.checksum(run) != run.checksum
+    run.replica.pull()
+    changed = run.corrupted or run.replica.checksum() != run.checksum
     found: list[tuple[str, bool]] = run.world.comm.allgather((run.digest(), changed))
     digests = [digest for digest, _ in found]
     compare(run.step, digests, [changed for _, changed in found])
     for slot, vector in run.vectors().items():
-        if (bad := run.exchange.wire.first_bad(vector)) >= 0:
+        if (bad := run.replica.exchange.wire.first_bad(vector)) >= 0:
             failure = DivergedError(
                 f"after step {run.step}, {slot}/{run.parameters.name_at(bad)} holds NaN or infinity, on all ranks "
                 f"alike: use a smaller --lr than {run.config.lr:g}",

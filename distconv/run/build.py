@@ -9,54 +9,84 @@ from typing import Any
 import numpy as np
 
 from distconv.comm.choose import choose
-from distconv.comm.on_gpu import choose_on_gpu
+from distconv.comm.on_cpu import OnCpu
+from distconv.comm.on_gpu import GpuExchange, choose_on_gpu, first_problem
 from distconv.comm.placement import Placement, place
 from distconv.comm.probe import WireProbe
 from distconv.comm.wire import WIRES, Wire
 from distconv.comm.world import World
 from distconv.config import Config
-from distconv.data.dataset import Dataset
 from distconv.errors import UsageError
 from distconv.kernels.compiled import CACHE
+from distconv.kernels.cpu.host import Cpu
 from distconv.kernels.gpu.arithmetic import Gpu
 from distconv.kernels.gpu.device import Cuda
 from distconv.kernels.half import BLOCK
+from distconv.kernels.interface import Kernels
 from distconv.nn.checked import checked
-from distconv.nn.layers import Context
+from distconv.nn.layers import Context, Layer, is_ours
 from distconv.nn.networks import build_network
-from distconv.nn.optimizers import OPTIMIZERS
+from distconv.nn.optimizers import OPTIMIZERS, Optimizer
 from distconv.nn.parameters import Parameters, count
-from distconv.run.replica import CPU, GpuEngine, local_gradient
+from distconv.run.replica import Replica
 from distconv.run.run import Run
 from distconv.run.same_code import agree_on_code
+from distconv.tasks.classify import Classification
+from distconv.tasks.task import Data, Task
 
 
 def build_run(
     settings: Config,
-    dataset: Dataset,
+    data: Data,
     world: World,
     say: Callable[[str], None] = lambda line: None,
     placed: Placement | None = None,
+    *,
+    model: Layer | None = None,
+    task: Task | None = None,
+    optimizer: Optimizer | None = None,
+    device: Any = None,
 ) -> Run:
     """The run at its start, rank 0's first weights on all ranks; collective. say prints a line for the user.
 
-    placed: where this rank computes, if that was found out before. Raises UsageError for a model, a device or an
-    exchange that cannot be, MismatchError where the ranks' code differs.
+    model, task, optimizer: in place of what the settings name; the same on all ranks. placed: where this rank computes,
+    if that was found out before. device: a GPU (kernels.gpu.device.Cuda) that is there already. Raises UsageError for a
+    model, a device or an exchange that cannot be, MismatchError where the ranks' code differs.
     """
-    run = unplaced_run(settings, dataset, world)
-    placed = placed or place(world, settings.device, settings.precision)
-    if placed.line:
-        say(placed.line)
-    if placed.ordinal is None:
-        return on_cpu(run)
-    say("preparing the GPU's kernels; the first time on a machine they are compiled, in a minute or less")
-    return on_gpu(run, Cuda(placed.ordinal, say), placed.shared)
+    task = task or Classification()
+    model, parameters = build_model(settings, data, task, world, model)
+    optimizer = optimizer or OPTIMIZERS[settings.optimizer](settings.lr)
+    if device is None:
+        placed = placed or place(world, settings.device, settings.precision)
+        if placed.line:
+            say(placed.line)
+        if placed.ordinal is not None:
+            say("preparing the GPU's kernels; the first time on a machine they are compiled, in a minute or less")
+            device = Cuda(placed.ordinal, say)
+    shared = placed is not None and placed.shared
+    if device is not None:
+        check_for_gpu(settings, optimizer, world)
+    # A user's layer may look at gradients before the backward pass is over.
+    apart = is_ours(model)
+    kernels = Cpu(parameters.vector.dtype) if device is None else Gpu(device, settings.precision, apart)
+    exchange = choose_exchange(settings, kernels, parameters.size, world, shared)
+    exact = "float64" if settings.wire == "float64" else "float32"
+    probe = WireProbe(WIRES[settings.wire], parameters.size, lambda size: choose(world, size, exact))
+    replica = Replica(
+        kernels, model, parameters, task, data, optimizer, exchange, settings.seed, settings.batch_size,
+        lambda problem: first_problem(world, problem),
+    )  # fmt: skip
+    run = Run(settings, data, task, replica, world, probe)
+    compile_kernels(run)
+    return run
 
 
-def unplaced_run(settings: Config, dataset: Dataset, world: World) -> Run:
-    """The run before it is known where it computes: on_cpu or on_gpu gives it its exchange and its engine."""
+def build_model(
+    settings: Config, data: Data, task: Task, world: World, model: Layer | None
+) -> tuple[Layer, Parameters]:
+    """The model, and its parameters with rank 0's first weights; collective."""
     with world.together():
-        model, specs = build_network(settings.model, dataset.image_shape, dataset.classes)
+        model, specs = build_network(settings.model, data.image_shape, data.classes, task.output_shape(data), model)
         try:
             parameters = Parameters(specs, WIRES[settings.wire].dtype)  # no use in sums finer than what is summed
         except (MemoryError, ValueError) as error:
@@ -65,59 +95,52 @@ def unplaced_run(settings: Config, dataset: Dataset, world: World) -> Run:
     world.agree("the model", parameters.layout(), "give all hosts the same code")
     parameters.initialize(settings.seed)
     world.comm.Bcast(parameters.vector)
-    optimizer = OPTIMIZERS[settings.optimizer](parameters.size, parameters.vector.dtype, settings.lr)
-    exact = "float64" if settings.wire == "float64" else "float32"
-    probe = WireProbe(settings.wire, lambda size: choose(world, size, exact))
-    return Run(settings, dataset, model, parameters, optimizer, world, None, probe, CPU)
+    return model, parameters
 
 
-def on_cpu(run: Run) -> Run:
-    """Let the run compute on this rank's cores; collective. Raises UsageError."""
-    settings = run.config
-    with run.world.together():
-        if settings.exchange in ("nccl", "cuda-mpi"):
-            raise UsageError(f"--exchange {settings.exchange} joins GPUs, but these ranks compute on the CPU: use auto")
-    with run.world.together():  # collective inside too, but where it raises it does so on all ranks
-        run.exchange = choose(run.world, run.parameters.size, settings.wire, settings.exchange)
-    compile_kernels(run)
-    return run
-
-
-def on_gpu(run: Run, device: Any, shared: bool) -> Run:
-    """Let the run compute on a device (a kernels.cuda.Cuda); collective. shared: some GPU has several ranks.
-
-    Raises UsageError.
-    """
-    settings, world = run.config, run.world
+def check_for_gpu(settings: Config, optimizer: Optimizer, world: World) -> None:
+    """Raise UsageError on all ranks for what only a CPU can do; collective."""
     with world.together():
         if settings.wire == "float64":
             raise UsageError("--wire float64 computes in float64, which only the CPU does: use --device cpu")
-    gpu = Gpu(device, settings.precision)
+        if optimizer.kernel is None:
+            kind = type(optimizer).__name__
+            raise UsageError(f"the optimizer {kind} has a formula of its own, which only the CPU has: use --device cpu")
+
+
+def choose_exchange(settings: Config, kernels: Kernels, size: int, world: World, shared: bool) -> OnCpu | GpuExchange:
+    """The exchange that the settings name, where the kernels compute; collective. shared: some GPU has several ranks.
+
+    Raises UsageError.
+    """
     with world.together():
-        run.exchange = choose_on_gpu(world, gpu, run.parameters.size, settings.wire, settings.exchange, shared)
-    run.engine = GpuEngine(gpu, run, run.exchange)
-    with one_of_a_host_first(world):
-        compile_wire(run.exchange.wire)
-        run.engine.gradient(run, np.zeros(1, np.int64), global_batch=1, step=0, probing=True)
-    return run
+        if kernels.name == "cpu" and settings.exchange in ("nccl", "cuda-mpi"):
+            raise UsageError(f"--exchange {settings.exchange} joins GPUs, but these ranks compute on the CPU: use auto")
+    with world.together():  # collective inside too, but where it raises it does so on all ranks
+        if isinstance(kernels, Gpu):
+            return choose_on_gpu(world, kernels, size, settings.wire, settings.exchange, shared)
+        return OnCpu(choose(world, size, settings.wire, settings.exchange))
 
 
 def compile_kernels(run: Run) -> None:
-    """Call what a step calls, on two images, so that what is not in the cache is compiled; collective.
+    """Call what a step calls, so that what is not in the cache is compiled; collective.
 
     Raises UsageError for a model whose layers do not give what they should.
     """
-    parameters, data = run.parameters, run.dataset
-    in_turn = run.world.local.allreduce(not CACHE.holds_some()) > 0
-    with run.world.together(), one_of_a_host_first(run.world) if in_turn else contextlib.nullcontext():
-        images, labels = data.train_images[:2], data.train_labels[:2]
-        context = Context(training=True, samples=np.arange(len(labels)))
-        local_gradient(checked(run.model), parameters, images, labels, context, 1)
-        parameters.gradient[...] = 0
-        value, gradient = np.zeros((2, 1), parameters.vector.dtype)
-        type(run.optimizer)(1, parameters.vector.dtype, 1.0).step(value, gradient, 1)
-        run.engine.checksum(run)
-        compile_wire(run.exchange.wire)
+    replica, world, cpu = run.replica, run.world, run.replica.kernels.name == "cpu"
+    in_turn = not cpu or world.local.allreduce(not CACHE.holds_some()) > 0
+    with world.together(), one_of_a_host_first(world) if in_turn else contextlib.nullcontext():
+        compile_wire(replica.exchange.wire)
+        if cpu:
+            model, samples = checked(replica.model), np.arange(min(2, run.data.size("train")))
+            context = Context(training=True, samples=samples, kernels=replica.kernels)
+            batch = run.data.batch("train", samples, context)
+            run.task.gradient(model, replica.values, replica.grads, batch, context)
+            value, gradient, *state = np.zeros((2 + len(replica.state), 1), replica.vector.dtype)
+            replica.optimizer.step(value, gradient, replica.optimizer.numbers(1), *state)
+            replica.checksum()
+        else:
+            replica.share(0, np.zeros(1, np.int64), 1)
 
 
 @contextlib.contextmanager

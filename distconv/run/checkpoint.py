@@ -30,7 +30,7 @@ from distconv.errors import (
     UsageError,
 )
 from distconv.kernels.interface import Array
-from distconv.nn.optimizers import OPTIMIZERS, Optimizer
+from distconv.nn.optimizers import OPTIMIZERS
 from distconv.nn.parameters import Parameters, digest
 from distconv.run.tensorfile import TensorFile, write_tensors
 
@@ -59,7 +59,7 @@ DESCRIBED: Mapping[str, Mapping[str, Callable[[Any], bool]]] = {
         "name": _is_text,
         "digest": _is_text,
         "classes": _is_count,
-        "image_shape": lambda value: isinstance(value, list) and len(value) == 3 and all(map(_is_count, value)),
+        "image_shape": lambda value: isinstance(value, list) and value != [] and all(map(_is_count, value)),
     },
 }
 SINCE_LATER = {"first_loss": 0.0}  # what older files lack, and what holds for them
@@ -106,7 +106,7 @@ class Checkpoint:
 def save_checkpoint(
     folder: Path,
     parameters: Parameters,
-    optimizer: Optimizer,
+    state: Mapping[str, Array],
     position: Mapping[str, Any],
     config: Config,
     data: Mapping[str, Any],
@@ -114,9 +114,10 @@ def save_checkpoint(
 ) -> Path:
     """Write step-XXXXXXXXXX.safetensors, whole or not at all, and remove all but the newest. Raises StorageError.
 
-    state_sha256: what the ranks have agreed on, see Run.digest; a file that holds something else is never loaded.
+    state: the optimizer's vectors, by slot. state_sha256: what the ranks have agreed on, see Run.digest; a file that
+    holds something else is never loaded.
     """
-    tensors = parameters.by_slot({"value": parameters.vector, **optimizer.state})
+    tensors = parameters.by_slot({"value": parameters.vector, **state})
     about = {
         "format": FORMAT,
         "position": dict(position),

@@ -60,7 +60,7 @@ def load_model(
         if checkpoint:
             check_data(checkpoint, dataset, data_name, chosen=bool(arguments.data))
         name = arguments.model or (checkpoint.config["model"] if checkpoint else "deepconvnet")
-        model, specs = build_network(name, dataset.image_shape, dataset.classes)
+        model, specs = build_network(name, dataset.image_shape, dataset.classes, (dataset.classes,))
         parameters = Parameters(specs, np.float64)
         if checkpoint:
             checkpoint.fill(parameters.by_slot({"value": parameters.vector}))

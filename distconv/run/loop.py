@@ -16,20 +16,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distconv.comm.barrier import Barrier
-from distconv.comm.exchange import HEADER
-from distconv.comm.world import World
-from distconv.data.dataset import Bytes
-from distconv.data.shard import epoch_order, shard, split
+from distconv.comm.exchange import HEADER, Headers
+from distconv.data.shard import epoch_order, shard
 from distconv.errors import DistconvError, DivergedError
-from distconv.nn.layers import Layer
 from distconv.nn.parameters import Parameters
-from distconv.run import agreement as replicas
-from distconv.run.replica import CPU
-from distconv.run.run import Engine, Run
+from distconv.run import agreement
+from distconv.run.measure import measure
+from distconv.run.run import Run
 
 MOST_SKIPPED = 10  # steps in a row without a finite gradient
 MOST_FAR = 5  # steps in a row whose loss is not finite, or more than FAR times that of the start
 FAR = 10
+PARTS = ("train", "validation", "test")
 
 
 @dataclass(frozen=True)
@@ -58,22 +56,31 @@ class StepRecord:
 
 @dataclass(frozen=True)
 class EpochRecord:
-    """One epoch. The accuracies are without dropout, on the first eval_samples images of each set.
+    """One epoch. The scores are of the task's metric, without dropout, on the first eval_samples of each part.
 
-    The wire's health is that of the epoch's last step: see WireHealth.
+    The wire's health is that of a gradient at the epoch's end: see WireHealth.
     """
 
     event: ClassVar[str] = "epoch"
     step: int
     epoch: int
     train_loss: float
-    train_accuracy: float
-    test_accuracy: float
+    metric: str = field(metadata={"log": False})
+    scores: dict[str, float] = field(metadata={"log": False})  # by part
     images_per_second: float
     largest_gradient: float
     flushed_share: float
     wire_error: float
     parameters_sha256: str
+
+    @property
+    def train_accuracy(self) -> float:
+        """The score on the training set, whatever the metric is."""
+        return self.scores["train"]
+
+    @property
+    def test_accuracy(self) -> float:
+        return self.scores["test"]
 
 
 @dataclass(frozen=True)
@@ -85,26 +92,6 @@ class StopRecord:
 
 
 Record = StepRecord | EpochRecord | StopRecord
-
-
-def predict(
-    model: Layer, parameters: Parameters, images: Bytes, world: World, engine: Engine = CPU
-) -> NDArray[np.int64]:
-    """The class that the model gives each image (N, H, W, C), without dropout -> (N,); the ranks share the work."""
-    mine, batch = split(len(images), world.size, world.rank), engine.evaluation_batch
-    found = [np.empty(0, np.int64)]
-    for start in range(mine.start, mine.stop, batch):
-        world.at("evaluate")
-        found.append(engine.classify(model, parameters, images[start : min(start + batch, mine.stop)]))
-    world.at("gather")
-    return np.concatenate(world.comm.allgather(np.concatenate(found)))
-
-
-def count_correct(
-    model: Layer, parameters: Parameters, images: Bytes, labels: Bytes, world: World, engine: Engine = CPU
-) -> int:
-    """How many images the model classifies as labelled; every image once, the same number on every rank."""
-    return int(np.count_nonzero(predict(model, parameters, images, world, engine) == labels))
 
 
 def train(
@@ -121,10 +108,12 @@ def train(
     between the last step of an epoch and the record of the epoch, and with `ahead`, where a step's record says that it
     is not agreed. Raises DivergedError, ReplicasDifferError.
     """
-    run.checksum, run.good_until, stopping = run.engine.checksum(run), run.step - 1, False
+    run.checksum, run.good_until, stopping = run.replica.checksum(), run.step - 1, False
+    if run.step < run.steps:
+        run.probe.time()
     while run.step < run.steps and not stopping:
         epoch, first = divmod(run.step, run.steps_per_epoch)
-        order = epoch_order(run.config.seed, epoch, len(run.dataset.train_labels))
+        order = epoch_order(run.config.seed, epoch, run.data.size("train"))
         seconds, images = 0.0, 0
         for batch in range(first, run.steps_per_epoch):
             began = time.perf_counter()
@@ -146,58 +135,45 @@ def _step(
     run: Run, order: NDArray[np.int64], epoch: int, batch: int, stop: bool, save: bool, ahead: bool
 ) -> tuple[StepRecord, bool]:
     """One synchronous step of all ranks: its record, and whether any rank was asked to stop."""
-    world, batch_size = run.world, run.config.batch_size
+    world, replica, step, batch_size = run.world, run.replica, run.step, run.config.batch_size
     mine = shard(order, batch, batch_size, world.size, world.rank)
     global_batch = len(order[batch * batch_size : (batch + 1) * batch_size])
     last_of_epoch = batch + 1 == run.steps_per_epoch
-
-    world.at("compute", run.step)
-    began = time.perf_counter()
-    probing = last_of_epoch or run.probe.fresh
-    following = None  # an epoch's last step is not begun ahead: it probes
-    if ahead and world.size == 1 and not (probing or stop or save) and batch + 2 < run.steps_per_epoch:
+    following = None  # the epoch's last batch may be of another size, and where the run stops, nothing follows
+    if ahead and world.size == 1 and not (stop or save) and batch + 2 < run.steps_per_epoch:
         following = shard(order, batch + 1, batch_size, world.size, world.rank)
-    loss_sum = run.engine.gradient(run, mine, global_batch, run.step, probing, following)
-    computed = time.perf_counter()
-    contribution = run.engine.contribution(run) if probing else None
+
+    world.at("compute", step)
+    began = time.perf_counter()
+    sums = replica.compute(step, mine, global_batch, following)
     world.at("exchange")
     ready = time.perf_counter()
-    busy = ready - run.exchanged
-    told = (run.step, len(mine), loss_sum, -1, stop, save, run.checksum, run.corrupted, busy)
-    header = np.array(told, HEADER)
-    asleep = Barrier.asleep
-    headers = run.engine.sum(run, header)
+    told = (step, len(mine), sums[0], -1, stop, save, run.checksum, run.corrupted, ready - run.exchanged)
+    header, asleep = np.array(told, HEADER), Barrier.asleep
+    headers = replica.sum(step, header)
     run.exchanged = time.perf_counter()
     wait = max(float(headers["busy_seconds"].max() - header["busy_seconds"]), Barrier.asleep - asleep)
-    if contribution is not None:
-        run.probe.compare(contribution, run.engine.total(run))
+    _check_headers(run, headers, global_batch)
 
-    if np.any(headers["step"] != run.step) or headers["samples"].sum() != global_batch:
-        raise DistconvError(f"the ranks are not at the same step: {headers['step'].tolist()}; this is a bug")
-    replicas.compare(run.step, headers["checksum"].tolist(), headers["changed"].tolist())
-    loss = float(headers["loss_sum"].sum())
     run.step += 1
-    run.corrupted = run.engine.checksum(run) != run.checksum
-    good = run.engine.update(run, run.step)
-    run.checksum = run.engine.checksum(run)
-    _note_loss(run, good, loss, global_batch)
-    if run.skipped == MOST_SKIPPED:
-        raise _diverged(run, f"a gradient that is not finite (last {_who_is_bad(headers['bad_at'], run.parameters)})")
-    if run.diverging == MOST_FAR:
-        raise _diverged(run)
+    run.corrupted = replica.checksum() != run.checksum
+    good = replica.update(step)
+    run.checksum = replica.checksum()
+    loss = float(headers["loss_sum"].sum())
+    _note_loss(run, good, loss, global_batch, headers)
     stopping, asked = bool(headers["stop"].any()), bool(headers["save"].any())
     agreed = not last_of_epoch and (stopping or asked)
     if agreed:
-        replicas.agree(run)
+        agreement.agree(run)
     record = StepRecord(
         step=run.step,
         epoch=epoch + 1,
         train_loss=loss / global_batch,
         images_per_second=global_batch / (time.perf_counter() - began),
-        compute_seconds=computed - began,
+        compute_seconds=ready - began,
         exchange_seconds=max(0.0, run.exchanged - ready - wait),
         wait_seconds=wait,
-        wire_bytes=run.exchange.bytes_sent,
+        wire_bytes=replica.exchange.bytes_sent,
         wire_seconds_float32=run.probe.seconds,
         slowest_rank=int(np.argmax(headers["busy_seconds"])),
         skipped=not good,
@@ -207,8 +183,18 @@ def _step(
     return record, stopping
 
 
-def _note_loss(run: Run, updated: bool, loss: float, global_batch: int) -> None:
-    """Keep the sums of the epoch, and count the steps in a row that were skipped, or whose loss is out of bounds."""
+def _check_headers(run: Run, headers: Headers, global_batch: int) -> None:
+    """Whether all ranks have made the same step from the same state."""
+    if np.any(headers["step"] != run.step) or headers["samples"].sum() != global_batch:
+        raise DistconvError(f"the ranks are not at the same step: {headers['step'].tolist()}; this is a bug")
+    agreement.compare(run.step, headers["checksum"].tolist(), headers["changed"].tolist())
+
+
+def _note_loss(run: Run, updated: bool, loss: float, global_batch: int, headers: Headers) -> None:
+    """Keep the sums of the epoch, and count the steps in a row that were skipped, or whose loss is out of bounds.
+
+    Raises DivergedError where these are too many.
+    """
     mean = loss / global_batch
     finite = math.isfinite(mean)
     if finite and not run.first_loss:
@@ -222,11 +208,15 @@ def _note_loss(run: Run, updated: bool, loss: float, global_batch: int) -> None:
         run.skipped, run.diverging = 0, run.diverging + 1 if far else 0
     else:
         run.skipped += 1
+    if run.skipped == MOST_SKIPPED:
+        raise _diverged(run, f"a gradient that is not finite (last {_who_is_bad(headers['bad_at'], run.parameters)})")
+    if run.diverging == MOST_FAR:
+        raise _diverged(run)
 
 
 def _loss_of_the_start(run: Run) -> float:
     """Of the first step, or of a blind guess, should the first samples have been easy ones."""
-    return max(run.first_loss, math.log(run.dataset.classes))
+    return max(run.first_loss, run.task.blind_loss(run.data))
 
 
 def _diverged(run: Run, what: str = "") -> DivergedError:
@@ -247,19 +237,19 @@ def _who_is_bad(bad_at: NDArray[np.int64], parameters: Parameters) -> str:
 
 
 def _end_of_epoch(run: Run, epoch: int, images_per_second: float) -> EpochRecord:
-    """Measure the accuracies, check that all replicas hold the same bits, and begin the sums of the next epoch."""
-    train_accuracy = _accuracy(run, run.dataset.train_images, run.dataset.train_labels)
-    test_accuracy = _accuracy(run, run.dataset.test_images, run.dataset.test_labels)
+    """Measure the scores, check that all replicas hold the same bits, and begin the sums of the next epoch."""
+    scores = {part: _score(run, part) for part in PARTS if run.data.size(part)}
     train_loss = run.loss_sum / run.samples if run.samples else float("nan")
     run.loss_sum, run.samples = 0.0, 0
-    replicas.agree(run)  # at last, as what follows is saved
+    _probe_the_wire(run, epoch)
+    agreement.agree(run)  # at last, as what follows is saved
     health = run.probe.health
     return EpochRecord(
         run.step,
         epoch + 1,
         train_loss,
-        train_accuracy,
-        test_accuracy,
+        run.task.metric,
+        scores,
         images_per_second,
         health.largest_gradient,
         health.flushed_share,
@@ -268,6 +258,15 @@ def _end_of_epoch(run: Run, epoch: int, images_per_second: float) -> EpochRecord
     )
 
 
-def _accuracy(run: Run, images: Bytes, labels: Bytes) -> float:
-    count = min(run.config.eval_samples or len(labels), len(labels))
-    return count_correct(run.model, run.parameters, images[:count], labels[:count], run.world, run.engine) / count
+def _score(run: Run, part: str) -> float:
+    replica, most = run.replica, run.config.eval_samples
+    score, weight = measure(run.task, run.data, part, replica.model, replica.values, replica.kernels, run.world, most)
+    return score / weight if weight else float("nan")
+
+
+def _probe_the_wire(run: Run, epoch: int) -> None:
+    """Look at what the wire makes of a gradient: that of the epoch's first batch at the weights of its end."""
+    order = epoch_order(run.config.seed, epoch, run.data.size("train"))
+    mine = shard(order, 0, run.config.batch_size, run.world.size, run.world.rank)
+    share = run.probe.sample(run.replica.share(run.step, mine, len(order[: run.config.batch_size])))
+    run.probe.compare(share, run.replica.sum_shares())

@@ -1,269 +1,169 @@
-"""What computes a step: the cores of this rank, or its GPU.
+"""A replica: the model on this rank's device, and the steps that it makes there with all others.
 
-The loop asks an engine for the gradient of this rank's share, for the sum over the ranks, and for the update. On the
-CPU these are three calls. A GPU does as much of them as it can without the host in one graph, which is recorded once
-and replayed from then on; what changes from step to step (its number, the optimizer's scalars, which samples) goes to
-the GPU in one small message, and what the host must know (the loss, and whether all was finite) comes back in another.
+A step is one program: the task's gradient of this rank's samples, the exchange, the optimizer. Where the device needs
+no host in between, it is one piece of work, which a GPU records once and replays from then on; else it is two, and the
+host exchanges between them. What changes from step to step goes to the device in a message, and what the host must know
+(the task's sums, and whether all was finite) comes back in another.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from distconv.comm.buckets import Buckets
-from distconv.comm.exchange import Headers
-from distconv.comm.on_gpu import GpuExchange, first_problem
-from distconv.data.dataset import Bytes, pixels
+from distconv.comm.exchange import HEADER, Headers
+from distconv.comm.on_cpu import OnCpu
+from distconv.comm.on_gpu import GpuExchange
 from distconv.errors import DistconvError
-from distconv.kernels.cpu import arithmetic as cpu
-from distconv.kernels.cpu import updates
-from distconv.kernels.gpu.arithmetic import FINITE, Gpu
-from distconv.kernels.gpu.device import Agreed
-from distconv.kernels.interface import Array
+from distconv.kernels.interface import FINITE, Agreed, Array, Kernels
 from distconv.nn.fusion import fused
-from distconv.nn.layers import EVALUATION, Context, Layer, is_ours
+from distconv.nn.layers import Context, Layer
+from distconv.nn.optimizers import Optimizer
 from distconv.nn.parameters import Parameters
-from distconv.run.run import Run, Samples
+from distconv.tasks.task import Data, Task
 
-MOST_SCALARS = 4  # of an optimizer
-T = TypeVar("T")
+Samples = NDArray[np.int64]
 
 
-def local_gradient(
-    model: Layer, parameters: Parameters, images: Bytes, labels: Bytes, context: Context, global_batch: int
-) -> float:
-    """Write this rank's share of the gradient of the mean loss over the global batch; return its sum of losses.
+class Replica:
+    """The vectors of a model on a device. Those of `parameters` and `state`, on the host, are up to date after pull().
 
-    images (N, H, W, C) and labels (N,) are the rank's shard, which may be empty.
+    most_samples: of this rank in a step. agreed: see Device.replayed; collective.
     """
-    if len(images) == 0:
-        parameters.gradient[...] = 0
-        return 0.0
-    x = pixels(images, parameters.vector.dtype)
-    scores, backward = model.forward(x, parameters.values, context)
-    loss_sum, dscores = cpu.softmax_cross_entropy(scores, labels, global_batch)
-    backward(dscores, parameters.grads, False)
-    return loss_sum
 
-
-class CpuEngine:
-    """Works on the run's own arrays, and keeps nothing itself."""
-
-    device = "cpu"
-    evaluation_batch = 100
-
-    def gradient(
-        self, run: Run, samples: Samples, global_batch: int, step: int, probing: bool = False,
-        following: Samples | None = None
-    ) -> float:  # fmt: skip
-        images, labels = run.dataset.train_images[samples], run.dataset.train_labels[samples]
-        overlaps = isinstance(run.exchange, Buckets) and not probing
-        on_final = _sender(run.exchange, run.parameters) if overlaps else None
-        context = Context(training=True, seed=run.config.seed, step=step, samples=samples, on_final=on_final)
-        return local_gradient(run.model, run.parameters, images, labels, context, global_batch)
-
-    def contribution(self, run: Run) -> Array:
-        return run.probe.sample(run.parameters.gradient)
-
-    def sum(self, run: Run, header: Headers) -> Headers:
-        headers: Headers = run.exchange.sum(run.parameters.gradient, header)
-        return headers
-
-    def total(self, run: Run) -> Array:
-        return run.parameters.gradient
-
-    def update(self, run: Run, t: int) -> bool:
-        good: bool = run.exchange.wire.first_bad(run.parameters.gradient) < 0  # the same bits on all ranks
-        if good:
-            run.optimizer.step(run.parameters.vector, run.parameters.gradient, t)
-        return good
-
-    def checksum(self, run: Run) -> int:
-        return sum(int(updates.checksum(vector.view(np.uint32))) for vector in run.vectors().values())
-
-    def classify(self, model: Layer, parameters: Parameters, images: Bytes) -> NDArray[np.int64]:
-        scores, _ = model.forward(pixels(images, parameters.vector.dtype), parameters.values, EVALUATION)
-        classes: NDArray[np.int64] = np.argmax(scores, axis=1)
-        return classes
-
-    def pull(self, run: Run) -> None:
-        pass
-
-    def push(self, run: Run) -> None:
-        pass
-
-
-CPU = CpuEngine()
-
-
-def _sender(exchange: Buckets, parameters: Parameters) -> Callable[[str], None]:
-    """What sends off the gradients of a layer of the model, and of those behind it, when they are final."""
-
-    def send(layer: str) -> None:
-        start = parameters.start(layer)
-        if start is not None:
-            exchange.ready(parameters.gradient, start)
-
-    return send
-
-
-class GpuEngine:
-    """Holds the run's vectors and its training set on a device; the run's own arrays are up to date after pull only."""
-
-    device = "cuda"
-    evaluation_batch = 2000
-
-    def __init__(self, kernels: Gpu, run: Run, exchange: GpuExchange) -> None:
-        self.kernels, self.exchange, self.seed = kernels, exchange, run.config.seed
-        kernels.apart = is_ours(run.model)  # a user's layer may look at gradients before the backward pass is over
-        self.model, device = fused(run.model), kernels.device
-        self.images, self.labels = device.upload(run.dataset.train_images), device.upload(run.dataset.train_labels)
-        self.vector = device.upload(run.parameters.vector)
-        self.summed = device.zeros(run.parameters.size, np.float32)  # this rank's gradient, then the sum of all
-        self.values, self.grads = run.parameters.nested(self.vector), run.parameters.nested(self.summed)
-        self.no_gradient = device.zeros(run.parameters.size, np.float32)
-        self.state = {slot: device.upload(vector) for slot, vector in run.optimizer.state.items()}
-        self.rule = type(run.optimizer).__name__.lower()
-
-        # What a step is told: its number as two words, the optimizer's scalars, the samples. What it tells: the sum of
-        # losses, and where this rank's gradient and the sum are not finite first. Twice, as a step may begin before
-        # the host has read what the one before tells.
-        words = 2 + MOST_SCALARS + run.config.batch_size  # room for a rank that is alone
-        self.told, self.bad = device.empty(4 * words, np.uint8), device.zeros(2, np.int32)
-        self.step_number, self.scalars, self.samples = _fields(self.told)
-        self.told_here, self.loss_here, self.bad_here = (
-            [device.pinned(n) for _ in range(2)] for n in (4 * words, 8, 8)
-        )
+    def __init__(
+        self, kernels: Kernels, model: Layer, parameters: Parameters, task: Task, data: Data, optimizer: Optimizer,
+        exchange: OnCpu | GpuExchange, seed: int, most_samples: int, agreed: Agreed
+    ) -> None:  # fmt: skip
+        self.kernels, self.device = kernels, kernels.device
+        self.model = fused(model) if kernels.fuses else model
+        self.parameters, self.task, self.data, self.optimizer = parameters, task, data, optimizer
+        self.exchange, self.seed, self.agreed = exchange, seed, agreed
+        self.state = optimizer.new_state(parameters.size, parameters.vector.dtype)
+        self.vector, self.gradient = self.device.upload(parameters.vector), self.device.upload(parameters.gradient)
+        self.values, self.grads = parameters.nested(self.vector), parameters.nested(self.gradient)
+        self.state_there = {slot: self.device.upload(vector) for slot, vector in self.state.items()}
+        self.mailbox = kernels.mailbox(len(optimizer.numbers(1)), most_samples, len(task.sums))
         self.begun: dict[int, Any] = {}  # steps whose results nobody has waited for yet, by their number
-        self.probing = False  # whether the last gradient waits to be looked at
-        self.whole = False  # whether it came with its sum and its update
 
-    def gradient(
-        self, run: Run, samples: Samples, global_batch: int, step: int, probing: bool = False,
-        following: Samples | None = None
-    ) -> float:  # fmt: skip
-        self.probing, self.whole = probing, self.exchange.needs_no_host and not probing
+    def compute(self, step: int, samples: Samples, global_batch: int, following: Samples | None = None) -> list[float]:
+        """Compute this rank's share of the gradient, and what else of the step needs no host -> the task's sums.
+
+        samples (N,) are its part of the batch, and may be none. following: those of the next step, which has the same
+        global batch, if it may begin at once.
+        """
         if step not in self.begun:
-            self._begin(run, samples, global_batch, step)
-        if following is not None and self.whole:
-            self._begin(run, following, global_batch, step + 1)
-        self.kernels.device.wait(self.begun.pop(step))
-        return float(self.loss_here[step % 2].view(np.float64)[0]) if len(samples) else 0.0
+            self._begin(step, samples, global_batch)
+        if following is not None and self.exchange.needs_no_host:
+            self._begin(step + 1, following, global_batch)
+        self.device.wait(self.begun.pop(step))
+        return [float(number) for number in self.mailbox.sums(step)] if len(samples) else [0.0] * len(self.task.sums)
 
-    def _begin(self, run: Run, samples: Samples, global_batch: int, step: int) -> None:
-        device, probing, whole, here = self.kernels.device, self.probing, self.whole, step % 2
-        number, scalars, indices = _fields(self.told_here[here])
-        number[:] = step & 0xFFFFFFFF, step >> 32
-        of_step = run.optimizer.scalars(step + 1)
-        scalars[: len(of_step)] = of_step
-        indices[: len(samples)] = samples
+    def sum(self, step: int, header: Headers) -> Headers:
+        """Sum the gradient over the ranks; see Exchange."""
+        own, _ = self.mailbox.bad_at(step)
+        header["bad_at"] = -1 if own == FINITE else own
+        return self.exchange.travel(header)
 
-        def work() -> Array | None:
-            loss = self._gradient(len(samples), global_batch)
-            if not probing:
-                self.exchange.before(self.summed, self.bad)
+    def update(self, step: int) -> bool:
+        """Make the step, if the gradient is finite; whether it was."""
+        if not self.exchange.needs_no_host:
+            self.device.replayed("update", self._finish)
+            self.mailbox.collect(step, ())
+            self.device.synchronize()
+        return self.mailbox.bad_at(step)[1] == FINITE
+
+    def _begin(self, step: int, samples: Samples, global_batch: int) -> None:
+        self.mailbox.send(step, self.optimizer.numbers(step + 1), samples)
+        whole = self.exchange.needs_no_host
+
+        def work() -> Sequence[Any]:
+            sums = self._differentiate(len(samples), global_batch)
+            self.exchange.before(self.gradient, self.mailbox.bad)
             if whole:
                 self._finish()
-            return loss
+            return sums
 
-        device.copy(self.told, self.told_here[here])
-        agreed = (lambda problem: first_problem(run.world, problem)) if whole else None
-        loss = self._run(("gradient", len(samples), global_batch, probing), work, agreed)
-        if loss is not None:
-            device.copy(self.loss_here[here], loss)
-        device.copy(self.bad_here[here], self.bad)
-        self.begun[step] = device.mark()
+        try:
+            sums = self.device.replayed((len(samples), global_batch), work, self.agreed if whole else None)
+        except MemoryError as error:
+            raise DistconvError(
+                f"{self.kernels.name}: too little memory for this rank's share of a step ({error}): use a smaller "
+                f"--batch-size, or more ranks on GPUs of their own"
+            ) from None
+        self.mailbox.collect(step, sums)
+        self.begun[step] = self.device.mark()
 
-    def _gradient(self, n: int, global_batch: int) -> Array | None:
-        """Start what gives this rank's share of the gradient -> its sum of losses, on the device, if it has samples."""
-        kernels, device = self.kernels, self.kernels.device
-        samples = self.samples[:n]
-        x, labels = kernels.begin_step(self.images, self.labels, samples, self.bad[:1], self.bad[1:])
+    def _differentiate(self, n: int, global_batch: int, sends: bool = True) -> Sequence[Any]:
+        """Start what gives this rank's share of the gradient -> the task's sums, if it has samples.
+
+        sends: an exchange that can may begin with the numbers that are final.
+        """
+        kernels, mailbox = self.kernels, self.mailbox
+        kernels.begin_step(self.gradient, mailbox.bad)
         if n == 0:
-            device.copy(self.summed, self.no_gradient)
-            return None
-        context = Context(training=True, seed=self.seed, step=self.step_number, samples=samples, kernels=kernels)
-        scores, backward = self.model.forward(x, self.values, context)
-        loss: Array
-        loss, dscores = kernels.softmax_cross_entropy(scores, labels, global_batch)
-        backward(dscores, self.grads, False)
-        device.join()
-        return loss
+            return ()
+        on_final, samples = self._sender() if sends else None, mailbox.samples[:n]
+        context = Context(True, self.seed, mailbox.step, samples, "", on_final, kernels, global_batch)
+        batch = self.data.batch("train", samples, context)
+        sums = self.task.gradient(self.model, self.values, self.grads, batch, context)
+        self.device.join()
+        return sums
 
-    def contribution(self, run: Run) -> Array:
-        return run.probe.sample(self.total(run))
-
-    def sum(self, run: Run, header: Headers) -> Headers:
-        here, device = self.bad_here[int(header["step"]) % 2], self.kernels.device
-        if self.probing:
-            self.exchange.before(self.summed, self.bad)
-            device.copy(here, self.bad)
-            device.synchronize()
-        bad_at = here.view(np.int32)[0]
-        header["bad_at"] = -1 if bad_at == FINITE else bad_at
-        headers = self.exchange.travel(header)
-        if self.probing:
-            self.exchange.after(self.summed, self.bad)
-        return headers
-
-    def total(self, run: Run) -> Array:
-        vector: Array = self.kernels.device.download(self.summed)
-        return vector
-
-    def update(self, run: Run, t: int) -> bool:
-        here = self.bad_here[(t - 1) % 2]
-        if not self.whole:
-            self._run(("update", self.probing), self._finish)
-            self.kernels.device.copy(here, self.bad)
-            self.kernels.device.synchronize()
-        return bool(here.view(np.int32)[1] == FINITE)
+    def _sender(self) -> Callable[[str], None] | None:
+        """What sends off the gradients of a layer of the model, and of those behind it, when they are final."""
+        send = self.exchange.sender(self.gradient)
+        return None if send is None else lambda layer: send(self.parameters.start(layer))
 
     def _finish(self) -> None:
         """What follows when the sums are there."""
-        if not self.probing:
-            self.exchange.after(self.summed, self.bad)
-        arguments = self.vector, self.summed, *self.state.values(), self.scalars, self.bad[1:]
-        self.kernels.launch("updates", self.rule, self.vector.size, *arguments, self.vector.size)
+        kernels, mailbox, specs = self.kernels, self.mailbox, self.parameters
+        self.exchange.after(self.gradient, mailbox.bad)
+        if self.optimizer.weight_decay:
+            for part in specs.runs(lambda spec: spec.trained and spec.decay):
+                kernels.decay(self.vector[part], mailbox.numbers, mailbox.bad)
+        for part in specs.runs(lambda spec: spec.trained):
+            p, g, *state = (vector[part] for vector in (self.vector, self.gradient, *self.state_there.values()))
+            kernels.update(self.optimizer, p, g, state, mailbox.numbers, mailbox.bad)
+        for part in specs.runs(lambda spec: not spec.trained):
+            kernels.add(self.vector[part], self.gradient[part], mailbox.bad)
 
-    def _run(self, key: Any, work: Callable[[], T], agreed: Agreed | None = None) -> T:
-        try:
-            result: T = self.kernels.device.replayed(key, work, agreed)
-        except MemoryError as error:
-            raise DistconvError(
-                f"the GPU has too little memory for this rank's share of a step ({error}): use a smaller --batch-size, "
-                f"or more ranks on GPUs of their own"
-            ) from None
-        return result
+    def share(self, step: int, samples: Samples, global_batch: int) -> Array:
+        """This rank's share of a gradient, on the host until anything else is computed; no step is made."""
+        self.mailbox.send(step, self.optimizer.numbers(step + 1), samples)
+        self._differentiate(len(samples), global_batch, sends=False)
+        gradient: Array = self.device.download(self.gradient)
+        return gradient
 
-    def checksum(self, run: Run) -> int:
-        return 0  # the memory of a GPU in a cluster corrects itself (ECC); agree() compares what ranks hold
+    def sum_shares(self) -> Array:
+        """The sum of the last shares over the ranks, likewise; collective."""
+        self.exchange.before(self.gradient, self.mailbox.bad)
+        self.device.synchronize()
+        self.exchange.travel(np.zeros((), HEADER))
+        self.exchange.after(self.gradient, self.mailbox.bad)
+        gradient: Array = self.device.download(self.gradient)
+        return gradient
 
-    def classify(self, model: Layer, parameters: Parameters, images: Bytes) -> NDArray[np.int64]:
-        context = Context(training=False, kernels=self.kernels)
-        scores, _ = self.model.forward(self.kernels.pixels(images), self.values, context)
-        classes: NDArray[np.int64] = self.kernels.argmax(scores)
-        return classes
+    def checksum(self) -> int:
+        """A sum over the bits of parameters and optimizer's state: another if one changes; 0 where none is kept."""
+        return self.kernels.checksum([self.vector, *self.state_there.values()])
 
-    def pull(self, run: Run) -> None:
-        download = self.kernels.device.download
-        run.parameters.vector[...] = download(self.vector)
-        for slot, vector in self.state.items():
-            run.optimizer.state[slot][...] = download(vector)
+    def pull(self) -> None:
+        """Bring the vectors on the host up to date."""
+        for here, there in self._both():
+            here[...] = self.device.download(there)
 
-    def push(self, run: Run) -> None:
-        device = self.kernels.device
+    def push(self) -> None:
+        """Take them over from the host, where somebody has changed them."""
         self.begun.clear()
-        pairs = [(self.vector, run.parameters.vector)]
-        pairs += [(vector, run.optimizer.state[slot]) for slot, vector in self.state.items()]
-        for there, here in pairs:
-            device.copy(there, device.upload(here))
+        for here, there in self._both():
+            self.device.copy(there, self.device.upload(here))
 
-
-def _fields(told: Array) -> tuple[Array, Array, Array]:
-    """The parts of what a step is told, as numbers: its number (2,), the scalars, the samples."""
-    scalars_end = 8 + 4 * MOST_SCALARS
-    return told[:8].view(np.uint32), told[8:scalars_end].view(np.float32), told[scalars_end:].view(np.int32)
+    def _both(self) -> Iterator[tuple[Array, Array]]:
+        """Each vector on the host and on the device, where these are two."""
+        pairs = [(self.parameters.vector, self.vector)]
+        pairs += [(vector, self.state_there[slot]) for slot, vector in self.state.items()]
+        return ((here, there) for here, there in pairs if here is not there)

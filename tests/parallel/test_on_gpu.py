@@ -20,12 +20,12 @@ from distconv.config import Config
 from distconv.data.dataset import Dataset
 from distconv.data.shard import split
 from distconv.errors import DistconvError, UsageError
-from distconv.kernels.gpu.arithmetic import FINITE, Gpu
-from distconv.kernels.interface import Array
+from distconv.kernels.gpu.arithmetic import Gpu
+from distconv.kernels.interface import FINITE, Array
 from distconv.nn.layers import Affine, Backward, Chain, Context, Conv, Dropout, Layer, MaxPool, ReLU
 from distconv.nn.parameters import Parameters, Shape, Specs, Views
 from distconv.run import loop
-from distconv.run.build import on_cpu, on_gpu, unplaced_run
+from distconv.run.build import build_run
 from distconv.run.run import Run
 from tests.emulator import Emulator, available, own_folder
 from tests.parallel.test_carriers import contribution, flat_model, header, through
@@ -258,6 +258,9 @@ SETTINGS = Config(
 )  # 4 steps of 8 and one of 1
 
 
+CPU_SETTINGS = dataclasses.replace(SETTINGS, device="cpu")
+
+
 def never() -> bool:
     return False
 
@@ -268,9 +271,9 @@ def test_steps_on_gpus_are_those_on_cpus(world: World, folder: Path, kind: str) 
     wire = "float32" if kind == "float32 wire" else "float16"
     settings = dataclasses.replace(SETTINGS, wire=wire)
     there = WithNccl(folder, world, "missing" if kind == "staged" else "", on_rank=0)
-    exact = on_cpu(unplaced_run(dataclasses.replace(settings, wire="float64"), dataset(), world))
-    run = on_gpu(unplaced_run(settings, dataset(), world), there, shared=False)
-    assert run.exchange.needs_no_host == (kind != "float32 wire" and (kind == "nccl" or world.size == 1))
+    exact = build_run(dataclasses.replace(settings, wire="float64", device="cpu"), dataset(), world)
+    run = build_run(settings, dataset(), world, device=there)
+    assert run.replica.exchange.needs_no_host == (kind != "float32 wire" and (kind == "nccl" or world.size == 1))
     bound = 1e-5 if wire == "float32" else 3e-3
     for one, other in zip(loop.train(exact, never), loop.train(run, never), strict=True):
         assert type(one) is type(other)
@@ -278,46 +281,47 @@ def test_steps_on_gpus_are_those_on_cpus(world: World, folder: Path, kind: str) 
         if isinstance(other, loop.EpochRecord):
             assert (other.train_accuracy, other.test_accuracy) == (one.train_accuracy, one.test_accuracy)
     assert len(set(world.comm.allgather(run.parameters.vector.tobytes()))) == 1
-    change = np.linalg.norm(exact.parameters.vector - unplaced_run(SETTINGS, dataset(), world).parameters.vector)
+    start = build_run(CPU_SETTINGS, dataset(), world).parameters.vector
+    change = np.linalg.norm(exact.parameters.vector - start)
     assert np.linalg.norm(run.parameters.vector - exact.parameters.vector) <= 30 * bound * change
 
 
 def test_a_run_goes_on_from_a_checkpoint_as_if_nothing_had_happened(world: World, folder: Path) -> None:
     def fresh() -> Run:
-        return on_gpu(unplaced_run(SETTINGS, dataset(), world), Emulator(folder), shared=False)
+        return build_run(SETTINGS, dataset(), world, device=Emulator(folder))
 
     through_all, stopped, resumed = fresh(), fresh(), fresh()
     list(loop.train(through_all, never))
     for record in loop.train(stopped, never):
         if record.step == 3:
             break
-    stopped.engine.pull(stopped)
-    vectors = {"value": stopped.parameters.vector, **stopped.optimizer.state}
+    stopped.replica.pull()
+    vectors = stopped.vectors()
     resumed.restore(stopped.position(), pickle.loads(pickle.dumps(vectors)))
     list(loop.train(resumed, never))
     for run in (through_all, resumed):
-        run.engine.pull(run)
+        run.replica.pull()
     assert resumed.parameters.vector.tobytes() == through_all.parameters.vector.tobytes()
 
 
 def test_a_rank_that_begins_steps_ahead_makes_the_same_run(world: World, folder: Path) -> None:
     def fresh() -> Run:
-        return on_gpu(unplaced_run(SETTINGS, dataset(), world), Emulator(folder), shared=False)
+        return build_run(SETTINGS, dataset(), world, device=Emulator(folder))
 
     plain, ahead = fresh(), fresh()
     expected, at_step = [], {}
     for record in loop.train(plain, never):
-        plain.engine.pull(plain)
+        plain.replica.pull()
         expected.append((type(record), record.step, getattr(record, "train_loss", None)))
         at_step[record.step] = plain.parameters.vector.tobytes()
     found, begun = [], set()
     for record in loop.train(ahead, never, ahead=True):
         found.append((type(record), record.step, getattr(record, "train_loss", None)))
-        begun |= set(ahead.engine.begun)
+        begun |= set(ahead.replica.begun)
     assert found == expected
     assert ahead.parameters.vector.tobytes() == at_step[plain.step]
-    # Not the first step, which tries the wire, nor an epoch's last.
-    assert begun == ({2, 3, 6, 7, 8} if world.size == 1 else set())
+    # Not an epoch's last, which may be of another size, nor the first of the next.
+    assert begun == ({1, 2, 3, 6, 7, 8} if world.size == 1 else set())
 
     asked = fresh()
     record = next(r for r in loop.train(asked, never, lambda: asked.step == 2, ahead=True) if r.agreed)
@@ -330,21 +334,21 @@ def test_a_rank_that_begins_steps_ahead_makes_the_same_run(world: World, folder:
 @pytest.mark.parametrize("kind", ["staged", "nccl"])
 def test_a_step_that_is_not_finite_changes_nothing(world: World, folder: Path, kind: str) -> None:
     there = WithNccl(folder, world, "missing" if kind == "staged" else "", on_rank=0)
-    run = on_gpu(unplaced_run(SETTINGS, dataset(), world), there, shared=False)
+    run = build_run(SETTINGS, dataset(), world, device=there)
     records = loop.train(run, never)
     for _ in range(2):
         next(records)
-    run.engine.pull(run)
+    run.replica.pull()
     weights, good = run.parameters.vector.copy(), run.parameters.vector.copy()
     weights[0] = np.inf
     run.parameters.vector[...] = weights
-    run.engine.push(run)
+    run.replica.push()
     record = next(records)
     assert isinstance(record, loop.StepRecord) and record.skipped
-    run.engine.pull(run)
+    run.replica.pull()
     np.testing.assert_array_equal(run.parameters.vector, weights)
     run.parameters.vector[...] = good
-    run.engine.push(run)
+    run.replica.push()
     record = next(records)
     assert isinstance(record, loop.StepRecord) and not record.skipped
 
@@ -356,10 +360,10 @@ def test_a_gpu_without_memory_for_a_step_is_one_sentence(world: World, folder: P
                 raise MemoryError("out of memory allocating 512 bytes")
             return super().empty(shape, dtype)
 
-    run = on_gpu(unplaced_run(SETTINGS, dataset(), world), Emulator(folder), shared=False)
-    run.engine.kernels.device.empty = Small(folder).empty
+    run = build_run(SETTINGS, dataset(), world, device=Emulator(folder))
+    run.replica.device.empty = Small(folder).empty
     with pytest.raises(DistconvError, match=r"too little memory .*512 bytes.*smaller --batch-size"):
-        run.engine.gradient(run, np.arange(8 // world.size), 8, step=0)
+        run.replica.compute(0, np.arange(8 // world.size), 8)
 
 
 def test_a_network_of_a_users_own_may_branch_and_join(world: World, folder: Path) -> None:
@@ -394,7 +398,7 @@ def test_a_network_of_a_users_own_may_branch_and_join(world: World, folder: Path
 
     gpu = Gpu(Emulator(folder))
     values = parameters.nested(gpu.device.upload(parameters.vector))
-    gradient = gpu.device.empty(parameters.size, np.float32)
+    gradient = gpu.device.zeros(parameters.size, np.float32)
     there, backward = model.forward(gpu.device.upload(x), values, Context(training=True, kernels=gpu))
     backward(gpu.device.upload(dy), parameters.nested(gradient), False)
     np.testing.assert_allclose(there, y, rtol=1e-5, atol=1e-6)
@@ -431,13 +435,12 @@ def test_what_the_gpu_tells_of_the_first_step_is_exact(
 ) -> None:
     """The gradient of all ranks, before any update, is that of one CPU in float64."""
     settings = dataclasses.replace(SETTINGS, model=f"{__name__}:{model.__name__}")
-    exact = on_cpu(unplaced_run(dataclasses.replace(settings, wire="float64"), dataset(), world))
-    run = on_gpu(unplaced_run(dataclasses.replace(settings, wire="float32"), dataset(), world), Emulator(folder), False)
+    exact = build_run(dataclasses.replace(settings, wire="float64", device="cpu"), dataset(), world)
+    run = build_run(dataclasses.replace(settings, wire="float32"), dataset(), world, device=Emulator(folder))
     totals = []
     for one in (exact, run):
         samples = np.arange(8)[split(8, world.size, world.rank)]
-        one.engine.gradient(one, samples, 8, step=0, probing=True)
-        one.engine.sum(one, np.zeros((), HEADER))
-        totals.append(one.parameters.named(np.asarray(one.engine.total(one), np.float64)))
+        one.replica.share(0, samples, 8)
+        totals.append(one.parameters.named(one.replica.sum_shares().astype(np.float64)))
     for name, wanted in totals[0].items():
         assert np.linalg.norm(totals[1][name] - wanted) <= 1e-5 * np.linalg.norm(wanted), name

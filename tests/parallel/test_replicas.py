@@ -11,7 +11,6 @@ from distconv.comm.world import World
 from distconv.errors import DistconvError, DivergedError, ReplicasDifferError
 from distconv.run import agreement as replicas
 from distconv.run import loop
-from distconv.run.replica import CPU
 from distconv.run.run import Run
 from tests.parallel.test_training import SETTINGS, make_run, never
 
@@ -19,7 +18,7 @@ FLIPS = [(0, "value", 0, 30), (1, "m", 777, 0), (2, "v", 123_551, 22), (3, "valu
 
 
 def flip(run: Run, slot: str, index: int, bit: int) -> None:
-    vector = run.parameters.vector if slot == "value" else run.optimizer.state[slot]
+    vector = run.parameters.vector if slot == "value" else run.replica.state[slot]
     vector.view(np.uint32)[index] ^= np.uint32(1 << bit)
 
 
@@ -41,15 +40,15 @@ def test_a_bit_that_changes_while_an_epoch_is_evaluated_is_not_saved(
     world: World, monkeypatch: pytest.MonkeyPatch, number: int, slot: str, index: int, bit: int
 ) -> None:
     run, odd = make_run(world), number % world.size
-    accuracy = loop._accuracy
+    score = loop._score
 
-    def flipping(run: Run, *data: object) -> float:
+    def flipping(run: Run, part: str) -> float:
         if world.rank == odd:
             flip(run, slot, index, bit)
-        monkeypatch.setattr(loop, "_accuracy", accuracy)
-        return accuracy(run, *data)  # type: ignore[arg-type]
+        monkeypatch.setattr(loop, "_score", score)
+        return score(run, part)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(loop, "_accuracy", flipping)
+    monkeypatch.setattr(loop, "_score", flipping)
     with pytest.raises(ReplicasDifferError, match=f"rank {odd} differs from before"):
         assert not [record for record in loop.train(run, never) if isinstance(record, loop.EpochRecord)]
 
@@ -67,15 +66,15 @@ def test_a_rank_whose_update_goes_wrong_is_found_by_all_in_the_next_step(
     if world.size == 1:
         pytest.skip("one replica cannot differ from another")
     run, odd = make_run(world), number % world.size
-    update = type(CPU).update
+    update = run.replica.update
 
-    def wrong(engine: object, run: Run, t: int) -> bool:
-        good = update(CPU, run, t)
-        if t == 2 and world.rank == odd:
+    def wrong(step: int) -> bool:
+        good = update(step)
+        if step == 1 and world.rank == odd:
             flip(run, slot, index, bit)
         return good
 
-    monkeypatch.setattr(type(CPU), "update", wrong)
+    monkeypatch.setattr(run.replica, "update", wrong)
     with pytest.raises(ReplicasDifferError, match=odd_one(world, odd)):
         list(loop.train(run, never))
     assert run.step == 2
@@ -87,8 +86,8 @@ def test_what_has_no_checksum_is_compared_before_it_is_saved(
 ) -> None:
     if world.size == 1:
         pytest.skip("one replica cannot differ from another")
-    monkeypatch.setattr(type(CPU), "checksum", lambda engine, run: 0)  # as on a GPU
     run, odd = make_run(world), number % world.size
+    monkeypatch.setattr(run.replica, "checksum", lambda: 0)  # as on a GPU
     wants = iter([False, False, False, world.rank == 0])
     with pytest.raises(ReplicasDifferError, match=odd_one(world, odd)):
         for record in loop.train(run, never, lambda: next(wants)):
@@ -101,19 +100,13 @@ def test_a_state_is_looked_at_when_any_rank_wants_to_save_it(world: World) -> No
     run = make_run(world)
     wants = iter([False, world.rank == world.size - 1, False, False, False])
     steps = [record for record in loop.train(run, never, lambda: next(wants)) if isinstance(record, loop.StepRecord)]
-    assert [step.agreed for step in steps] == [
-        False,
-        True,
-        False,
-        False,
-        False,
-    ]
+    assert [step.agreed for step in steps] == [False, True, False, False, False]
     assert run.agreed_sha256 == run.digest()
 
 
 def test_a_number_that_is_not_finite_is_never_agreed_on(world: World) -> None:
     run = make_run(world)
-    run.optimizer.state["v"][4] = np.inf  # on all ranks alike
+    run.replica.state["v"][4] = np.inf  # on all ranks alike
     with pytest.raises(DistconvError, match=r"after step 1, value/conv1\.W holds NaN"):
         list(loop.train(run, never, lambda: True))
 

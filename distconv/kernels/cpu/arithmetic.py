@@ -70,7 +70,7 @@ def conv_forward(x: Array, w: Array, b: Array, stride: int, pad: int, relu: bool
 def conv_backward(
     x: Array, y: Array, dy: Array, w: Array, stride: int, pad: int, relu: bool, dw: Array, db: Array, wants_dx: bool
 ) -> Array | None:
-    """The adjoint of conv_forward: write dw (K, K, C, F) and db (F,), return dx (N, H, W, C) if it is wanted.
+    """The adjoint of conv_forward: add to dw (K, K, C, F) and db (F,), return dx (N, H, W, C) if it is wanted.
 
     y (N, OH, OW, F) is what conv_forward returned for x and w, dy its gradient.
     """
@@ -101,13 +101,12 @@ def _fast_road(x: Array, w: Array, stride: int) -> Any:
 
 
 def conv_backward_filters(x: Array, dy: Array, stride: int, pad: int, dw: Array, db: Array) -> None:
-    """Write the gradients dw (K, K, C, F) and db (F,) of a convolution of x (N, H, W, C) from dy (N, OH, OW, F)."""
+    """Add the gradients dw (K, K, C, F) and db (F,) of a convolution of x (N, H, W, C) from dy (N, OH, OW, F)."""
     K, F = dw.shape[0], dw.shape[3]
-    dw[...] = 0
     flat = dw.reshape(-1, F)
     for images, patches in _patches(x, K, stride, pad):
         flat += patches.T @ dy[images].reshape(-1, F)
-    db[...] = dy.sum(axis=(0, 1, 2))
+    db += dy.sum(axis=(0, 1, 2))
 
 
 def conv_backward_input(dy: Array, w: Array, stride: int, pad: int, shape: tuple[int, ...]) -> Array:
@@ -192,11 +191,11 @@ def affine_forward(x: Array, w: Array, b: Array, relu: bool) -> Array:
 
 
 def affine_backward(x: Array, y: Array, dy: Array, w: Array, relu: bool, dw: Array, db: Array) -> Array:
-    """The adjoint of affine_forward, which returned y (N, F): write dw (C, F) and db (F,), return dx (N, C)."""
+    """The adjoint of affine_forward, which returned y (N, F): add to dw (C, F) and db (F,), return dx (N, C)."""
     if relu:
         dy = relu_backward(dy, y)
-    np.matmul(x.T, dy, out=dw)
-    dy.sum(axis=0, out=db)
+    dw += x.T @ dy
+    db += dy.sum(axis=0)
     return dy @ w.T
 
 
@@ -234,3 +233,16 @@ def softmax_cross_entropy(scores: Array, labels: NDArray[np.integer[Any]], batch
         compiled_loss(np.ascontiguousarray(scores), labels.astype(np.int64), scores.dtype.type(batch), dscores)
     )
     return loss, dscores
+
+
+def uniform(count: int, key: tuple[int, int], step: int, samples: NDArray[np.integer[Any]]) -> Array:
+    """Numbers from 0 to 1 of 24 random bits -> (N, count) float32; of a sample, key and step always the same."""
+    words = philox.random_words(key, step, samples, count)
+    return (words >> np.uint64(8)).astype(np.float32) * np.float32(2**-24)
+
+
+def pixels(images: Array, dtype: DTypeLike) -> Array:
+    """Bytes 0 to 255 as numbers from 0 to 1; floats as they are."""
+    if images.dtype.kind == "f":
+        return images.astype(dtype, copy=False)
+    return np.divide(images, 255, dtype=np.promote_types(dtype, np.float32)).astype(dtype, copy=False)

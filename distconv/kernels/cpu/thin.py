@@ -30,10 +30,8 @@ def conv_forward(x: Array, w: Array, b: Array, pad: int, relu: bool) -> Array:
 def conv_backward(
     x: Array, y: Array, dy: Array, w: Array, pad: int, relu: bool, dw: Array, db: Array, wants_dx: bool
 ) -> None:
-    """The adjoint of conv_forward, as far as it concerns the filters: write dw (3, 3, 1, F) and db (F,)."""
+    """The adjoint of conv_forward, as far as it concerns the filters: add to dw (3, 3, 1, F) and db (F,)."""
     padded = _padded(x, pad)
-    dw[...] = 0
-    db[...] = 0
     _backward(padded, np.ascontiguousarray(y), np.ascontiguousarray(dy), np.float32(0.0 if relu else np.nan), dw, db)
 
 

@@ -155,8 +155,12 @@ def filter_tile(builder: ir.IRBuilder, w: Pointer, size: Index, at: Index, u: Po
 
 @emitted
 def filter_tile_adjoint(builder: ir.IRBuilder, u: Pointer, stride: Index, at: Index, w: Pointer, size: Index) -> None:
-    """w (9, size) = G' u (36, stride) G for the LANES filters from column `at` on."""
-    _store_all(_both_ways(_filter_adjoint, _load_all(u + at, stride)), w + at, size)
+    """w (9, size) += G' u (36, stride) G for the LANES filters from column `at` on."""
+    total = _load_all(w + at, size, FILTER)
+    for i, row in enumerate(_both_ways(_filter_adjoint, _load_all(u + at, stride))):
+        for j, value in enumerate(row):
+            total[i][j] = total[i][j] + value
+    _store_all(total, w + at, size)
 
 
 def _load_all(m: Pointer, stride: Index, size: int = PATCH) -> list[list[Vector]]:

@@ -51,13 +51,12 @@ def conv_forward(x: Array, w: Array, b: Array, pad: int, relu: bool) -> Array:
 def conv_backward(
     x: Array, y: Array, dy: Array, w: Array, pad: int, relu: bool, dw: Array, db: Array, wants_dx: bool
 ) -> Array | None:
-    """The adjoint of conv_forward: write dw (3, 3, C, F) and db (F,), return dx (N, H, W, C) if it is wanted."""
+    """The adjoint of conv_forward: add to dw (3, 3, C, F) and db (F,), return dx (N, H, W, C) if it is wanted."""
     C, F = w.shape[2:]
     few, v, m = _room(y.shape, C)
     turned = np.empty((36, F * C + LINE), np.float32)
     _filters(np.ascontiguousarray(w.transpose(0, 1, 3, 2)), turned)
     du = (np.empty if len(x) else np.zeros)((36, C * F + LINE), np.float32)  # the first round overwrites it
-    db[...] = 0
     dx = np.empty(x.shape if wants_dx else (0, 0, 0, 0), np.float32)
     floor = np.float32(0.0 if relu else np.nan)
     x, y, dy = (np.ascontiguousarray(array) for array in (x, y, dy))

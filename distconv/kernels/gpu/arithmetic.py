@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from distconv.kernels.gpu.device import Array, Defines
+from distconv.kernels.gpu.mailbox import GpuMailbox
 from distconv.kernels.interface import output_size
 
 PRECISIONS = ("float32", "tf32", "float16", "bfloat16")  # of the products' factors; sums are in float32
@@ -26,7 +27,6 @@ DEPTH_STEP, FINISH_OUTPUTS = 16, 32  # BK and OUTPUTS there
 ENOUGH_BLOCKS = 264  # to keep some 130 multiprocessors busy; fixed, as it decides the order of sums
 THREADS = 256  # of a block, where nothing else is said
 BLOCK = 256  # numbers that share an exponent on the wire
-FINITE = 0x7FFFFFFF  # in place of the index of a number that is not finite
 MOST = 2**31 - 1  # numbers of an array, as the kernels count in 32 bits
 
 
@@ -105,11 +105,15 @@ class Convolution:
 
 
 class Gpu:
-    """The functions of kernels/cpu/arithmetic.py, for arrays of a device (a Cuda of device.py)."""
+    """The functions of kernels/cpu/arithmetic.py, for arrays of a device (a Cuda of device.py).
 
-    def __init__(self, device: Any, precision: str = "float32") -> None:
-        self.device, self.precision = device, precision
-        self.apart = False  # whether the gradients of filters may be computed beside the rest, until device.join()
+    apart: whether the gradients of filters may be computed beside the rest, until device.join().
+    """
+
+    name, dtype, evaluation_batch, fuses = "cuda", np.dtype(np.float32), 2000, True
+
+    def __init__(self, device: Any, precision: str = "float32", apart: bool = False) -> None:
+        self.device, self.precision, self.apart = device, precision, apart
         self.no_floats, self.no_bytes = device.zeros(4, np.float32), device.zeros(4, np.uint8)
 
     def launch(self, file: str, name: str, count: int, *arguments: Any) -> None:
@@ -258,6 +262,12 @@ class Gpu:
         words = np.uint64(round(ratio * 2**32)), np.uint32(key[0]), np.uint32(key[1])
         return self._like(x, lambda y: self.launch("layers", "dropout", x.size, x, y, *words, step, samples, n, size))
 
+    def uniform(self, count: int, key: tuple[int, int], step: Array, samples: Array) -> Array:
+        """As on the CPU, the same numbers."""
+        y, words = self.device.empty((len(samples), count), np.float32), (np.uint32(key[0]), np.uint32(key[1]))
+        self.launch("layers", "uniform", y.size, y, *words, step, samples, len(samples), count)
+        return y
+
     def _like(self, x: Array, write: Callable[[Array], None]) -> Array:
         y = self.device.empty(x.shape, np.float32)
         write(y)
@@ -271,23 +281,39 @@ class Gpu:
         self.launch("layers", "softmax_cross_entropy", 1, *arguments)  # one block
         return loss, dscores
 
-    def begin_step(
-        self, images: Array, labels: Array, samples: Array, bad_at: Array, bad_sum: Array
-    ) -> tuple[Array, Array]:
-        """x (N, H, W, C) and the labels (N,) int32 of the samples (N,) int32, from all images and labels, bytes.
+    def mailbox(self, numbers: int, samples: int, sums: int) -> GpuMailbox:
+        return GpuMailbox(self.device, numbers, samples, sums)
 
-        Sets bad_at (1,) and bad_sum (1,), int32, to FINITE.
-        """
-        n, shape = len(samples), images.shape[1:]
-        x, chosen = self.device.empty((n, *shape), np.float32), self.device.empty(n, np.int32)
-        arguments = images, labels, samples, x, chosen, bad_at, bad_sum, n, math.prod(shape)
-        self.launch("layers", "begin_step", max(x.size, 1), *arguments)
-        return x, chosen
+    def begin_step(self, gradient: Array, bad: Array) -> None:
+        self.launch("layers", "begin_step", max(gradient.size, 2), gradient, bad, gradient.size)
 
-    def pixels(self, images: Any) -> Array:
-        """Bytes (N, ...) of the host as numbers from 0 to 1 on the device."""
-        there = self.device.upload(images)
-        return self._like(there, lambda x: self.launch("layers", "pixels", x.size, there, x, x.size))
+    def gather(self, images: Array, samples: Array) -> Array:
+        x = self.device.empty((len(samples), *images.shape[1:]), np.float32)
+        kind = "gather_bytes" if images.dtype == np.uint8 else "gather_floats"
+        self.launch("layers", kind, x.size, images, samples, x, len(samples), math.prod(images.shape[1:]))
+        return x
+
+    def gather_labels(self, labels: Array, samples: Array) -> Array:
+        """Of labels (N, ...) int32 of the device, those of the samples."""
+        chosen = self.device.empty((len(samples), *labels.shape[1:]), np.int32)
+        size = math.prod(labels.shape[1:])
+        self.launch("layers", "gather_labels", chosen.size, labels, samples, chosen, len(samples), size)
+        return chosen
+
+    def upload_labels(self, labels: Any) -> Array:
+        return self.device.upload(labels.astype(np.int32))
+
+    def update(self, rule: Any, p: Array, g: Array, state: Sequence[Array], numbers: Array, bad: Array) -> None:
+        self.launch("updates", rule.kernel, p.size, p, g, *state, numbers[1:], bad[1:], p.size)
+
+    def add(self, p: Array, g: Array, bad: Array) -> None:
+        self.launch("updates", "add", p.size, p, g, bad[1:], p.size)
+
+    def decay(self, p: Array, numbers: Array, bad: Array) -> None:
+        self.launch("updates", "decay", p.size, p, numbers, bad[1:], p.size)
+
+    def checksum(self, vectors: Sequence[Array]) -> int:
+        return 0  # the memory of a GPU in a cluster corrects itself (ECC); agree() compares what ranks hold
 
     def argmax(self, scores: Array) -> Any:
         """The class of the largest score of each row (N, F) -> (N,) int64, on the host."""

@@ -17,12 +17,12 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from distconv.kernels.gpu import nccl
+from distconv.kernels.interface import Agreed
 
 Array = Any  # an array on the device
 Defines = tuple[tuple[str, int], ...]
 Kernel = Callable[..., None]  # kernel((x, y, z) of the grid, threads of a block, *arguments)
 Result = TypeVar("Result")
-Agreed = Callable[[str | None], str | None]  # from what keeps this rank from something to what keeps some rank from it
 NOT_INSTALLED = "CuPy is not installed"
 DEFAULT_DIRECTION = 4  # of cudaMemcpy: the addresses tell
 OUT_OF_MEMORY = 2  # cudaErrorMemoryAllocation

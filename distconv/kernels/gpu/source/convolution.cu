@@ -284,7 +284,9 @@ __device__ __forceinline__ void write(const Results &to, int row, int column, Su
         }
         to.out[row / ROWS_AT_ONCE * F + column] = y;
     } else if (PASS == FILTERS && row == TAPS) {
-        to.db[column] = sum(row, column);
+        to.db[column] += sum(row, column);
+    } else if (PASS == FILTERS) {
+        to.out[row * COLUMNS + column] += sum(row, column);
     } else {
         to.out[row * COLUMNS + column] = sum(row, column);
     }

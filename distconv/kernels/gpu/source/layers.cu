@@ -2,21 +2,27 @@
 
 __device__ __forceinline__ int thread() { return blockIdx.x * blockDim.x + threadIdx.x; }
 
-// x (n, size) = the images of the samples (n,) as numbers from 0 to 1; chosen (n,) = their labels. A thread a pixel.
-// Also begins the report of the step: no number is known yet that is not finite.
-extern "C" __global__ void begin_step(const unsigned char *images, const unsigned char *labels, const int *samples,
-                                      float *x, int *chosen, int *bad_at, int *bad_sum, int n, int size) {
+// What a step begins with: a gradient (n,) of zeros, as layers add to it, and no number known that is not finite.
+extern "C" __global__ void begin_step(float *gradient, int *bad, int n) {
     int i = thread();
-    if (i == 0) *bad_at = *bad_sum = FINITE;
-    if (i >= n * size) return;
-    long long sample = samples[i / size];
-    x[i] = images[sample * size + i % size] / 255.0f;
-    if (i % size == 0) chosen[i / size] = labels[sample];
+    if (i < 2) bad[i] = FINITE;
+    if (i < n) gradient[i] = 0;
 }
 
-extern "C" __global__ void pixels(const unsigned char *images, float *x, int n) {
+// x (n, size) = the images of the samples (n,), bytes as numbers from 0 to 1.
+extern "C" __global__ void gather_bytes(const unsigned char *images, const int *samples, float *x, int n, int size) {
     int i = thread();
-    if (i < n) x[i] = images[i] / 255.0f;
+    if (i < n * size) x[i] = images[(long long)samples[i / size] * size + i % size] / 255.0f;
+}
+
+extern "C" __global__ void gather_floats(const float *images, const int *samples, float *x, int n, int size) {
+    int i = thread();
+    if (i < n * size) x[i] = images[(long long)samples[i / size] * size + i % size];
+}
+
+extern "C" __global__ void gather_labels(const int *labels, const int *samples, int *chosen, int n, int size) {
+    int i = thread();
+    if (i < n * size) chosen[i] = labels[(long long)samples[i / size] * size + i % size];
 }
 
 extern "C" __global__ void scale(const float *x, float factor, float *y, int n) {
@@ -58,6 +64,16 @@ extern "C" __global__ void dropout(const float *x, float *y, unsigned long long 
     unsigned place = i % size;
     Words words = philox({{place / 4, (unsigned)samples[i / size], step[0], step[1]}}, k0, k1);
     y[i] = x[i] * (words.word[place % 4] >= threshold ? 1.0f : 0.0f);
+}
+
+// y (n, size): numbers from 0 to 1 out of the words that `dropout` would use.
+extern "C" __global__ void uniform(float *y, unsigned k0, unsigned k1, const unsigned *step, const int *samples, int n,
+                                   int size) {
+    int i = thread();
+    if (i >= n * size) return;
+    unsigned place = i % size;
+    Words words = philox({{place / 4, (unsigned)samples[i / size], step[0], step[1]}}, k0, k1);
+    y[i] = (words.word[place % 4] >> 8) * 0x1p-24f;
 }
 
 // y (n, OH, OW, C) = the largest of each K x K window of x (n, H, W, C); winner: which of the K K, the first of equals.

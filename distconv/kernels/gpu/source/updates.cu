@@ -42,3 +42,15 @@ extern "C" __global__ void adam(float *p, const float *g, float *m, float *v, co
     v[i] += s[1] * (g[i] * g[i] - v[i]);
     p[i] -= s[2] * m[i] / (sqrtf(v[i]) + s[3]);
 }
+
+// What no rule trains moves by what its layer has put in place of a gradient.
+extern "C" __global__ void add(float *p, const float *g, const int *bad_sum, int n) {
+    FOR_EACH_PARAMETER
+    p[i] += g[i];
+}
+
+// Weight decay: keep is 1 - rate decay.
+extern "C" __global__ void decay(float *p, const float *keep, const int *bad_sum, int n) {
+    FOR_EACH_PARAMETER
+    p[i] *= *keep;
+}

@@ -1,0 +1,126 @@
+"""The CPU as a device: the functions of arithmetic.py, on arrays that need not be brought anywhere."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import DTypeLike
+
+from distconv.kernels.cpu import arithmetic, updates
+from distconv.kernels.interface import FINITE, Agreed, Array
+
+Result = TypeVar("Result")
+
+
+class Host:
+    """The memory of this process; its work is done when it is started."""
+
+    def zeros(self, shape: int | tuple[int, ...], dtype: DTypeLike) -> Array:
+        return np.zeros(shape, dtype)
+
+    def upload(self, array: Array) -> Array:
+        return array
+
+    def download(self, array: Array) -> Array:
+        return array
+
+    def copy(self, to: Array, source: Array) -> None:
+        to[...] = source
+
+    def replayed(self, key: Any, work: Callable[[], Result], agreed: Agreed | None = None) -> Result:
+        return work()
+
+    def join(self) -> None:
+        pass
+
+    def mark(self) -> None:
+        return None
+
+    def wait(self, mark: Any) -> None:
+        pass
+
+    def synchronize(self) -> None:
+        pass
+
+
+class HostMailbox:
+    """The messages of a step, where host and device are one."""
+
+    def __init__(self) -> None:
+        self.step, self.numbers, self.samples = 0, (), np.empty(0, np.int64)  # type: tuple[Any, Any, Any]
+        self.bad = np.full(2, FINITE, np.int32)
+        self.told: Sequence[Any] = ()
+
+    def send(self, step: int, numbers: Sequence[float], samples: Any) -> None:
+        self.step, self.numbers, self.samples = step, numbers, samples
+
+    def collect(self, step: int, sums: Sequence[Any]) -> None:
+        self.told = sums or self.told
+
+    def sums(self, step: int) -> Sequence[float]:
+        return self.told
+
+    def bad_at(self, step: int) -> tuple[int, int]:
+        return int(self.bad[0]), int(self.bad[1])
+
+
+class Cpu:
+    """This rank's cores. dtype: float64, float32, or float16 for forward passes alone."""
+
+    name, device, evaluation_batch, fuses = "cpu", Host(), 100, False
+
+    conv_forward = staticmethod(arithmetic.conv_forward)
+    conv_backward = staticmethod(arithmetic.conv_backward)
+    max_pool_forward = staticmethod(arithmetic.max_pool_forward)
+    max_pool_backward = staticmethod(arithmetic.max_pool_backward)
+    affine_forward = staticmethod(arithmetic.affine_forward)
+    affine_backward = staticmethod(arithmetic.affine_backward)
+    relu = staticmethod(arithmetic.relu)
+    relu_backward = staticmethod(arithmetic.relu_backward)
+    scale = staticmethod(arithmetic.scale)
+    dropout = staticmethod(arithmetic.dropout)
+    softmax_cross_entropy = staticmethod(arithmetic.softmax_cross_entropy)
+
+    def __init__(self, dtype: DTypeLike = np.float32) -> None:
+        self.dtype = np.dtype(dtype)
+
+    def uniform(self, count: int, key: tuple[int, int], step: int, samples: Array) -> Array:
+        """Numbers from 0 to 1 -> (N, count); of a sample, key and step always the same."""
+        return arithmetic.uniform(count, key, step, samples).astype(self.dtype)
+
+    def mailbox(self, numbers: int, samples: int, sums: int) -> HostMailbox:
+        return HostMailbox()
+
+    def gather(self, images: Array, samples: Array) -> Array:
+        return arithmetic.pixels(images[samples], self.dtype)
+
+    def gather_labels(self, labels: Array, samples: Array) -> Array:
+        return labels[samples]
+
+    def upload_labels(self, labels: Array) -> Array:
+        return labels
+
+    def argmax(self, scores: Array) -> Array:
+        classes: Array = np.argmax(scores, axis=1)
+        return classes
+
+    def begin_step(self, gradient: Array, bad: Array) -> None:
+        gradient[...] = 0
+        bad[...] = FINITE
+
+    def update(self, rule: Any, p: Array, g: Array, state: Sequence[Array], numbers: Any, bad: Array) -> None:
+        if bad[1] == FINITE:
+            rule.step(p, g, numbers, *state)
+
+    def add(self, p: Array, g: Array, bad: Array) -> None:
+        if bad[1] == FINITE:
+            p += g
+
+    def decay(self, p: Array, numbers: Any, bad: Array) -> None:
+        if bad[1] == FINITE:
+            p *= numbers[0]
+
+    def checksum(self, vectors: Sequence[Array]) -> int:
+        return sum(int(updates.checksum(vector.view(np.uint32))) for vector in vectors)

@@ -1,0 +1,50 @@
+"""What a model gives on a part of the data, without dropout: the ranks share the work, and all know the result."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+from numpy.typing import NDArray
+
+from distconv.comm.world import World
+from distconv.data.shard import split
+from distconv.kernels.cpu.host import Cpu
+from distconv.kernels.interface import Kernels
+from distconv.nn.layers import Context, Layer
+from distconv.nn.parameters import Views
+from distconv.tasks.classify import predict
+from distconv.tasks.task import Data, Task
+
+
+def predictions(data: Data, model: Layer, values: Views, world: World) -> NDArray[np.int64]:
+    """The class that the model gives each test sample -> (N,); collective, and computed on the CPU."""
+    kernels, found = Cpu(), [np.empty(0, np.int64)]
+    for context in _contexts(data.size("test"), kernels, world):
+        x, _ = data.batch("test", context.samples, context)
+        found.append(predict(model, values, x, context))
+    return np.concatenate(world.comm.allgather(np.concatenate(found)))
+
+
+def measure(
+    task: Task, data: Data, part: str, model: Layer, values: Views, kernels: Kernels, world: World, most: int = 0
+) -> tuple[float, float]:
+    """The two sums of Task.evaluate over the first `most` samples of a part (0: all), each once; collective.
+
+    The ranks' sums are added up in their order, so all have the same bits.
+    """
+    size, sums = data.size(part), np.zeros(2)
+    for context in _contexts(min(most or size, size), kernels, world):
+        sums += task.evaluate(model, values, data.batch(part, context.samples, context), context)
+    score, weight = np.sum(world.comm.allgather(sums), axis=0)
+    return float(score), float(weight)
+
+
+def _contexts(count: int, kernels: Kernels, world: World) -> Iterator[Context]:
+    """One for each batch of this rank's share of the first `count` samples."""
+    mine = split(count, world.size, world.rank)
+    for start in range(mine.start, mine.stop, kernels.evaluation_batch):
+        world.at("evaluate")
+        samples = np.arange(start, min(start + kernels.evaluation_batch, mine.stop), dtype=np.int32)
+        yield Context(training=False, samples=kernels.device.upload(samples), kernels=kernels)
+    world.at("gather")

@@ -1,0 +1,45 @@
+"""Classification: softmax cross-entropy, and how many samples get the class of their label."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+
+from distconv.nn.layers import Context, Layer
+from distconv.nn.parameters import Views
+
+
+class Classification:
+    """The model gives a score for each class (N, classes); labels (N,) say which should be largest."""
+
+    sums: ClassVar[Sequence[str]] = ("loss",)
+    metric: ClassVar[str] = "accuracy"
+
+    def output_shape(self, data: Any) -> tuple[int, ...] | None:
+        return (data.classes,)
+
+    def blind_loss(self, data: Any) -> float:
+        return math.log(data.classes)
+
+    def gradient(self, model: Layer, values: Views, grads: Views, batch: Any, context: Context) -> Sequence[Any]:
+        """See Task."""
+        x, labels = batch
+        scores, backward = model.forward(x, values, context)
+        loss, dscores = context.kernels.softmax_cross_entropy(scores, labels, context.global_batch)
+        backward(dscores, grads, False)
+        return (loss,)
+
+    def evaluate(self, model: Layer, values: Views, batch: Any, context: Context) -> tuple[float, float]:
+        """See Task: the correct ones, and all."""
+        x, labels = batch
+        correct = np.count_nonzero(predict(model, values, x, context) == context.kernels.device.download(labels))
+        return float(correct), float(len(x))
+
+
+def predict(model: Layer, values: Views, x: Any, context: Context) -> Any:
+    """The class of each sample of x (N, ...) -> (N,) int64, on the host."""
+    scores, _ = model.forward(x, values, context)
+    return context.kernels.argmax(scores)
