@@ -165,7 +165,7 @@ def test_gradients_of_the_parts_of_a_batch_add_up_to_that_of_the_whole(cuts):
 
 @dataclass(frozen=True)
 class Siamese:
-    """Two halves of an image, each through the same layers: |f(left) - f(right)|^2 / 2 of each output."""
+    """Two halves of an image, each through the same layers: the product of what they give."""
 
     body: Layer
 
@@ -177,14 +177,12 @@ class Siamese:
         half = x.shape[2] // 2
         left, left_backward = self.body.forward(x[:, :, :half], params, context)
         right, right_backward = self.body.forward(x[:, :, half:], params, context)
-        difference = left - right
 
         def backward(dy, grads, wants_dx):
-            d = dy * difference
-            parts = left_backward(d, grads, wants_dx), right_backward(-d, grads, wants_dx)
+            parts = left_backward(dy * right, grads, wants_dx), right_backward(dy * left, grads, wants_dx)
             return np.concatenate(parts, axis=2) if wants_dx else None
 
-        return difference**2 / 2, backward
+        return left * right, backward
 
 
 def test_a_weight_that_is_used_twice_gets_its_whole_gradient():
