@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -207,13 +209,28 @@ def test_mnist_asked_for_by_name_is_not_replaced_by_another(monkeypatch: pytest.
 def test_auto_refuses_a_chosen_folder_that_is_damaged(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("DISTCONV_DATA_DIR", str(write_set(tmp_path / "mine", small_set())))
     with pytest.raises(BadDataError, match=NAMES[0]):  # it is not MNIST
-        data.prepare("auto")
+        data.load(data.prepare("auto")[0])
 
 
-def test_auto_takes_mnist_where_it_is_at_hand(mnist_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("no_mnist")
+def test_auto_refuses_a_chosen_folder_that_lacks_a_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("DISTCONV_DATA_DIR", str(tmp_path))
+    for name in ("auto", "mnist"):
+        with pytest.raises(MissingInputError, match=f"{tmp_path} holds neither"):
+            data.prepare(name)
+
+
+@pytest.mark.parametrize("asked", ["auto", "mnist", "folder"])
+def test_a_start_reads_and_verifies_each_file_once(
+    mnist_folder: Path, monkeypatch: pytest.MonkeyPatch, asked: str
+) -> None:
     monkeypatch.setenv("DISTCONV_DATA_DIR", str(mnist_folder))
-    assert data.prepare("auto") == ("mnist", "")
-    assert len(data.load("mnist").train_labels) == 60_000
+    count_reads = mock.patch.object(idx, "read", wraps=idx.read)
+    count_hashes = mock.patch("hashlib.sha256", wraps=hashlib.sha256)
+    with count_reads as read, count_hashes as hashed:
+        name, note = data.prepare(str(mnist_folder) if asked == "folder" else asked)
+        assert note == "" and len(data.load(name).train_labels) == 60_000
+    assert len({call.args[0] for call in read.mock_calls}) == len(read.mock_calls) == len(hashed.mock_calls) == 4
 
 
 def test_a_folder_is_named_by_its_path_even_where_it_looks_like_a_function(

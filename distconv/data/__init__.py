@@ -16,17 +16,18 @@ def prepare(name: str) -> tuple[str, str]:
     """Make a data set ready for every process of this host; to be called by one of them.
 
     Returns the name that `load` takes and a line for the user, empty where nothing need be said: "auto" becomes mnist
-    if that is at hand or can be fetched, else digits. Raises what mnist.obtain raises.
+    if that is at hand or can be fetched, else digits. Files that are there are not read: `load` verifies them.
+    Raises what mnist.find and mnist.fetch raise.
     """
-    if name == "mnist" and not mnist.is_complete(mnist.chosen_folder()):  # else `load` verifies it
-        mnist.obtain()
-    if name != AUTO:
+    if name not in (AUTO, "mnist"):
         return name, ""
-    if mnist.find():
+    if mnist.is_complete(mnist.chosen_folder()) or mnist.find():  # which says what the folder lacks if it was chosen
         return "mnist", ""
     try:
-        mnist.obtain()
+        mnist.fetch()
     except (DownloadError, MissingInputError, CannotCreateError) as error:
+        if name == "mnist":
+            raise
         if isinstance(error, CannotCreateError):
             why = str(error)
         else:

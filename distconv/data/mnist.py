@@ -37,35 +37,46 @@ SECONDS_BETWEEN_BYTES = 20.0
 LOCK_SECONDS = 900.0
 
 
-def load_folder(folder: Path, name: str | None = None) -> Dataset:
+def load_folder(folder: Path) -> Dataset:
     """Read the four files of a folder, each plain or .gz; they may be any data set in MNIST's form.
 
     Raises MissingInputError, BadDataError, StorageError.
     """
-    arrays, digests = _read_folder(folder)
+    try:
+        is_folder = folder.is_dir()
+    except OSError:  # no name that a file can have
+        is_folder = False
+    if not is_folder:
+        raise MissingInputError(f"{folder} is not a folder: give one that holds {', '.join(FILES)}, plain or .gz")
     owner = {digest: file for file, (_, digest) in FILES.items()}
-    for file, digest in zip(FILES, digests, strict=True):
-        true_name = owner.get(digest, file)
+    arrays = []
+    for file, (dimensions, _) in FILES.items():
+        path = _existing(folder, file)
+        if path is None:
+            raise MissingInputError(
+                f"{folder} holds neither {file} nor {file}.gz: all of {', '.join(FILES)} are needed"
+            )
+        arrays.append(idx.read(path, dimensions))
+        true_name = owner.get(_idx_digest(arrays[-1]), file)
         if true_name != file:
             raise BadDataError(
                 f"{folder / file} holds MNIST's {true_name}: files are swapped; give them their names back"
             )
-    return Dataset(name or str(folder), arrays[0], arrays[1], arrays[2], arrays[3])
+    return Dataset(str(folder), arrays[0], arrays[1], arrays[2], arrays[3])
 
 
-def find() -> Path | None:
-    """The folder with the four verified files: DISTCONV_DATA_DIR, it alone if it is set, or the user's cache.
+def find() -> Dataset | None:
+    """MNIST as DISTCONV_DATA_DIR holds it, it alone if it is set, or the user's cache; None where that lacks it.
 
-    Raises MissingInputError or BadDataError where DISTCONV_DATA_DIR is set but does not hold MNIST.
+    Each file is read once and verified. Raises MissingInputError, BadDataError or StorageError where DISTCONV_DATA_DIR
+    is set but does not hold MNIST.
     """
-    chosen = os.environ.get("DISTCONV_DATA_DIR")
-    if chosen:
-        for file in FILES:
-            if problem := _problem(Path(chosen), file):
-                raise problem
-        return Path(chosen)
-    cache = cache_folder()
-    return cache if not any(_problem(cache, file) for file in FILES) else None
+    try:
+        return _read_mnist(chosen_folder())
+    except DistconvError:
+        if os.environ.get("DISTCONV_DATA_DIR"):
+            raise
+        return None
 
 
 def cache_folder() -> Path:
@@ -89,9 +100,9 @@ def offline() -> bool:
     return os.environ.get("DISTCONV_OFFLINE", "") not in ("", "0")
 
 
-def obtain() -> Path:
-    """The folder with MNIST, fetched into the cache first if it has to be. Raises what `find` and `fetch` raise."""
-    return find() or fetch()
+def load() -> Dataset:
+    """MNIST, fetched into the user's cache first if it has to be. Raises what `find` and `fetch` raise."""
+    return find() or _read_mnist(fetch())
 
 
 def fetch() -> Path:
@@ -129,55 +140,39 @@ def fetch() -> Path:
     return folder
 
 
-def load() -> Dataset:
-    """MNIST itself. Raises what `obtain` raises."""
-    with contextlib.suppress(DistconvError):  # what lacks, `obtain` mends or tells
-        arrays, digests = _read_folder(chosen_folder())
-        if digests == [known for _, known in FILES.values()]:
-            return Dataset("mnist", arrays[0], arrays[1], arrays[2], arrays[3])
-    return load_folder(obtain(), "mnist")
-
-
-def _read_folder(folder: Path) -> tuple[list[Bytes], list[str]]:
-    """The arrays of the four files and their SHA-256, in the order of FILES. Raises what `load_folder` raises."""
-    try:
-        is_folder = folder.is_dir()
-    except OSError:  # no name that a file can have
-        is_folder = False
-    if not is_folder:
-        raise MissingInputError(f"{folder} is not a folder: give one that holds {', '.join(FILES)}, plain or .gz")
-    arrays = []
-    for file, (dimensions, _) in FILES.items():
-        path = _existing(folder, file)
-        if path is None:
-            raise MissingInputError(
-                f"{folder} holds neither {file} nor {file}.gz: all of {', '.join(FILES)} are needed"
-            )
-        arrays.append(idx.read(path, dimensions))
-    return arrays, [_idx_digest(array) for array in arrays]
-
-
 def _existing(folder: Path, file: str) -> Path | None:
     return next((path for path in (folder / file, folder / f"{file}.gz") if path.exists()), None)
 
 
-def _problem(folder: Path, file: str) -> DistconvError | None:
-    """What keeps the file of a folder from being MNIST's, or None."""
+def _read_mnist(folder: Path) -> Dataset:
+    """MNIST from its four files. Raises what `_read_verified` raises."""
+    train_images, train_labels, test_images, test_labels = (_read_verified(folder, file) for file in FILES)
+    return Dataset("mnist", train_images, train_labels, test_images, test_labels)
+
+
+def _read_verified(folder: Path, file: str) -> Bytes:
+    """The array of one of MNIST's files. Raises MissingInputError, StorageError, BadDataError for another content."""
     dimensions, known = FILES[file]
     path = _existing(folder, file)
     if path is None:
-        return MissingInputError(
+        raise MissingInputError(
             f"{folder} holds neither {file} nor {file}.gz: DISTCONV_DATA_DIR must be a folder with MNIST's four files"
         )
-    try:
-        digest = _idx_digest(idx.read(path, dimensions))
-    except DistconvError as error:
-        return error
-    if digest != known:
-        return BadDataError(
+    array = idx.read(path, dimensions)
+    if (digest := _idx_digest(array)) != known:
+        raise BadDataError(
             f"{path} is not MNIST's: its content has SHA-256 {digest}, expected {known}; "
             "fetch it again, or name its folder by --data to use another data set"
         )
+    return array
+
+
+def _problem(folder: Path, file: str) -> DistconvError | None:
+    """What keeps the file of a folder from being MNIST's, or None."""
+    try:
+        _read_verified(folder, file)
+    except DistconvError as error:
+        return error
     return None
 
 
