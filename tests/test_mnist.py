@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import requests  # noqa: F401 (now, not when a mirror's time already runs)
 
+from distconv import data
 from distconv.data import mnist
 from distconv.data.__main__ import main as fetch_main
 from distconv.errors import BadDataError, CannotCreateError, DownloadError, MissingInputError
@@ -246,6 +247,15 @@ def test_a_file_damaged_in_the_cache_is_fetched_again(monkeypatch: pytest.Monkey
         assert mirror.asked == [f"{NAMES[0]}.gz"]
 
 
+def test_a_file_damaged_in_the_cache_is_named_where_nothing_may_be_fetched(monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write_set(mnist.cache_folder(), SMALL)
+    (folder / NAMES[2]).write_bytes(b"")
+    monkeypatch.setenv("DISTCONV_OFFLINE", "1")
+    name, _ = data.prepare("auto")  # does not read the files, and so does not fall back on the digits
+    with pytest.raises(MissingInputError, match=f"{folder / NAMES[2]} .*DISTCONV_OFFLINE"):
+        data.load(name)
+
+
 @pytest.mark.parametrize("place", ["cache", "cache/distconv", "cache/distconv/mnist"])
 def test_a_cache_that_cannot_be_made_says_which_variable_helps(tmp_path: Path, place: str) -> None:
     (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
@@ -264,6 +274,7 @@ def test_a_lock_that_is_never_released_is_named(monkeypatch: pytest.MonkeyPatch)
 
 OTHER_PROCESS = """
 import json, sys, filelock, pooch, requests
+from distconv import data
 from distconv.data import mnist
 mnist.FILES, mnist.MIRRORS = json.loads(sys.argv[1])
 print("begin", flush=True)

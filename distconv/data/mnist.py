@@ -119,9 +119,10 @@ def fetch() -> Path:
         if chosen and _existing(folder, file):
             raise problem  # a user's own file is not replaced
     if offline():
+        damaged = next((str(problem) for problem in problems.values() if isinstance(problem, BadDataError)), "")
         raise MissingInputError(
-            f"MNIST is not in {folder} and DISTCONV_OFFLINE forbids to fetch it: set DISTCONV_DATA_DIR to a folder "
-            f"with {', '.join(FILES)} (plain or .gz), or use --data digits"
+            f"{damaged or f'MNIST is not in {folder}'}; DISTCONV_OFFLINE forbids to fetch it: set DISTCONV_DATA_DIR to "
+            f"a folder with {', '.join(FILES)} (plain or .gz), or use --data digits"
         )
     import filelock  # slow to import, seldom needed
 
