@@ -1,93 +1,141 @@
-"""A data set in memory: pixels stay bytes until a step uses them."""
+"""A data set in memory: what was given as bytes stays bytes until a step uses it."""
 
 from __future__ import annotations
 
+import copy
 import hashlib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from distconv.errors import BadDataError
+from distconv.errors import BadDataError, UsageError
+from distconv.kernels import philox
 
 Bytes = NDArray[np.uint8]
-MOST_CLASSES = 256  # labels are bytes
+Images = NDArray[Any]  # (N, H, W, C), uint8 or float32
+Labels = NDArray[Any]  # (N, ...), one of LABEL_TYPES
+
+LABEL_TYPES = {1: np.uint8, 2: np.uint16, 4: np.int32, 8: np.int64}  # by size; few, as kernels are compiled for each
+MOST_CLASSES = 2**31 - 1
+HELD_OUT = (0, 0x5A11DA7E)  # the key of the order from whose end the validation set is taken
+CHECKED_AT_ONCE = 1024  # images; to check all of them at once would take a quarter of their memory
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """Images (N, H, W) or (N, H, W, C) of bytes and labels (N,) in [0, classes), for training and for test.
+    """Images and labels in [0, classes), for training and for test, and for validation where there is such a set.
 
-    classes: 2 to 256, what a byte can tell apart. Raises BadDataError where these do not fit together. Images without
-    a channel axis get one of length 1; arrays that are not contiguous are copied.
+    Images are (N, H, W) or (N, H, W, C), of bytes, which the model is given as 0 to 1, or of finite float32, which it
+    is given as they are. Labels are integers or booleans of any width, (N,) for classification, (N, ...) for a task of
+    its own. classes: 2 to 2^31 - 1. Raises BadDataError where these do not fit together.
+
+    Images without a channel axis get one of length 1. Labels are held as uint8, uint16, int32 or int64, the widest of
+    those given. Arrays that are contiguous and native are not copied.
     """
 
     name: str
-    train_images: Bytes
-    train_labels: Bytes
-    test_images: Bytes
-    test_labels: Bytes
+    train_images: Images
+    train_labels: Labels
+    test_images: Images
+    test_labels: Labels
     classes: int = 10
+    validation_images: Images | None = None
+    validation_labels: Labels | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "classes", _whole(self.name, self.classes))
-        for part in ("train", "test"):
-            images, labels = getattr(self, f"{part}_images"), getattr(self, f"{part}_labels")
-            _check_pair(f"{self.name}, {part}", images, labels, self.classes)
-            images = images[..., np.newaxis] if images.ndim == 3 else images
-            object.__setattr__(self, f"{part}_images", np.ascontiguousarray(images))
-            object.__setattr__(self, f"{part}_labels", np.ascontiguousarray(labels))
-        if self.train_images.shape[1:] != self.test_images.shape[1:]:
-            raise BadDataError(
-                f"{self.name}: training images have shape {self.train_images.shape[1:]} and test images "
-                f"{self.test_images.shape[1:]}; they must be alike"
-            )
+        parts = {part: _checked_pair(f"{self.name}, {part}", *self._pair(part), self.classes) for part in self._parts()}
+        _check_alike(self.name, parts)
+        widest = max((labels.dtype for _, labels in parts.values()), key=lambda dtype: dtype.itemsize)
+        for part, (images, labels) in parts.items():
+            object.__setattr__(self, f"{part}_images", images)
+            object.__setattr__(self, f"{part}_labels", labels.astype(widest, copy=False))
 
     @property
     def image_shape(self) -> tuple[int, ...]:
         """(H, W, C)"""
         return self.train_images.shape[1:]
 
-    @cached_property
-    def parts(self) -> dict[str, tuple[Bytes, Bytes]]:
-        """Images and labels by what they are for."""
-        return {"train": (self.train_images, self.train_labels), "test": (self.test_images, self.test_labels)}
+    @property
+    def label_shape(self) -> tuple[int, ...]:
+        """Of the labels of one image: () for classification."""
+        return self.train_labels.shape[1:]
 
     def size(self, part: str) -> int:
-        return len(self.parts[part][1]) if part in self.parts else 0
+        """How many samples are in train, validation or test; 0 where there is no such part."""
+        return len(self._pair(part)[1]) if part in self._parts() else 0
 
     def batch(self, part: str, samples: Any, context: Any) -> tuple[Any, Any]:
-        """x (N, H, W, C) and labels (N,) of some samples of a part, on the device of the context's kernels."""
+        """x (N, H, W, C) and labels (N, ...) of some samples of a part, on the device of the context's kernels."""
         kernels = context.kernels
-        images, labels = self._placed(kernels, part)
+        if (kernels.device, part) not in self._there:  # they are brought to a device when they are first used there
+            images, labels = self._pair(part)
+            self._there[kernels.device, part] = kernels.device.upload(images), kernels.upload_labels(labels)
+        images, labels = self._there[kernels.device, part]
         return kernels.gather(images, samples), kernels.gather_labels(labels, samples)
 
-    def _placed(self, kernels: Any, part: str) -> tuple[Any, Any]:
-        """The arrays of a part, brought to a device when they are first used there."""
-        key = id(kernels.device), part
-        if key not in self._there:
-            images, labels = self.parts[part]
-            self._there[key] = kernels.device.upload(images), kernels.upload_labels(labels)
-        return self._there[key]
-
     @cached_property
-    def _there(self) -> dict[tuple[int, str], tuple[Any, Any]]:
+    def _there(self) -> dict[tuple[Any, str], tuple[Any, Any]]:
         return {}
 
     @cached_property
     def digest(self) -> str:
         """SHA-256 over shapes and contents: tells whether two ranks, or a run and its checkpoint, see the same data."""
         sha = hashlib.sha256()
-        for array in (self.train_images, self.train_labels, self.test_images, self.test_labels):
-            sha.update(repr(array.shape).encode())
-            sha.update(np.ascontiguousarray(array).data)
+        for part in self._parts():
+            for array in self._pair(part):
+                dtype = "" if array.dtype == np.uint8 else array.dtype.name  # checkpoints hold the digest of bytes
+                sha.update(f"{array.shape!r}{dtype}".encode())
+                sha.update(np.ascontiguousarray(array).data)
         return sha.hexdigest()
 
     def limited(self, count: int) -> Dataset:
-        """The same with the first `count` training samples only."""
-        return replace(self, train_images=self.train_images[:count], train_labels=self.train_labels[:count])
+        """The same with the first `count` training samples only. Raises UsageError where that leaves none."""
+        if count < 1:
+            raise UsageError(f"{self.name}: {count} training samples were asked for; at least one was expected")
+        return self._with(train_images=self.train_images[:count], train_labels=self.train_labels[:count])
+
+    def split_validation(self, count: int) -> Dataset:
+        """The same with `count` of the training samples held out of training, as the validation set.
+
+        They are the last ones of an order drawn from the number of training samples alone, so that every rank, every
+        run and every seed holds out the same, and a smaller set is a part of a larger one. The others keep their order.
+        Raises UsageError where there is a validation set already, or no sample would be left to train.
+        """
+        N = len(self.train_labels)
+        if self.validation_labels is not None:
+            raise UsageError(
+                f"{self.name} has a validation set of its own, {len(self.validation_labels)} samples: hold out none "
+                "besides (leave out --validation)"
+            )
+        if not 1 <= count < N:
+            raise UsageError(f"{self.name}: {count} of {N} training samples cannot be held out: 1 to {N - 1} can")
+        order = philox.permutation(HELD_OUT, N)
+        kept, held = np.sort(order[:-count]), order[-count:]
+        return self._with(
+            train_images=self.train_images[kept],
+            train_labels=self.train_labels[kept],
+            validation_images=self.train_images[held],
+            validation_labels=self.train_labels[held],
+        )
+
+    def _parts(self) -> tuple[str, ...]:
+        has_validation = self.validation_images is not None or self.validation_labels is not None
+        return ("train", "test", "validation") if has_validation else ("train", "test")
+
+    def _pair(self, part: str) -> tuple[Images, Labels]:
+        return getattr(self, f"{part}_images"), getattr(self, f"{part}_labels")
+
+    def _with(self, **parts: NDArray[Any]) -> Dataset:
+        """The same with other arrays, which are parts of those that have been checked."""
+        other = copy.copy(self)
+        for cached in ("digest", "_there"):
+            other.__dict__.pop(cached, None)
+        other.__dict__.update(parts)
+        return other
 
 
 def _whole(where: str, classes: object) -> int:
@@ -97,24 +145,77 @@ def _whole(where: str, classes: object) -> int:
     return int(classes)
 
 
-def _check_pair(where: str, images: Bytes, labels: Bytes, classes: int) -> None:
-    for what, array, dimensions in (("images", images, (3, 4)), ("labels", labels, (1,))):
-        if not isinstance(array, np.ndarray) or isinstance(array, np.ma.MaskedArray):  # nothing here knows of masks
-            raise BadDataError(f"{where}: {what} are a {type(array).__name__}, but a NumPy array of uint8 was expected")
-        if array.dtype != np.uint8 or array.ndim not in dimensions:
-            raise BadDataError(
-                f"{where}: {what} are {array.dtype} of shape {array.shape}, but uint8 with "
-                f"{' or '.join(map(str, dimensions))} dimensions were expected"
-            )
+def _checked_pair(where: str, images: Images, labels: Labels, classes: int) -> tuple[Images, Labels]:
+    """The images (N, H, W, C) and the labels (N, ...) of a part, contiguous. Raises BadDataError."""
+    images, labels = _native(f"{where}: images", images), _native(f"{where}: labels", labels)
+    if images.dtype not in (np.uint8, np.float32) or images.ndim not in (3, 4):
+        advice = ": convert them by .astype(np.float32)" if images.dtype.kind == "f" else ""
+        raise BadDataError(
+            f"{where}: images are {images.dtype} of shape {images.shape}, but uint8 or float32 with 3 or 4 dimensions "
+            f"were expected{advice}"
+        )
+    if labels.dtype.kind not in "uib" or labels.ndim < 1:
+        raise BadDataError(
+            f"{where}: labels are {labels.dtype} of shape {labels.shape}, but integers, one or more an image, were "
+            "expected: convert them by .astype(np.int64)"
+        )
     if len(images) != len(labels):
         raise BadDataError(
             f"{where}: there are {len(images)} images and {len(labels)} labels; there must be one label an image"
         )
-    if images.size == 0:
-        raise BadDataError(
-            f"{where}: there are {len(images)} images of shape {images.shape[1:]}; at least one, with at least one "
-            f"pixel, was expected"
-        )
-    if labels.max() >= classes:
-        bad = int(np.argmax(labels >= classes))
-        raise BadDataError(f"{where}: label number {bad} is {labels[bad]}; labels must lie in 0 to {classes - 1}")
+    for what, array, element in (("images", images, "pixel"), ("labels", labels, "number")):
+        if array.size == 0:
+            raise BadDataError(
+                f"{where}: there are {len(images)} {what} of shape {array.shape[1:]}; at least one, with at least one "
+                f"{element}, was expected"
+            )
+    _check_finite(where, images)
+    _check_range(where, labels, classes)
+    images = images[..., np.newaxis] if images.ndim == 3 else images
+    return images, labels.view(LABEL_TYPES[labels.dtype.itemsize])  # in range, so the bits mean the same
+
+
+def _native(what: str, array: object) -> NDArray[Any]:
+    """The array, contiguous and in this machine's order of bytes. Raises BadDataError for anything else."""
+    if not isinstance(array, np.ndarray) or isinstance(array, np.ma.MaskedArray):  # nothing here knows of masks
+        raise BadDataError(f"{what} are a {type(array).__name__}, but a NumPy array was expected")
+    if array.ndim == 0:
+        return array  # NumPy would give it a dimension
+    return np.ascontiguousarray(array, array.dtype.newbyteorder("="))
+
+
+def _check_finite(where: str, images: Images) -> None:
+    """Raise BadDataError where a number is NaN or infinite; says which is the first."""
+    if images.dtype == np.uint8:
+        return
+    for start in range(0, len(images), CHECKED_AT_ONCE):
+        finite = np.isfinite(images[start : start + CHECKED_AT_ONCE])
+        if not finite.all():
+            first, *pixel = np.unravel_index(int(np.argmin(finite)), finite.shape)
+            value, place = images[(start + first, *pixel)], tuple(map(int, pixel))
+            raise BadDataError(f"{where}: image number {start + first} holds {value} at {place}; pixels must be finite")
+
+
+def _check_range(where: str, labels: Labels, classes: int) -> None:
+    """Raise BadDataError where a label is none of the classes; says which is the first."""
+    if labels.min() >= 0 and labels.max() < classes:
+        return
+    first = int(np.argmax((labels < 0) | (labels >= classes)))
+    number, *rest = map(int, np.unravel_index(first, labels.shape))
+    place = f" at {tuple(rest)}" if rest else ""
+    raise BadDataError(
+        f"{where}: label number {number}{place} is {labels.reshape(-1)[first]}; labels must lie in 0 to {classes - 1}"
+    )
+
+
+def _check_alike(name: str, parts: dict[str, tuple[Images, Labels]]) -> None:
+    """Raise BadDataError where the samples of two parts differ in shape, or their images in type."""
+    images, labels = parts["train"]
+    for part, (others, other_labels) in parts.items():
+        for what, wanted, found in (
+            ("images of shape", images.shape[1:], others.shape[1:]),
+            ("images of type", images.dtype, others.dtype),
+            ("labels of shape", labels.shape[1:], other_labels.shape[1:]),
+        ):
+            if wanted != found:
+                raise BadDataError(f"{name}: training {what} {wanted} and {part} {what} {found}; they must be alike")
