@@ -1,10 +1,11 @@
-"""Data sets by name: mnist, digits, a folder of IDX files, or a user's package.module:function."""
+"""Data sets by name: mnist, digits, an .npz file, a folder of IDX files, or a user's package.module:function."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
-from distconv.data import digits, mnist
+from distconv.data import digits, mnist, npz
 from distconv.data.dataset import Dataset
 from distconv.errors import CannotCreateError, DownloadError, MissingInputError, UsageError
 from distconv.factory import call_factory, is_factory
@@ -36,8 +37,8 @@ def prepare(name: str) -> tuple[str, str]:
     return "mnist", ""
 
 
-def load(name: str) -> Dataset:
-    """The data set of that name, once `prepare` has been called on this host.
+def load(name: str, say: Callable[[str], None] = lambda line: None) -> Dataset:
+    """The data set of that name, once `prepare` has been called on this host. say prints a line for the user.
 
     Raises MissingInputError, BadDataError, StorageError, or UsageError for a function that gives no Dataset.
     """
@@ -52,4 +53,6 @@ def load(name: str) -> Dataset:
                 f"--data {name} returned {type(dataset).__name__}, but a distconv.data.Dataset is expected"
             )
         return dataset
+    if name.lower().endswith(".npz"):
+        return npz.load(Path(name), say)
     return mnist.load_folder(Path(name))
