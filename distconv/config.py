@@ -64,8 +64,9 @@ class Config:
 
     data: str = _setting(
         "auto",
-        "mnist, digits (built in), a folder with four MNIST-named IDX files, or package.module:function for a Dataset "
-        "of your own; auto takes mnist if it is found or can be fetched, else digits",
+        "mnist, digits (built in), FILE.npz with x_train, y_train, x_test and y_test, a folder with four MNIST-named "
+        "IDX files, or package.module:function for a Dataset of your own; auto takes mnist if it is found or can be "
+        "fetched, else digits",
         bool,
         "the name of a data set",
     )
@@ -106,6 +107,12 @@ class Config:
         "a whole number from 0 to 2^32 - 1",
     )
     limit_train: int = _at_least(0, 0, "use the first so many training images only; 0: all")
+    validation: int = _at_least(
+        0,
+        0,
+        "hold so many training images out of training, the same ones whatever the seed, the ranks and --limit-train, "
+        "which takes the first of those that are left; 0: none, but for a validation set that comes with the data",
+    )
     eval_samples: int = _at_least(0, 1000, "training and test images for the accuracies of each epoch; 0: all")
     out: str = _setting("", "folder for everything the run writes (default: runs/<time>-<model>)", lambda v: True, "")
     resume: str = _setting(

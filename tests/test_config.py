@@ -60,6 +60,7 @@ def test_a_flag_goes_before_the_file_and_the_file_before_the_default(tmp_path: P
         ("seed", -1, "0 to 2^32 - 1"),
         ("seed", 2**32, "0 to 2^32 - 1"),
         ("limit_train", -1, "whole number from 0"),
+        ("validation", -1, "whole number from 0"),
         ("eval_samples", -1, "whole number from 0"),
         ("lr", 0.0, "finite number above 0"),
         ("lr", -0.5, "finite number above 0"),
