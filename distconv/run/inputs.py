@@ -23,10 +23,13 @@ from distconv.run.same_code import agree_on_code
 CHECKPOINT_ENDING = ".safetensors"
 
 
-def load_dataset(name: str, world: World, say: Callable[[str], None]) -> tuple[Dataset, str]:
+def load_dataset(
+    name: str, world: World, say: Callable[[str], None], limit_train: int = 0, validation: int = 0
+) -> tuple[Dataset, str]:
     """The data set of that name, fetched by one process of a host if need be, and the name it turned out to have.
 
-    say prints a line for the user. Raises DistconvError on all ranks alike.
+    say prints a line for the user. validation: so many training samples are held out first; limit_train: of those that
+    are left, only the first so many are used; 0 leaves all. Raises DistconvError on all ranks alike.
     """
     note = ""
     world.at("download")
@@ -41,7 +44,11 @@ def load_dataset(name: str, world: World, say: Callable[[str], None]) -> tuple[D
             data.prepare(name)
     world.at("data")
     with world.together():
-        dataset = data.load(name)
+        dataset = data.load(name, say)
+        if validation:
+            dataset = dataset.split_validation(validation)
+        if limit_train:
+            dataset = dataset.limited(limit_train)
     world.agree("the data set", dataset.digest, "give all hosts the same files")
     return dataset, name
 
@@ -54,8 +61,11 @@ def load_model(
     with world.together():
         checkpoint = load_checkpoint(arguments.file) if arguments.file.suffix == CHECKPOINT_ENDING else None
         arrays = {} if checkpoint else read_pickle(arguments.file)
-    trained_on = checkpoint.data["name"] if checkpoint else data.AUTO
-    dataset, data_name = load_dataset(arguments.data or trained_on, world, say)
+    if checkpoint and not arguments.data:  # must be what the model was trained on
+        parts = {part: checkpoint.config.get(part, 0) for part in ("limit_train", "validation")}
+        dataset, data_name = load_dataset(checkpoint.data["name"], world, say, **parts)
+    else:
+        dataset, data_name = load_dataset(arguments.data or data.AUTO, world, say)
     with world.together():
         if checkpoint:
             check_data(checkpoint, dataset, data_name, chosen=bool(arguments.data))
@@ -75,18 +85,17 @@ def check_data(checkpoint: Checkpoint, dataset: Dataset, name: str, chosen: bool
 
     chosen: the user has named this one. Else it is what the checkpoint names, and must be what it was trained on still.
     """
-    was, limit = checkpoint.data, checkpoint.config.get("limit_train", 0)
+    was = checkpoint.data
     wanted = f"{was['classes']} classes of images of {tuple(was['image_shape'])}"
     found = f"{dataset.classes} classes of images of {dataset.image_shape}"
     if wanted != found:
         raise MismatchError(
             f"{checkpoint.path} was trained on {wanted}, but {name} has {found}: name another data set by --data"
         )
-    trained_on = dataset.limited(limit) if limit else dataset
-    if not chosen and trained_on.digest != was["digest"]:
+    if not chosen and dataset.digest != was["digest"]:
         raise MismatchError(
             f"{checkpoint.path} was trained on the data set {name} of SHA-256 {was['digest'][:12]}..., which is now "
-            f"{trained_on.digest[:12]}...: bring the old one back, or say --data {name} to take the new one"
+            f"{dataset.digest[:12]}...: bring the old one back, or say --data {name} to take the new one"
         )
 
 
