@@ -59,9 +59,7 @@ def train(settings: Config, world: World, stop: StopRequest) -> int:
         return conclude(final, settings, Path(settings.out), log)
     placed = place(world, settings.device, settings.precision)
     CACHE.say = log.say
-    dataset, data_name = load_dataset(settings.data, world, log.say)
-    if settings.limit_train:
-        dataset = dataset.limited(settings.limit_train)
+    dataset, data_name = load_dataset(settings.data, world, log.say, settings.limit_train, settings.validation)
     world.at("compile")
     run = build_run(settings, dataset, world, log.say, placed)
     world.at("start")
