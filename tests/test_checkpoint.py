@@ -262,7 +262,10 @@ def test_another_models_checkpoint_is_refused_by_the_name_of_an_array(tmp_path: 
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("batch_size", 50), ("seed", 1), ("model", "simpleconvnet"), ("optimizer", "sgd"), ("limit_train", 9)],
+    [
+        *(("batch_size", 50), ("seed", 1), ("model", "simpleconvnet"), ("optimizer", "sgd")),
+        *(("limit_train", 9), ("validation", 9)),
+    ],
 )
 def test_a_setting_that_makes_it_another_run_is_refused(tmp_path: Path, name: str, value: Any) -> None:
     checkpoint = load_checkpoint(write(tmp_path, 1))

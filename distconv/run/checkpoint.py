@@ -37,7 +37,7 @@ from distconv.run.tensorfile import TensorFile, write_tensors
 FORMAT = "distconv-1"
 OURS = re.compile(r"step-\d{10,}\.safetensors")  # not a copy that a user made and named
 KEEP = 3  # newest checkpoints that stay
-MUST_MATCH = ("model", "batch_size", "optimizer", "seed", "limit_train")  # else it would be another run
+MUST_MATCH = ("model", "batch_size", "optimizer", "seed", "limit_train", "validation")  # else it would be another run
 
 
 def _is_count(value: Any) -> bool:
@@ -62,7 +62,7 @@ DESCRIBED: Mapping[str, Mapping[str, Callable[[Any], bool]]] = {
         "image_shape": lambda value: isinstance(value, list) and value != [] and all(map(_is_count, value)),
     },
 }
-SINCE_LATER = {"first_loss": 0.0}  # what older files lack, and what holds for them
+SINCE_LATER = {"first_loss": 0.0, "validation": 0}  # what older files lack, and what holds for them
 
 
 @dataclass(frozen=True)
@@ -232,9 +232,9 @@ def check_same_run(checkpoint: Checkpoint, config: Config, data_digest: str) -> 
     """Raise MismatchError where going on would not be the same run; return a line for each setting that may differ."""
     have, want = checkpoint.config, dataclasses.asdict(config)
     for name in MUST_MATCH:
-        if have.get(name) != want[name]:
+        if (was := have.get(name, SINCE_LATER.get(name))) != want[name]:
             raise MismatchError(
-                f"{checkpoint.path} was made with {name} = {have.get(name)}, not {want[name]}: "
+                f"{checkpoint.path} was made with {name} = {was}, not {want[name]}: "
                 f"give the same, or start afresh in another --out"
             )
     if checkpoint.data["digest"] != data_digest:
