@@ -97,6 +97,7 @@ def test_channels_are_found_where_the_shape_leaves_no_doubt_and_asked_for_elsewh
     ("changed", "words"),
     [
         *(({name: None}, f"no array {name}") for name in GIVEN),
+        ({"x_train": None, "x\ntrain": GIVEN["x_train"]}, r"no array x_train: .*\['x\\ntrain'"),
         ({"x_validation": GIVEN["x_test"]}, "no array y_validation"),
         ({"y_validation": GIVEN["y_test"]}, "no array x_validation"),
         ({"y_train": np.array([{}] * 6)}, "y_train holds Python objects"),
@@ -116,8 +117,9 @@ def test_channels_are_found_where_the_shape_leaves_no_doubt_and_asked_for_elsewh
 )
 def test_arrays_that_make_no_data_set_are_refused_by_name(tmp_path: Path, changed: dict[str, Any], words: str) -> None:
     path = written(tmp_path, **changed)
-    with pytest.raises(BadDataError, match=f"{path}.*{words}"):
+    with pytest.raises(BadDataError, match=f"{path}.*{words}") as caught:
         load(path)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("name", ["none.npz", "none/at/all.npz", "a\0b.npz", f"{'x' * 300}.npz", "pipe.npz"])
@@ -163,18 +165,31 @@ def test_a_changed_byte_changes_nothing_or_is_bad_data(
         assert str(path) in str(error) and "\n" not in str(error)
 
 
-def test_a_header_that_asks_for_more_than_the_file_holds_gets_no_memory(tmp_path: Path) -> None:
+def with_header(folder: Path, shape: tuple[int, ...], padding: int) -> Path:
+    """The small data set whose x_train declares this shape and holds 64 bytes; its header is so much longer."""
     header = io.BytesIO()
-    np.lib.format.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False, "shape": (1 << 40, 8, 8)})
-    path = written(tmp_path, x_train=None)
+    np.lib.format.write_array_header_2_0(header, {"descr": "|u1", "fortran_order": False, "shape": shape})
+    start, text = header.getvalue()[:8], header.getvalue()[12:] + b" " * padding
+    path = written(folder, x_train=None)
     with zipfile.ZipFile(path, "a") as archive:
-        archive.writestr("x_train.npy", header.getvalue() + bytes(64))
+        archive.writestr("x_train.npy", start + len(text).to_bytes(4, "little") + text + bytes(64))
+    return path
+
+
+def test_a_header_that_asks_for_more_than_the_file_holds_gets_no_memory(tmp_path: Path) -> None:
+    path = with_header(tmp_path, (1 << 40, 8, 8), 0)
 
     def refused() -> None:
         with pytest.raises(BadDataError, match=f"{path}: x_train declares .* but holds 64"):
             load(path)
 
     assert peak_memory(refused) < 1 << 20
+
+
+def test_a_header_that_is_too_long_is_told_in_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(BadDataError, match=r"not a whole .npz file \(x_train: .*Header") as caught:
+        load(with_header(tmp_path, (1, 8, 8), 20_000))
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("shape", [(900, 32, 32, 3), (900, 3, 32, 32)])
@@ -196,12 +211,12 @@ def test_two_ranks_train_on_many_classes_of_floats_and_the_model_is_judged_on_th
     parts = {"x_train": images[:540], "y_train": labels[:540], "x_test": images[540:], "y_test": labels[540:]}
     path = written(tmp_path, **parts, classes=classes)
     out = tmp_path / "run"
-    settings = ("--model", "simpleconvnet", "--epochs", "1", "--validation", "40", "--limit-train", "200")
+    settings = ("--model", "simpleconvnet", "--epochs", "1", "--validation", "40", "--limit-train", "510")
     trained = run(2, "-m", "distconv.train", "--device", "cpu", "--data", path, "--out", out, *settings)
     assert trained.returncode == 0, trained.stderr
     assert trained.stdout.count("x_train (540, 1, 16, 16) is read as N,C,H,W") == 1
     start = json.loads((out / "metrics.jsonl").read_text().splitlines()[0])
-    assert (start["train_images"], start["test_images"]) == (200, 60)
+    assert (start["train_images"], start["test_images"]) == (500, 60)  # what is held out goes first
     (checkpoint,) = (out / "checkpoints").glob("*.safetensors")
     judged = run(0, "-m", "distconv.evaluate", checkpoint, "--precision", "float32", "--json")
     assert judged.returncode == 0, judged.stderr
