@@ -27,6 +27,7 @@ else:
     import tomli as tomllib
 
 MODELS = ("deepconvnet", "simpleconvnet")
+CLASSIFY = "classify"
 OPTIMIZERS = ("adam", "sgd", "momentum", "nesterov", "adagrad", "rmsprop")
 WIRES = ("float16", "bfloat16", "float32", "float64")
 EXCHANGES = ("auto", "flat", "two-level", "buckets", "mpi", "nccl", "cuda-mpi")
@@ -76,9 +77,21 @@ class Config:
         lambda v: v in MODELS or is_factory(v),
         f"one of {', '.join(MODELS)}, or package.module:function",
     )
+    task: str = _setting(
+        CLASSIFY,
+        "what is learned: classify, or package.module:function for a task of your own",
+        lambda v: v == CLASSIFY or is_factory(v),
+        f"{CLASSIFY}, or package.module:function",
+    )
     epochs: int = _at_least(1, 20, "how often the training set is visited")
     batch_size: int = _at_least(1, 100, "images in a minibatch of the whole job, shared out among the ranks")
-    optimizer: str = _one_of(OPTIMIZERS, "adam", "rule of the update")
+    optimizer: str = _setting(
+        "adam",
+        f"rule of the update: {', '.join(OPTIMIZERS)}, or package.module:function, called with --lr, for an optimizer "
+        "of your own",
+        lambda v: v in OPTIMIZERS or is_factory(v),
+        f"one of {', '.join(OPTIMIZERS)}, or package.module:function",
+    )
     lr: float = _setting(
         0.001, "learning rate", lambda v: math.isfinite(v) and v > 0, "a finite number above 0, 0.001 say"
     )

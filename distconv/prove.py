@@ -97,8 +97,8 @@ def work(settings: list[Config], folder: Path, writes: bool, world: World) -> No
     from distconv.run.inputs import load_dataset
     from distconv.run.loop import EpochRecord, train
 
-    dataset, _ = load_dataset(settings[0].data, world, lambda line: None)
-    dataset = dataset.limited(BATCHES * settings[0].batch_size)
+    limit = BATCHES * settings[0].batch_size
+    dataset, _ = load_dataset(settings[0].data, world, lambda line: None, limit_train=limit)
     for config in settings:
         run = build_run(config, dataset, world)
         reference = folder / f"{run.parameters.vector.dtype}.npy"  # the wires of a type share it

@@ -18,8 +18,9 @@ from hypothesis import strategies as st
 
 from distconv import data
 from distconv.data import digits, idx, mnist
-from distconv.data.dataset import Dataset, pixels
+from distconv.data.dataset import Dataset
 from distconv.errors import BadDataError, CannotCreateError, MissingInputError, UsageError
+from distconv.kernels.cpu.arithmetic import pixels
 from tests.files import NAMES, assert_holds, small_set, write_set
 
 TRAIN_IMAGES, TRAIN_LABELS, TEST_IMAGES, TEST_LABELS = small_set().values()

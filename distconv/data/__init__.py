@@ -6,7 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from distconv.data import digits, mnist, npz
-from distconv.data.dataset import Dataset
+from distconv.data.dataset import Dataset as Dataset
+from distconv.data.source import Data, is_data
 from distconv.errors import CannotCreateError, DownloadError, MissingInputError, UsageError
 from distconv.factory import call_factory, is_factory
 
@@ -37,22 +38,21 @@ def prepare(name: str) -> tuple[str, str]:
     return "mnist", ""
 
 
-def load(name: str, say: Callable[[str], None] = lambda line: None) -> Dataset:
+def load(name: str, say: Callable[[str], None] = lambda line: None) -> Data:
     """The data set of that name, once `prepare` has been called on this host. say prints a line for the user.
 
-    Raises MissingInputError, BadDataError, StorageError, or UsageError for a function that gives no Dataset.
+    Raises MissingInputError, BadDataError, StorageError, or UsageError for a function that gives no Data.
     """
     if name == "mnist":
         return mnist.load()
     if name == "digits":
         return digits.load()
     if is_factory(name) and not Path(name).exists():
-        dataset = call_factory(name)
-        if not isinstance(dataset, Dataset):
-            raise UsageError(
-                f"--data {name} returned {type(dataset).__name__}, but a distconv.data.Dataset is expected"
-            )
-        return dataset
+        found: Data = call_factory(name)
+        if not is_data(found):
+            kind = type(found).__name__
+            raise UsageError(f"--data {name} returned {kind}, but a distconv.data.Dataset or the like is expected")
+        return found
     if name.lower().endswith(".npz"):
         return npz.load(Path(name), say)
     return mnist.load_folder(Path(name))

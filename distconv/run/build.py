@@ -15,8 +15,10 @@ from distconv.comm.placement import Placement, place
 from distconv.comm.probe import WireProbe
 from distconv.comm.wire import WIRES, Wire
 from distconv.comm.world import World
-from distconv.config import Config
+from distconv.config import CLASSIFY, Config
+from distconv.data.source import Data
 from distconv.errors import UsageError
+from distconv.factory import call_factory
 from distconv.kernels.compiled import CACHE
 from distconv.kernels.cpu.host import Cpu
 from distconv.kernels.gpu.arithmetic import Gpu
@@ -32,7 +34,7 @@ from distconv.run.replica import Replica
 from distconv.run.run import Run
 from distconv.run.same_code import agree_on_code
 from distconv.tasks.classify import Classification
-from distconv.tasks.task import Data, Task
+from distconv.tasks.task import Task
 
 
 def build_run(
@@ -53,9 +55,10 @@ def build_run(
     if that was found out before. device: a GPU (kernels.gpu.device.Cuda) that is there already. Raises UsageError for a
     model, a device or an exchange that cannot be, MismatchError where the ranks' code differs.
     """
-    task = task or Classification()
+    with world.together():
+        task = task or named_task(settings.task)
+        optimizer = optimizer or named_optimizer(settings)
     model, parameters = build_model(settings, data, task, world, model)
-    optimizer = optimizer or OPTIMIZERS[settings.optimizer](settings.lr)
     if device is None:
         placed = placed or place(world, settings.device, settings.precision)
         if placed.line:
@@ -81,6 +84,24 @@ def build_run(
     return run
 
 
+def named_task(name: str) -> Task:
+    """The task that --task names. Raises UsageError."""
+    task: Task = Classification() if name == CLASSIFY else call_factory(name)
+    for part in ("sums", "metric", "output_shape", "blind_loss", "gradient", "evaluate"):
+        if not hasattr(task, part):
+            raise UsageError(f"--task {name} returned a {type(task).__name__}, which has no {part}: see tasks/task.py")
+    return task
+
+
+def named_optimizer(settings: Config) -> Optimizer:
+    """The optimizer that --optimizer names. Raises UsageError."""
+    name = settings.optimizer
+    optimizer = OPTIMIZERS[name](settings.lr) if name in OPTIMIZERS else call_factory(name, settings.lr)
+    if not isinstance(optimizer, Optimizer):
+        raise UsageError(f"--optimizer {name} returned a {type(optimizer).__name__}, but an Optimizer was expected")
+    return optimizer
+
+
 def build_model(
     settings: Config, data: Data, task: Task, world: World, model: Layer | None
 ) -> tuple[Layer, Parameters]:
@@ -91,7 +112,7 @@ def build_model(
             parameters = Parameters(specs, WIRES[settings.wire].dtype)  # no use in sums finer than what is summed
         except (MemoryError, ValueError) as error:
             raise UsageError(f"--model {settings.model} has {count(specs):,} parameters: {error}") from None
-    agree_on_code(world, settings.model, settings.data)
+    agree_on_code(world, settings.model, settings.data, settings.task, settings.optimizer)
     world.agree("the model", parameters.layout(), "give all hosts the same code")
     parameters.initialize(settings.seed)
     world.comm.Bcast(parameters.vector)

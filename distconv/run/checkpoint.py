@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from distconv.config import Config
+from distconv.config import CLASSIFY, Config
 from distconv.errors import (
     BadDataError,
     MismatchError,
@@ -37,7 +37,15 @@ from distconv.run.tensorfile import TensorFile, write_tensors
 FORMAT = "distconv-1"
 OURS = re.compile(r"step-\d{10,}\.safetensors")  # not a copy that a user made and named
 KEEP = 3  # newest checkpoints that stay
-MUST_MATCH = ("model", "batch_size", "optimizer", "seed", "limit_train", "validation")  # else it would be another run
+MUST_MATCH = (
+    "model",
+    "task",
+    "batch_size",
+    "optimizer",
+    "seed",
+    "limit_train",
+    "validation",
+)  # else it would be another run
 
 
 def _is_count(value: Any) -> bool:
@@ -62,7 +70,7 @@ DESCRIBED: Mapping[str, Mapping[str, Callable[[Any], bool]]] = {
         "image_shape": lambda value: isinstance(value, list) and value != [] and all(map(_is_count, value)),
     },
 }
-SINCE_LATER = {"first_loss": 0.0, "validation": 0}  # what older files lack, and what holds for them
+SINCE_LATER = {"first_loss": 0.0, "validation": 0, "task": CLASSIFY}  # what older files lack, and what holds for them
 
 
 @dataclass(frozen=True)
@@ -192,8 +200,9 @@ def _read_about(text: str, names: Iterable[str], state: str, finite: bool, path:
         Config(**{field.name: config[field.name] for field in dataclasses.fields(Config) if field.name in config})
     except UsageError as error:
         raise BadDataError(f"{path} cannot be used, as it was made with {str(error)[:200]}") from None
-    slots = {"value", *OPTIMIZERS[config["optimizer"]].slots}
-    if slots != set(map(_slot, names)) or not finite:
+    found, optimizer = set(map(_slot, names)), config["optimizer"]
+    slots = {"value", *(OPTIMIZERS[optimizer].slots if optimizer in OPTIMIZERS else found)}
+    if slots != found or not finite:
         raise BadDataError(f"{path} cannot be used, as it is not {', '.join(sorted(slots))} of finite numbers")
     if about.get("state_sha256", state) != state:  # older files have none
         raise BadDataError(f"{path} does not hold the state that its ranks had agreed on: use an earlier one")

@@ -10,8 +10,10 @@ from numpy.typing import DTypeLike
 
 from distconv import data
 from distconv.comm.world import World
+from distconv.config import CLASSIFY
 from distconv.data.dataset import Dataset
-from distconv.errors import MismatchError
+from distconv.data.source import Data
+from distconv.errors import MismatchError, UsageError
 from distconv.kernels.compiled import CACHE
 from distconv.nn.layers import Layer
 from distconv.nn.networks import build_network
@@ -25,7 +27,7 @@ CHECKPOINT_ENDING = ".safetensors"
 
 def load_dataset(
     name: str, world: World, say: Callable[[str], None], limit_train: int = 0, validation: int = 0
-) -> tuple[Dataset, str]:
+) -> tuple[Data, str]:
     """The data set of that name, fetched by one process of a host if need be, and the name it turned out to have.
 
     say prints a line for the user. validation: so many training samples are held out first; limit_train: of those that
@@ -45,10 +47,12 @@ def load_dataset(
     world.at("data")
     with world.together():
         dataset = data.load(name, say)
+        if (validation or limit_train) and not isinstance(dataset, Dataset):
+            raise UsageError(f"--data {name} draws its own samples: leave out --validation and --limit-train")
         if validation:
-            dataset = dataset.split_validation(validation)
+            dataset = dataset.split_validation(validation)  # type: ignore[attr-defined]
         if limit_train:
-            dataset = dataset.limited(limit_train)
+            dataset = dataset.limited(limit_train)  # type: ignore[attr-defined]
     world.agree("the data set", dataset.digest, "give all hosts the same files")
     return dataset, name
 
@@ -67,6 +71,10 @@ def load_model(
     else:
         dataset, data_name = load_dataset(arguments.data or data.AUTO, world, say)
     with world.together():
+        if not isinstance(dataset, Dataset) or (checkpoint and checkpoint.config.get("task", CLASSIFY) != CLASSIFY):
+            raise UsageError(
+                f"{arguments.file} does not classify the images of a Dataset, so this command has no use for it"
+            )
         if checkpoint:
             check_data(checkpoint, dataset, data_name, chosen=bool(arguments.data))
         name = arguments.model or (checkpoint.config["model"] if checkpoint else "deepconvnet")

@@ -9,12 +9,13 @@ from numpy.typing import NDArray
 
 from distconv.comm.world import World
 from distconv.data.shard import split
+from distconv.data.source import Data
 from distconv.kernels.cpu.host import Cpu
 from distconv.kernels.interface import Kernels
 from distconv.nn.layers import Context, Layer
 from distconv.nn.parameters import Views
 from distconv.tasks.classify import predict
-from distconv.tasks.task import Data, Task
+from distconv.tasks.task import Task
 
 
 def predictions(data: Data, model: Layer, values: Views, world: World) -> NDArray[np.int64]:

@@ -17,13 +17,14 @@ from numpy.typing import NDArray
 from distconv.comm.exchange import HEADER, Headers
 from distconv.comm.on_cpu import OnCpu
 from distconv.comm.on_gpu import GpuExchange
+from distconv.data.source import Data
 from distconv.errors import DistconvError
 from distconv.kernels.interface import FINITE, Agreed, Array, Kernels
 from distconv.nn.fusion import fused
 from distconv.nn.layers import Context, Layer
 from distconv.nn.optimizers import Optimizer
 from distconv.nn.parameters import Parameters
-from distconv.tasks.task import Data, Task
+from distconv.tasks.task import Task
 
 Samples = NDArray[np.int64]
 

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from distconv.errors import UsageError
 from distconv.nn.layers import Context, Layer
 from distconv.nn.parameters import Views
 
@@ -19,6 +20,9 @@ class Classification:
     metric: ClassVar[str] = "accuracy"
 
     def output_shape(self, data: Any) -> tuple[int, ...] | None:
+        """See Task."""
+        if shape := getattr(data, "label_shape", ()):
+            raise UsageError(f"labels of shape {shape} an image are for a task of your own (--task), not for classify")
         return (data.classes,)
 
     def blind_loss(self, data: Any) -> float:

@@ -20,7 +20,10 @@ class Task(Protocol):
     metric: ClassVar[str]
 
     def output_shape(self, data: Any) -> tuple[int, ...] | None:
-        """What a model must give for a sample, without the batch axis; None: anything."""
+        """What a model must give for a sample, without the batch axis; None: anything.
+
+        Raises UsageError for data that this task cannot learn from.
+        """
         ...
 
     def blind_loss(self, data: Any) -> float:
@@ -37,29 +40,4 @@ class Task(Protocol):
 
     def evaluate(self, model: Layer, values: Views, batch: Any, context: Context) -> tuple[float, float]:
         """Two sums over the samples: the metric is the first, over all batches and ranks, divided by the second."""
-        ...
-
-
-class Data(Protocol):
-    """Where the samples come from: data.dataset.Dataset, or the user's own.
-
-    image_shape: of a sample, as the model gets it; classes: what the factory of a model is called with. A part of size
-    0 is not there. The parts are train, and test and validation for the records of an epoch.
-    """
-
-    @property
-    def image_shape(self) -> tuple[int, ...]: ...
-
-    @property
-    def classes(self) -> int: ...
-
-    def size(self, part: str) -> int: ...
-
-    @property
-    def digest(self) -> str:
-        """Tells whether two ranks, or a run and its checkpoint, have the same data."""
-        ...
-
-    def batch(self, part: str, samples: Any, context: Context) -> Any:
-        """The samples (N,), each from 0 to below size(part), as the task takes them. N may be 0 in part train."""
         ...
