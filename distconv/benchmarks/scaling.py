@@ -16,7 +16,8 @@ import numpy as np
 
 from distconv.comm.world import World
 from distconv.config import Config
-from distconv.errors import DistconvError
+from distconv.data.dataset import Dataset
+from distconv.errors import DistconvError, UsageError
 from distconv.run.build import build_run
 from distconv.run.inputs import load_dataset
 from distconv.run.loop import StepRecord, train
@@ -66,6 +67,8 @@ def work(settings: Config, steps: int, world: World) -> list[Step]:
     """What one job measures: so many training steps on these ranks; collective."""
     dataset, _ = load_dataset(settings.data, world, lambda line: None)
     count = (WARM_UP + steps + 1) * settings.batch_size  # one more, so that no step ends an epoch
+    if not isinstance(dataset, Dataset):
+        raise UsageError(f"--data {settings.data} draws its own samples: name a data set, mnist say")
     again = np.arange(count) % len(dataset.train_labels)
     dataset = replace(dataset, train_images=dataset.train_images[again], train_labels=dataset.train_labels[again])
     run = build_run(settings, dataset, world)

@@ -37,15 +37,8 @@ from distconv.run.tensorfile import TensorFile, write_tensors
 FORMAT = "distconv-1"
 OURS = re.compile(r"step-\d{10,}\.safetensors")  # not a copy that a user made and named
 KEEP = 3  # newest checkpoints that stay
-MUST_MATCH = (
-    "model",
-    "task",
-    "batch_size",
-    "optimizer",
-    "seed",
-    "limit_train",
-    "validation",
-)  # else it would be another run
+# Else it would be another run.
+MUST_MATCH = ("model", "task", "batch_size", "optimizer", "seed", "limit_train", "validation")
 
 
 def _is_count(value: Any) -> bool:

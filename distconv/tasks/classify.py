@@ -22,7 +22,10 @@ class Classification:
     def output_shape(self, data: Any) -> tuple[int, ...] | None:
         """See Task."""
         if shape := getattr(data, "label_shape", ()):
-            raise UsageError(f"labels of shape {shape} an image are for a task of your own (--task), not for classify")
+            raise UsageError(
+                f"labels have shape {shape} for each image, but classify takes one class an image: turn one-hot labels "
+                f"into classes by labels.argmax(1), or name a task of your own by --task"
+            )
         return (data.classes,)
 
     def blind_loss(self, data: Any) -> float:
