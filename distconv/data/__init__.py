@@ -51,7 +51,7 @@ def load(name: str, say: Callable[[str], None] = lambda line: None) -> Data:
         found: Data = call_factory(name)
         if not is_data(found):
             kind = type(found).__name__
-            raise UsageError(f"--data {name} returned {kind}, but a distconv.data.Dataset or the like is expected")
+            raise UsageError(f"--data {name} returned {kind}, but something like a distconv.data.Dataset is expected")
         return found
     if name.lower().endswith(".npz"):
         return npz.load(Path(name), say)

@@ -73,7 +73,7 @@ def load_model(
     with world.together():
         if not isinstance(dataset, Dataset) or (checkpoint and checkpoint.config.get("task", CLASSIFY) != CLASSIFY):
             raise UsageError(
-                f"{arguments.file} has not learned to classify the images of a Dataset: nothing to show here"
+                f"{arguments.file} has not learned to classify images of a Dataset: nothing to show here"
             )
         if checkpoint:
             check_data(checkpoint, dataset, data_name, chosen=bool(arguments.data))
