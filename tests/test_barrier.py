@@ -31,7 +31,7 @@ from distconv.comm.start import start
 from distconv.comm.shared_memory import share
 
 with start() as world:
-    memory, barrier = share(world.comm, 64)
+    barrier = share(world.comm, 64).barrier
     assert type(barrier).__name__ == "Barrier"
     barrier()
     if world.rank == 1:

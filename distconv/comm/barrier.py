@@ -39,9 +39,11 @@ class Barrier:
     Every rank counts its arrivals in a word of its own, so nothing must be changed atomically. Nobody can be two
     arrivals ahead of a rank that has not come, so another's word is this rank's last number, if the other has yet to
     come, or one or two more.
+
+    waited: seconds that this process has slept in this barrier; asleep: in all its barriers.
     """
 
-    asleep: ClassVar[float] = 0.0  # seconds that this process has slept in all its barriers
+    asleep: ClassVar[float] = 0.0
 
     def __init__(
         self, memory: memoryview, rank: int, size: int, fence: Callable[[], object], idle: Callable[[], object]
@@ -50,6 +52,7 @@ class Barrier:
         self.own = words[rank]
         self.others = words[rank + 1 :] + words[:rank]  # so that not all of them sleep on the same word
         self.fence, self.idle = fence, idle
+        self.waited = 0.0
 
     @staticmethod
     def nbytes(size: int) -> int:
@@ -72,7 +75,9 @@ class Barrier:
             while other.value == before:
                 began = time.perf_counter()
                 woken = _sleep_while(other, before)
-                Barrier.asleep += time.perf_counter() - began
+                slept = time.perf_counter() - began
+                self.waited += slept
+                Barrier.asleep += slept
                 if not woken:
                     self.idle()
         self.fence()

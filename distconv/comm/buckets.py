@@ -8,21 +8,23 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 
-from distconv.comm.exchange import HEADER, Exchange, Headers
+from distconv.comm.exchange import HEADER, Exchange, Headers, Refusal
 from distconv.kernels.interface import Array
 
 BUCKET = 1 << 20  # numbers: 2 MiB of halves, 0.3 s at 100 Mbit/s, so that latencies do not count
 
 
 class Buckets:
-    """An exchange made of one for each bucket. connect(size) makes such a one; collective."""
+    """An exchange made of one for each bucket. connect(size) makes such a one, with that header; collective."""
 
     carrier = "buckets"
 
-    def __init__(self, size: int, connect: Callable[[int], Exchange]) -> None:
+    def __init__(self, size: int, connect: Callable[[int], Exchange], header: np.dtype[Any] = HEADER) -> None:
+        self.header = header
         self.places = [slice(start, min(start + BUCKET, size)) for start in range(0, size, BUCKET)]
         self.exchanges = [connect(place.stop - place.start) for place in self.places]
         self.wire = self.exchanges[0].wire
@@ -31,16 +33,28 @@ class Buckets:
         self.thread = ThreadPoolExecutor(1)
         self.sent: list[Future[Headers]] = []  # from the last bucket down
 
+    @property
+    def waited(self) -> float:
+        return sum(exchange.waited for exchange in self.exchanges)
+
+    def close(self) -> None:
+        self.thread.shutdown()
+        for exchange in self.exchanges:
+            exchange.close()
+
     def ready(self, vector: Array, start: int) -> None:
         """Begin to exchange the buckets of vector (size,) that lie from `start` on, where it is final."""
-        header = np.zeros((), HEADER)
+        header = np.zeros((), self.header)
         while len(self.sent) < len(self.places) - 1 and self.places[-1 - len(self.sent)].start >= start:
             self._send(vector, header)
 
-    def sum(self, vector: Array, header: Headers) -> Headers:
-        """See Exchange. Sends what is not on its way yet; the header goes with the first numbers, which go last."""
+    def sum(self, vector: Array, header: Headers, refused: Refusal | None = None) -> Headers:
+        """See Exchange. Sends what is not on its way yet; the header goes with the first numbers, which go last.
+
+        So where it is refused, the numbers of the other buckets have changed, unlike in other exchanges.
+        """
         while len(self.sent) < len(self.places):
-            self._send(vector, header)
+            self._send(vector, header, refused)
         bucket_headers = [future.result() for future in self.sent]
         self.sent = []
         headers = bucket_headers[-1]
@@ -49,6 +63,7 @@ class Buckets:
             headers["bad_at"][first] = bucket["bad_at"][first] + place.start
         return headers
 
-    def _send(self, vector: Array, header: Headers) -> None:
+    def _send(self, vector: Array, header: Headers, refused: Refusal | None = None) -> None:
         number = len(self.places) - 1 - len(self.sent)
-        self.sent.append(self.thread.submit(self.exchanges[number].sum, vector[self.places[number]], header))
+        where = self.places[number]
+        self.sent.append(self.thread.submit(self.exchanges[number].sum, vector[where], header, refused))

@@ -1,32 +1,62 @@
-"""Which exchange a job uses: the one that the user names, or the one that its hosts and its network call for."""
+"""Which exchange a job uses: the one that is named, or the one that its hosts and its network call for."""
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
 from distconv.comm.buckets import BUCKET, Buckets
-from distconv.comm.exchange import Exchange, Flat, TwoLevel
+from distconv.comm.exchange import HEADER, Exchange, Flat, TwoLevel
 from distconv.comm.library import Library
+from distconv.comm.shared_memory import mpi_of
 from distconv.comm.wire import WIRES
 from distconv.comm.world import World
 from distconv.errors import UsageError
 
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
 
 def choose(world: World, size: int, wire: str, kind: str = "auto") -> Exchange:
-    """The exchange of that kind for vectors (size,); collective.
+    """The exchange of a training run; see select. Raises UsageError, on all ranks alike, which names the flag."""
+    try:
+        return select(world.comm, size, wire, kind)
+    except ValueError as error:
+        raise UsageError(f"--exchange {kind} --wire {wire}: {error}; or use --exchange auto") from None
 
-    auto: two-level where it saves bytes between hosts, else in buckets behind the backward pass where these are several
-    and cross a network, else flat. Raises UsageError, on all ranks alike, for a kind that this job cannot have.
+
+def select(
+    comm: MPI.Comm,
+    size: int,
+    wire: str,
+    kind: str = "auto",
+    header: np.dtype[Any] = HEADER,
+    overlaps: bool = True,
+) -> Exchange:
+    """The exchange of that kind for vectors (size,) on a communicator; collective.
+
+    auto: two-level where it saves bytes between hosts, else in buckets where these are several and cross a network,
+    else flat. overlaps: parts of the vector will be ready before others, which is what buckets are for. Raises
+    ValueError, on all ranks alike, for a kind that these ranks cannot have.
     """
     if kind == "mpi":
-        return Library(world.comm, size, wire)
-    if kind == "two-level" or (kind == "auto" and world.hosts > 1 and world.size > world.hosts):
+        return Library(comm, size, wire, header)
+    MPI = mpi_of(comm)
+    local = comm.Split_type(MPI.COMM_TYPE_SHARED)
+    hosts = comm.allreduce(int(local.rank == 0))
+    if kind == "two-level" or (kind == "auto" and comm.size > hosts > 1):
         try:
-            return TwoLevel(world.comm, world.local, size, WIRES[wire])
-        except ValueError as error:
+            return TwoLevel(comm, local, size, WIRES[wire], header)
+        except ValueError:
             if kind == "two-level":
-                raise UsageError(f"--exchange two-level: {error}; use --exchange auto") from None
-    if kind == "buckets" and not world.threads:
-        raise UsageError("--exchange buckets: this MPI does not let a thread send (MPI_THREAD_SERIALIZED); use auto")
-    crosses_network = kind == "auto" and world.hosts > 1 and world.threads
+                local.Free()
+                raise
+    local.Free()
+    threads = MPI.Query_thread() >= MPI.THREAD_SERIALIZED
+    if kind == "buckets" and not threads:
+        raise ValueError("this MPI does not let a thread send (MPI_THREAD_SERIALIZED)")
+    crosses_network = kind == "auto" and hosts > 1 and threads and overlaps
     if kind == "buckets" or (crosses_network and size >= 2 * BUCKET):
-        return Buckets(size, lambda n: Flat(world.comm, n, WIRES[wire], patient=True))
-    return Flat(world.comm, size, WIRES[wire])
+        return Buckets(size, lambda n: Flat(comm, n, WIRES[wire], patient=True, header=header), header)
+    return Flat(comm, size, WIRES[wire], header=header)

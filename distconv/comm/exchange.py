@@ -10,26 +10,33 @@ Two carriers: `flat` does that among all ranks, through shared memory where they
 adds up in float32, in shared memory, on each host, and then does it among the hosts: one message for each pair of hosts
 and part of the vector, so that a host sends 2 (H-1)/H of the vector however many ranks it has.
 
-A header with what the other ranks must know about this step rides along, so that no step needs another collective.
+A header with what the other ranks must know about this step rides along, so that no step needs another collective. Its
+fields are up to whoever makes the exchange, but for bad_at (int64), which sum fills in; HEADER is a training step's.
+
+An exchange works on any communicator, and must be closed to give back what it has allocated: MPI's windows and
+communicators are not freed by Python.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from distconv.comm.transport import SharedSpace, connect
-from distconv.comm.wire import Wire
+from distconv.comm.shared_memory import closed, share
+from distconv.comm.transport import connect
+from distconv.comm.wire import ALIGNMENT, Wire
 from distconv.kernels.half import BLOCK
 from distconv.kernels.interface import Array
 
 if TYPE_CHECKING:
     from mpi4py import MPI
 
-# What a rank tells the others in a step. A structured NumPy scalar, so that it travels as bytes before the gradient.
-HEADER = np.dtype(
+# What a rank tells the others in a training step. A structured NumPy scalar, so that it travels as bytes before the
+# gradient.
+HEADER: np.dtype[Any] = np.dtype(
     [
         ("step", np.int64),
         ("samples", np.int64),
@@ -43,6 +50,7 @@ HEADER = np.dtype(
     ]
 )
 Headers = NDArray[Any]
+Refusal = Callable[[Headers], bool]
 
 
 class Exchange(Protocol):
@@ -53,9 +61,40 @@ class Exchange(Protocol):
     how: str  # the same for people, with what it runs over
     bytes_sent: int  # by this rank in one sum, to other ranks
 
-    def sum(self, vector: Array, header: Headers) -> Headers:
-        """Replace vector by its sum over all ranks, the same bits on each. Returns the headers (P,) in rank order."""
+    @property
+    def waited(self) -> float:
+        """Seconds that this rank has slept in barriers, in all sums together."""
         ...
+
+    def sum(self, vector: Array, header: Headers, refused: Refusal | None = None) -> Headers:
+        """Replace vector by its sum over all ranks, the same bits on each. Returns the headers (P,) in rank order.
+
+        vector: (size,), contiguous, of the wire's dtype; this is not checked. refused: is given the headers before
+        vector changes, and must say the same on all ranks; where it says so, vector stays as it is.
+        """
+        ...
+
+    def close(self) -> None:
+        """Give back what was allocated; collective. Does nothing the second time."""
+        ...
+
+
+def part_size(size: int, count: int) -> int:
+    """Numbers that one of `count` owners has of a vector (size,): whole blocks of the wire. The last may have fewer."""
+    return -(-size // (count * BLOCK)) * BLOCK
+
+
+def parts(size: int, count: int) -> list[slice]:
+    """The part of each owner."""
+    part = part_size(size, count)
+    return [slice(min(size, r * part), min(size, (r + 1) * part)) for r in range(count)]
+
+
+def header_bytes(header: np.dtype[Any]) -> int:
+    """Room for a header before a message. Raises ValueError for one without the field that an exchange fills in."""
+    if "bad_at" not in (header.names or ()):
+        raise ValueError(f"a header must be a structured dtype with a field bad_at of int64, not {header}")
+    return -(-header.itemsize // ALIGNMENT) * ALIGNMENT
 
 
 class Flat:
@@ -63,22 +102,30 @@ class Flat:
 
     carrier = "flat"
 
-    def __init__(self, comm: MPI.Comm, size: int, wire: Wire, patient: bool = False) -> None:
-        self.rank, self.size, self.wire = comm.rank, comm.size, wire
-        part = -(-size // (comm.size * BLOCK)) * BLOCK  # numbers that one rank owns; the last may own fewer
-        self.parts = [slice(min(size, r * part), min(size, (r + 1) * part)) for r in range(comm.size)]
-        nbytes = wire.nbytes(part)
-        self.transport = connect(comm, HEADER.itemsize + nbytes, nbytes, patient)
+    def __init__(
+        self, comm: MPI.Comm, size: int, wire: Wire, patient: bool = False, header: np.dtype[Any] = HEADER
+    ) -> None:
+        self.rank, self.size, self.wire, self.header = comm.rank, comm.size, wire, header
+        self.parts = parts(size, comm.size)
+        self.header_bytes, nbytes = header_bytes(header), wire.nbytes(part_size(size, comm.size))
+        self.transport = connect(comm, self.header_bytes + nbytes, nbytes, patient)
         self.how = f"flat, {self.transport.name}"
-        self.bytes_sent = (comm.size - 1) * (HEADER.itemsize + 2 * nbytes)
+        self.bytes_sent = (comm.size - 1) * (self.header_bytes + 2 * nbytes)
 
-    def sum(self, vector: Array, header: Headers) -> Headers:
-        """See Exchange; vector (size,) has the dtype of the wire."""
-        return self.exchange(vector, header, is_own=True)
+    @property
+    def waited(self) -> float:
+        return self.transport.waited
 
-    def exchange(self, vector: Array, header: Headers, is_own: bool) -> Headers:
+    def close(self) -> None:
+        self.transport.close()
+
+    def sum(self, vector: Array, header: Headers, refused: Refusal | None = None) -> Headers:
+        """See Exchange."""
+        return self.exchange(vector, header, is_own=True, refused=refused)
+
+    def exchange(self, vector: Array, header: Headers, is_own: bool, refused: Refusal | None = None) -> Headers:
         """The same. is_own: the vector is this rank's contribution alone, so bad_at tells of it."""
-        H, transport, wire = HEADER.itemsize, self.transport, self.wire
+        H, transport, wire = self.header_bytes, self.transport, self.wire
         own = vector[self.parts[self.rank]]
         finite = wire.first_bad(own) < 0
         for owner, message in enumerate(transport.outgoing):
@@ -87,11 +134,15 @@ class Flat:
         if is_own:
             header["bad_at"] = -1 if finite else wire.first_bad(vector)
         for message in transport.outgoing:
-            message[:H].view(HEADER)[...] = header
+            message[: self.header.itemsize].view(self.header)[...] = header
         transport.scatter()
 
         received, first, stride = transport.received, transport.first, transport.stride
-        headers = np.concatenate([received[first + r * stride :][:H] for r in range(self.size)]).view(HEADER)
+        starts = range(first, first + self.size * stride, stride)
+        headers = np.concatenate([received[start:][: self.header.itemsize] for start in starts]).view(self.header)
+        if refused and refused(headers):
+            transport.gather()  # until all have read the headers
+            return headers
         wire.sum_and_encode(own, self.rank, self.size, received, first + H, stride, transport.mine)
         transport.gather()
 
@@ -103,48 +154,65 @@ class Flat:
 class TwoLevel:
     """First the ranks of each host, in shared memory without rounding, then the hosts, each part by one rank of each.
 
-    local: the ranks of this host. Every host has as many; raises ValueError where not.
+    local: the ranks of this host; close frees it. Every host has as many ranks. Raises ValueError, on all ranks alike,
+    where not, or where a host has no shared memory for it; local is then still the caller's.
     """
 
     carrier = "two-level"
 
-    def __init__(self, comm: MPI.Comm, local: MPI.Comm, size: int, wire: Wire) -> None:
+    def __init__(self, comm: MPI.Comm, local: MPI.Comm, size: int, wire: Wire, header: np.dtype[Any] = HEADER) -> None:
         L = local.size
+        vector_bytes = -(-size * wire.dtype.itemsize // 64) * 64
         if len(set(comm.allgather(L))) > 1:
             raise ValueError("every host must have the same number of ranks")
-        self.local_rank, self.wire = local.rank, wire
+        space = share(local, vector_bytes + comm.size // L * header.itemsize)
+        if None in comm.allgather(space and space.rank) or space is None:
+            if space:
+                space.close()
+            raise ValueError("every host must have shared memory for the whole vector of each of its ranks")
         across = comm.Split(local.rank)  # the ranks with this place on every host
         ranks = local.allgather(across.allgather(comm.rank))
         self.order = np.argsort(np.concatenate(ranks))  # from place and host to rank
-        part = -(-size // (L * BLOCK)) * BLOCK
-        self.part = slice(min(size, local.rank * part), min(size, (local.rank + 1) * part))
-        self.inner = Flat(across, self.part.stop - self.part.start, wire)
+        self.local_rank, self.wire, self.header = local.rank, wire, header
+        self.part = parts(size, L)[local.rank]
+        self.inner = Flat(across, self.part.stop - self.part.start, wire, header=header)
 
-        vector_bytes = -(-size * wire.dtype.itemsize // 64) * 64
-        header_bytes = across.size * HEADER.itemsize
-        space = SharedSpace.allocate(local, vector_bytes + header_bytes)
-        if None in comm.allgather(space and space.rank) or space is None:
-            raise ValueError("every host must have shared memory for the whole vector of each of its ranks")
+        self.space, self.owned = space, [across, local]
         self.vectors = space.segments[:, :vector_bytes].view(wire.dtype)[:, :size]
-        self.headers = space.segments[:, vector_bytes:][:, :header_bytes]
-        self.barrier = space.barrier
+        self.headers = space.segments[:, vector_bytes:][:, : across.size * header.itemsize]
         self.how = f"two-level, {across.size} hosts x {L} ranks, {self.inner.transport.name} between hosts"
         self.bytes_sent = self.inner.bytes_sent
 
-    def sum(self, vector: Array, header: Headers) -> Headers:
-        """See Exchange; vector (size,) has the dtype of the wire."""
+    @property
+    def waited(self) -> float:
+        return self.space.waited + self.inner.waited
+
+    def close(self) -> None:
+        self.vectors = np.zeros((0, 0), self.wire.dtype)  # what lies in memory that is no more must not be read
+        self.headers = np.zeros((0, 0), np.uint8)
+        self.inner.close()
+        self.space.close()
+        while self.owned:
+            self.owned.pop(0).Free()
+
+    def sum(self, vector: Array, header: Headers, refused: Refusal | None = None) -> Headers:
+        """See Exchange."""
+        if not self.owned:
+            closed()
         header["bad_at"] = self.wire.first_bad(vector)
         self.vectors[self.local_rank] = vector
-        self.barrier()
+        barrier = self.space.barrier
+        barrier()
         total = np.zeros(self.part.stop - self.part.start, self.wire.dtype)
         for other in self.vectors:
             total += other[self.part]
         headers = self.inner.exchange(total, header, is_own=False)
         self.headers[self.local_rank] = headers.view(np.uint8)
-        self.barrier()  # nobody reads contributions any more
+        barrier()  # nobody reads contributions any more
         self.vectors[0][self.part] = total
-        self.barrier()
-        vector[...] = self.vectors[0]
-        everyone: Headers = np.concatenate(list(self.headers)).view(HEADER)[self.order]
-        self.barrier()  # nobody reads the result any more
+        barrier()
+        everyone: Headers = np.concatenate(list(self.headers)).view(self.header)[self.order]
+        if not (refused and refused(everyone)):
+            vector[...] = self.vectors[0]
+        barrier()  # nobody reads the result any more
         return everyone

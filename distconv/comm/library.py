@@ -6,13 +6,13 @@ without `_Float16` it is wrong without a word. So it is tried on every finite ha
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from distconv.comm.exchange import HEADER, Headers
+from distconv.comm.exchange import HEADER, Headers, Refusal, header_bytes
+from distconv.comm.shared_memory import closed
 from distconv.comm.wire import WIRES
-from distconv.errors import UsageError
 from distconv.kernels.interface import Array
 
 if TYPE_CHECKING:
@@ -24,27 +24,37 @@ class Library:
 
     carrier = "mpi"
     how = "mpi, the library's own Allreduce"
+    waited = 0.0
 
-    def __init__(self, comm: MPI.Comm, size: int, wire: str) -> None:
-        """Raises UsageError, on all ranks alike, where the library cannot sum the wire's type."""
+    def __init__(self, comm: MPI.Comm, size: int, wire: str, header: np.dtype[Any] = HEADER) -> None:
+        """Raises ValueError, on all ranks alike, where the library cannot sum the wire's type."""
         if wire == "bfloat16":
-            raise UsageError("--exchange mpi: MPI has no bfloat16; use --wire float16, float32 or float64")
+            raise ValueError("MPI has no bfloat16; use float16, float32 or float64 on the wire")
         if wire == "float16" and (problem := half_problem(comm)):
-            raise UsageError(f"--exchange mpi --wire float16: {problem}; use --exchange auto")
-        self.comm, self.wire = comm, WIRES[wire]
+            raise ValueError(f"{problem}; use another exchange, or float32 on the wire")
+        header_bytes(header)
+        self.comm, self.wire, self.header = comm, WIRES[wire], header
         self.ours, self.sums = np.zeros((2, size), wire)
         self.bytes_sent = round(2 * (comm.size - 1) / comm.size * self.ours.nbytes)  # what a ring sends, not counted
 
-    def sum(self, vector: Array, header: Headers) -> Headers:
+    def close(self) -> None:
+        self.ours = self.sums = np.zeros(0, self.ours.dtype)
+
+    def sum(self, vector: Array, header: Headers, refused: Refusal | None = None) -> Headers:
         """See Exchange; halves are not scaled, so that what the library does with them can be seen."""
+        if vector.size != self.ours.size:
+            closed()
         header["bad_at"] = self.wire.first_bad(vector)
+        gathered = np.zeros((self.comm.size, self.header.itemsize), np.uint8)
+        self.comm.Allgather(np.frombuffer(header.tobytes(), np.uint8), gathered)
+        headers: Headers = gathered.reshape(-1).view(self.header)
+        if refused and refused(headers):
+            return headers
         with np.errstate(over="ignore"):
             self.ours[...] = vector
         self.comm.Allreduce(self.ours, self.sums)
         vector[...] = self.sums
-        headers = np.zeros((self.comm.size, HEADER.itemsize), np.uint8)
-        self.comm.Allgather(np.frombuffer(header.tobytes(), np.uint8), headers)
-        return headers.reshape(-1).view(HEADER)
+        return headers
 
 
 def half_problem(comm: MPI.Comm) -> str | None:

@@ -12,17 +12,21 @@ import contextlib
 import fcntl
 import os
 import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import numpy as np
 
 from distconv.comm.barrier import Barrier
-from distconv.comm.world import load_mpi
+from distconv.comm.wire import Bytes
 
 if TYPE_CHECKING:
     from mpi4py import MPI
 
 SHARED_MEMORY = Path("/dev/shm")
+CACHE_LINE = 64  # bytes
 OF_MPICH = "mpich_sh*"  # names of segments, and of windows until all ranks have them
 LEFT_BY_THE_DEAD = (OF_MPICH, "sm_segment.*", "vader_segment.*", "ucx_shm_posix_*")  # of Open MPI 5 and 4, of UCX
 
@@ -50,13 +54,59 @@ def sweep(folder: Path = SHARED_MEMORY) -> None:
                 path.unlink()
 
 
-def share(comm: MPI.Comm, nbytes: int) -> tuple[memoryview, Callable[[], None]] | None:
-    """Memory that the ranks of one host share, nbytes for each of them, one behind the other; collective over comm.
+class SpinningBarrier:
+    """MPI's own barrier, whose ranks do not sleep."""
 
-    Returns it with a barrier, after which all ranks see what each has written before it; or None where the ranks are
-    not on one host with room for it. It lasts as long as the process. nbytes is a multiple of 8.
+    waited = 0.0
+
+    def __init__(self, comm: MPI.Comm, window: MPI.Win) -> None:
+        self.comm, self.window = comm, window
+
+    def __call__(self) -> None:
+        self.window.Sync()
+        self.comm.Barrier()
+        self.window.Sync()
+
+
+class SharedSpace:
+    """Memory that P ranks of one host see: segments (P, nbytes), one of them each rank's own.
+
+    After barrier(), all ranks see what each of them has written before. waited: seconds that this rank slept in it.
     """
-    MPI = load_mpi()
+
+    def __init__(self, rank: int, window: MPI.Win, segments: Bytes, barrier: Barrier | SpinningBarrier) -> None:
+        self.rank, self.window, self.segments = rank, window, segments
+        self.barrier: Callable[[], None] = barrier
+        self.counter = barrier
+
+    @property
+    def waited(self) -> float:
+        return self.counter.waited
+
+    def close(self) -> None:
+        """Give the memory back; collective. Whoever has taken views of the segments must not use them any more."""
+        if self.barrier is not closed:
+            self.segments, self.barrier = np.zeros((0, 0), np.uint8), closed
+            self.window.Unlock_all()
+            self.window.Free()
+
+
+def closed() -> NoReturn:
+    """Stands where a barrier was."""
+    raise RuntimeError("this exchange is closed, and sums no more: make another one")
+
+
+def mpi_of(comm: MPI.Comm) -> Any:
+    """mpi4py's module. Who has a communicator has imported it; to import it here might set how it starts MPI."""
+    return sys.modules["mpi4py.MPI"]
+
+
+def share(comm: MPI.Comm, nbytes: int) -> SharedSpace | None:
+    """Memory that the ranks of one host share, nbytes or a little more for each of them; collective over comm.
+
+    None where the ranks are not on one host with room for it.
+    """
+    MPI, nbytes = mpi_of(comm), -(-nbytes // CACHE_LINE) * CACHE_LINE
     local = comm.Split_type(MPI.COMM_TYPE_SHARED)
     # Containers often have a small /dev/shm, and to write beyond its end is a bus error, not an exception.
     store = os.statvfs("/dev/shm") if Path("/dev/shm").is_dir() else None
@@ -72,19 +122,14 @@ def share(comm: MPI.Comm, nbytes: int) -> tuple[memoryview, Callable[[], None]] 
     start, _ = window.Shared_query(0)
     memory = memoryview(MPI.buffer.fromaddress(start.address, nbytes * comm.size + Barrier.nbytes(comm.size)))
     memory, words = memory[: nbytes * comm.size], memory[nbytes * comm.size :]
-
-    def spinning() -> None:
-        window.Sync()
-        comm.Barrier()
-        window.Sync()
-
     if last:
         words[:] = bytes(len(words))
+    barrier: Barrier | SpinningBarrier = SpinningBarrier(comm, window)
     # MPICH's Lock_all waits until the other ranks have answered, and one that sleeps or has ended answers nobody.
-    spinning()
+    barrier()
     if comm.allreduce(Barrier.works(), MPI.LAND) and cores_are_short(comm):
-        return memory, Barrier(words, comm.rank, comm.size, window.Sync, comm.Iprobe)
-    return memory, spinning
+        barrier = Barrier(words, comm.rank, comm.size, window.Sync, comm.Iprobe)
+    return SharedSpace(comm.rank, window, np.frombuffer(memory, np.uint8).reshape(comm.size, nbytes), barrier)
 
 
 def cores_are_short(comm: MPI.Comm) -> bool:

@@ -3,6 +3,8 @@
 Both have the same form. A rank writes one message for each rank into `outgoing`; after `scatter`, the messages of the
 others to this rank lie in `received`, `stride` bytes apart from `first` on. It writes one message for all into `mine`;
 after `gather`, those of the ranks lie in `gathered`. Each is a barrier, so buffers can be used again step after step.
+`waited`: seconds that this rank slept in them. `close` is collective and gives the buffers back; after it, `scatter`
+raises RuntimeError.
 """
 
 from __future__ import annotations
@@ -13,13 +15,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from distconv.comm.shared_memory import share
+from distconv.comm.shared_memory import SharedSpace, closed, share
 from distconv.comm.wire import Bytes
 
 if TYPE_CHECKING:
     from mpi4py import MPI
 
-CACHE_LINE = 64  # bytes
 SECONDS_BETWEEN_LOOKS = 2e-4  # 25 kB at 1 Gbit/s
 
 
@@ -27,6 +28,7 @@ class Messages:
     """MPI carries bytes: an all-to-all and an all-gather, with any MPI, over any network."""
 
     name = "messages"
+    waited = 0.0
 
     def __init__(self, comm: MPI.Comm, outgoing_bytes: int, mine_bytes: int, patient: bool = False) -> None:
         """Room for messages of outgoing_bytes to each rank, and for one of mine_bytes to all.
@@ -44,6 +46,8 @@ class Messages:
         self.gathered: list[Bytes] = list(np.zeros((P, mine_bytes), np.uint8))
 
     def scatter(self) -> None:
+        if not self.outgoing:
+            closed()
         if self.patient:
             return self._wait(self.comm.Ialltoall(self.outgoing[0].base, self.received))
         return self.comm.Alltoall(self.outgoing[0].base, self.received)
@@ -52,6 +56,10 @@ class Messages:
         if self.patient:
             return self._wait(self.comm.Iallgather(self.mine, self.gathered[0].base))
         return self.comm.Allgather(self.mine, self.gathered[0].base)
+
+    def close(self) -> None:
+        self.outgoing, self.gathered = [], []
+        self.received = self.mine = np.zeros(0, np.uint8)
 
     def _wait(self, request: MPI.Request) -> None:
         while not request.Test():
@@ -71,27 +79,24 @@ class SharedMemory:
         self.first, self.stride = space.rank * outgoing_bytes, space.segments.shape[1]
         self.gathered: list[Bytes] = list(space.segments[:, P * outgoing_bytes :][:, :mine_bytes])
         self.mine = self.gathered[space.rank]
-        self.scatter = self.gather = space.barrier
+        self.scatter: Callable[[], None] = space.barrier
+        self.gather: Callable[[], None] = space.barrier
+        self.space = space
 
+    @property
+    def waited(self) -> float:
+        return self.space.waited
 
-class SharedSpace:
-    """Memory that P ranks of one host see: segments (P, nbytes), one of them each rank's own."""
-
-    def __init__(self, comm: MPI.Comm, memory: memoryview, barrier: Callable[[], None]) -> None:
-        self.rank = comm.rank
-        self.segments: Bytes = np.frombuffer(memory, np.uint8).reshape(comm.size, -1)
-        self.barrier = barrier
-
-    @classmethod
-    def allocate(cls, comm: MPI.Comm, nbytes: int) -> SharedSpace | None:
-        """nbytes or a little more for each rank; None where the ranks are not on one host with room for it."""
-        shared = share(comm, -(-nbytes // CACHE_LINE) * CACHE_LINE)
-        return cls(comm, *shared) if shared else None
+    def close(self) -> None:
+        self.scatter = self.gather = closed
+        self.outgoing, self.gathered = [], []  # what lies in memory that is no more must not be read
+        self.received = self.mine = np.zeros(0, np.uint8)
+        self.space.close()
 
 
 def connect(comm: MPI.Comm, outgoing_bytes: int, mine_bytes: int, patient: bool = False) -> Messages | SharedMemory:
     """Shared memory where all ranks are on one host that has room for it, else messages; collective."""
-    space = SharedSpace.allocate(comm, comm.size * outgoing_bytes + mine_bytes) if comm.size > 1 else None
+    space = share(comm, comm.size * outgoing_bytes + mine_bytes) if comm.size > 1 else None
     if space:
         return SharedMemory(space, outgoing_bytes, mine_bytes)
     return Messages(comm, outgoing_bytes, mine_bytes, patient)

@@ -10,6 +10,7 @@ from distconv.comm import exchange as exchanges
 from distconv.comm.choose import choose
 from distconv.comm.exchange import HEADER, Flat, TwoLevel
 from distconv.comm.library import half_problem
+from distconv.comm.shared_memory import share
 from distconv.comm.wire import WIRES
 from distconv.comm.world import World
 from distconv.errors import UsageError
@@ -137,7 +138,7 @@ def test_a_kind_that_cannot_be_had_is_a_usage_error_on_all_ranks(world: World) -
 
 
 def test_memory_that_the_host_does_not_have_is_not_taken(world: World) -> None:
-    assert transport.SharedSpace.allocate(world.comm, 1 << 50) is None
+    assert share(world.comm, 1 << 50) is None
 
 
 def test_two_levels_need_the_same_number_of_ranks_on_each_host(world: World) -> None:
