@@ -276,13 +276,13 @@ def test_two_runs_of_the_same_second_have_a_folder_each(tmp_path: Path) -> None:
 
 
 LATE = """
-import time
+import sys, time
 from types import SimpleNamespace
-from distconv.comm import start, world as ranks
+from distconv.comm import shared_memory, start
 
 world = start.start()  # without `with`, whose end waits for all ranks
 
-MPI = ranks.load_mpi()
+MPI = sys.modules["mpi4py.MPI"]
 
 def allocate(*arguments, **named):
     window = MPI.Win.Allocate_shared(*arguments, **named)
@@ -290,8 +290,8 @@ def allocate(*arguments, **named):
         time.sleep(1)
     return window
 
-ranks.load_mpi = lambda: SimpleNamespace(**{**vars(MPI), "Win": SimpleNamespace(Allocate_shared=allocate)})
-ranks.share(world.comm, 64)
+sys.modules["mpi4py.MPI"] = SimpleNamespace(**{**vars(MPI), "Win": SimpleNamespace(Allocate_shared=allocate)})
+shared_memory.share(world.comm, 64)
 """
 
 
