@@ -170,7 +170,6 @@ labels, images = np.arange(60, dtype=np.uint8) % 10, np.zeros((60, 8, 8), np.uin
 def data(*, images=images, labels=labels, **more): return Dataset("mine", images, labels, images, labels, **more)
 """
 SETS = {
-    "300 classes": ("def mine(): return data(classes=300)", 65, "classes is 300, but a whole number from 2 to 256"),
     "labels in a list": ("def mine(): return data(labels=labels.tolist())", 65, "labels are a list"),
     "a mask": ("def mine(): return data(images=np.ma.masked_less(images, 9))", 65, "images are a MaskedArray"),
     "no pixels": ("def mine(): return data(images=images[:, :0])", 65, "60 images of shape (0, 8)"),

@@ -11,10 +11,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from distconv.comm.exchange import HEADER
+from distconv.comm.exchange import HEADER, part_size
 from distconv.comm.wire import WIRES
 from distconv.errors import BadDataError, MissingInputError
-from distconv.kernels.half import BLOCK
 
 FORMULA = """\
 step       = compute + exchange, one after the other: nothing of the exchange is hidden behind the backward pass
@@ -56,7 +55,7 @@ class Prediction:
 
 def part_bytes(parameters: int, ranks: int, wire: str) -> int:
     """Of what one rank owns, encoded, as comm/exchange.py divides the vector."""
-    return WIRES[wire].nbytes(-(-parameters // (ranks * BLOCK)) * BLOCK)
+    return WIRES[wire].nbytes(part_size(parameters, ranks))
 
 
 def bytes_sent(parameters: int, ranks: int, wire: str) -> int:

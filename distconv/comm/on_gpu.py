@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from distconv.comm.choose import choose
-from distconv.comm.exchange import HEADER, Exchange, Flat, Headers
+from distconv.comm.exchange import HEADER, Exchange, Flat, Headers, part_size, parts
 from distconv.comm.wire import WIRES, Wire
 from distconv.comm.world import World, cuda_aware_mpi
 from distconv.errors import UsageError
@@ -65,7 +65,7 @@ class Staged(GpuExchange):
     def __init__(self, gpu: Gpu, size: int, inner: Exchange) -> None:
         self.gpu, self.size, self.inner, self.wire = gpu, size, inner, inner.wire
         self.halves = inner.wire.name == "float16"
-        self.part = -(-size // BLOCK) * BLOCK
+        self.part = part_size(size, 1)
         nbytes = inner.wire.nbytes(self.part) if self.halves else 4 * size
         self.here, self.there = gpu.device.pinned(nbytes), gpu.device.empty(nbytes, np.uint8)
         self.vector = np.zeros(size, np.float32) if self.halves else self.here.view(np.float32)
@@ -162,8 +162,7 @@ class OnGpu(GpuExchange):
         P, device = comm.size, gpu.device
         self.comm, self.gpu, self.size, self.transport = comm, gpu, size, transport
         self.needs_no_host, self.how = transport.needs_no_host, f"on the GPUs, {transport.name}"
-        self.part = -(-size // (P * BLOCK)) * BLOCK  # numbers that one rank owns; the last may own fewer
-        self.own = slice(min(size, comm.rank * self.part), min(size, (comm.rank + 1) * self.part))
+        self.part, self.own = part_size(size, P), parts(size, P)[comm.rank]
         nbytes = self.wire.nbytes(self.part)
         self.stride = nbytes // 2  # of 16 bits
         self.outgoing, self.received, self.gathered = (device.zeros((P, nbytes), np.uint8) for _ in range(3))
