@@ -128,6 +128,7 @@ def logged(record: Record) -> dict[str, Any]:
     """What metrics.jsonl holds of a record."""
     fields = {f.name: getattr(record, f.name) for f in dataclasses.fields(record) if f.metadata.get("log", True)}
     scores: Mapping[str, float] = getattr(record, "scores", {})
+    fields |= getattr(record, "others", {})
     return fields | {f"{part}_{record.metric}": score for part, score in scores.items()}  # type: ignore[union-attr]
 
 

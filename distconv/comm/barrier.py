@@ -14,7 +14,6 @@ import platform
 import sys
 import time
 from collections.abc import Callable
-from typing import ClassVar
 
 LINE = 64  # bytes from one rank's word to the next: a cache line, so that no rank's store disturbs another's
 SYSTEM_CALL = {"x86_64": 202, "aarch64": 98}.get(platform.machine())
@@ -40,10 +39,8 @@ class Barrier:
     arrivals ahead of a rank that has not come, so another's word is this rank's last number, if the other has yet to
     come, or one or two more.
 
-    waited: seconds that this process has slept in this barrier; asleep: in all its barriers.
+    waited: seconds that this process has slept in it.
     """
-
-    asleep: ClassVar[float] = 0.0
 
     def __init__(
         self, memory: memoryview, rank: int, size: int, fence: Callable[[], object], idle: Callable[[], object]
@@ -75,9 +72,7 @@ class Barrier:
             while other.value == before:
                 began = time.perf_counter()
                 woken = _sleep_while(other, before)
-                slept = time.perf_counter() - began
-                self.waited += slept
-                Barrier.asleep += slept
+                self.waited += time.perf_counter() - began
                 if not woken:
                     self.idle()
         self.fence()

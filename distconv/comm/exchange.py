@@ -34,13 +34,15 @@ from distconv.kernels.interface import Array
 if TYPE_CHECKING:
     from mpi4py import MPI
 
+MOST_SUMS = 4
+
 # What a rank tells the others in a training step. A structured NumPy scalar, so that it travels as bytes before the
 # gradient.
 HEADER: np.dtype[Any] = np.dtype(
     [
         ("step", np.int64),
         ("samples", np.int64),
-        ("loss_sum", np.float64),
+        ("sums", np.float64, (MOST_SUMS,)),  # of what the task learns, over its samples: the loss first
         ("bad_at", np.int64),  # where this rank's gradient first holds an infinity or NaN, or -1; filled in by sum
         ("stop", np.int64),  # 1: this rank was asked to stop
         ("save", np.int64),  # 1: this rank wants a state that may be saved

@@ -17,6 +17,10 @@ class OnCpu:
     def __init__(self, inner: Exchange) -> None:
         self.inner, self.wire, self.how, self.bytes_sent = inner, inner.wire, inner.how, inner.bytes_sent
 
+    @property
+    def waited(self) -> float:
+        return self.inner.waited
+
     def sender(self, vector: Array) -> Callable[[int | None], None] | None:
         inner = self.inner
         if not isinstance(inner, Buckets):

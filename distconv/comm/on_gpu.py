@@ -21,7 +21,7 @@ from distconv.comm.exchange import HEADER, Exchange, Flat, Headers, part_size, p
 from distconv.comm.wire import WIRES, Wire
 from distconv.comm.world import World, cuda_aware_mpi
 from distconv.errors import UsageError
-from distconv.kernels.gpu.arithmetic import BLOCK, Gpu
+from distconv.kernels.gpu.arithmetic import Gpu
 from distconv.kernels.interface import FINITE, Array
 
 if TYPE_CHECKING:
@@ -52,6 +52,11 @@ class GpuExchange(Protocol):
         """Start what comes after travel: vector becomes the sum, the same bits on each rank."""
         ...
 
+    @property
+    def waited(self) -> float:
+        """Seconds that this rank has slept in barriers, in all sums together."""
+        return 0.0
+
     def sender(self, vector: Array) -> Callable[[int | None], None] | None:
         """What sends off the numbers of the vector from an index on, when they are final; None where nothing can."""
         return None
@@ -72,6 +77,10 @@ class Staged(GpuExchange):
         on_bus = "float16" if self.halves else "float32"
         self.how = f"{inner.how}, {on_bus} over the bus to the host"
         self.bytes_sent, self.bus_bytes = inner.bytes_sent, 2 * nbytes
+
+    @property
+    def waited(self) -> float:
+        return self.inner.waited
 
     def before(self, vector: Array, bad: Array) -> None:
         if self.halves:

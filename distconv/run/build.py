@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from distconv.comm.choose import choose
+from distconv.comm.exchange import MOST_SUMS
 from distconv.comm.on_cpu import OnCpu
 from distconv.comm.on_gpu import GpuExchange, choose_on_gpu, first_problem
 from distconv.comm.placement import Placement, place
@@ -90,6 +91,8 @@ def named_task(name: str) -> Task:
     for part in ("sums", "metric", "output_shape", "blind_loss", "gradient", "evaluate"):
         if not hasattr(task, part):
             raise UsageError(f"--task {name} returned a {type(task).__name__}, which has no {part}: see tasks/task.py")
+    if not 1 <= len(task.sums) <= MOST_SUMS:
+        raise UsageError(f"--task {name} has {len(task.sums)} sums, but 1 to {MOST_SUMS} were expected, the loss first")
     return task
 
 

@@ -72,9 +72,7 @@ def load_model(
         dataset, data_name = load_dataset(arguments.data or data.AUTO, world, say)
     with world.together():
         if not isinstance(dataset, Dataset) or (checkpoint and checkpoint.config.get("task", CLASSIFY) != CLASSIFY):
-            raise UsageError(
-                f"{arguments.file} has not learned to classify images of a Dataset: nothing to show here"
-            )
+            raise UsageError(f"{arguments.file} has not learned to classify images of a Dataset: nothing to show here")
         if checkpoint:
             check_data(checkpoint, dataset, data_name, chosen=bool(arguments.data))
         name = arguments.model or (checkpoint.config["model"] if checkpoint else "deepconvnet")

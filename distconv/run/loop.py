@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from distconv.comm.barrier import Barrier
-from distconv.comm.exchange import HEADER, Headers
+from distconv.comm.exchange import HEADER, MOST_SUMS, Headers
 from distconv.data.shard import epoch_order, shard
 from distconv.errors import DistconvError, DivergedError
 from distconv.nn.parameters import Parameters
@@ -42,6 +41,7 @@ class StepRecord:
     step: int
     epoch: int
     train_loss: float
+    others: dict[str, float] = field(metadata={"log": False})  # the means of the task's other sums, by name
     images_per_second: float
     compute_seconds: float
     exchange_seconds: float
@@ -148,19 +148,19 @@ def _step(
     sums = replica.compute(step, mine, global_batch, following)
     world.at("exchange")
     ready = time.perf_counter()
-    told = (step, len(mine), sums[0], -1, stop, save, run.checksum, run.corrupted, ready - run.exchanged)
-    header, asleep = np.array(told, HEADER), Barrier.asleep
+    told = (step, len(mine), _padded(sums), -1, stop, save, run.checksum, run.corrupted, ready - run.exchanged)
+    header, waited = np.array(told, HEADER), replica.exchange.waited
     headers = replica.sum(step, header)
     run.exchanged = time.perf_counter()
-    wait = max(float(headers["busy_seconds"].max() - header["busy_seconds"]), Barrier.asleep - asleep)
+    wait = max(float(headers["busy_seconds"].max() - header["busy_seconds"]), replica.exchange.waited - waited)
     _check_headers(run, headers, global_batch)
 
     run.step += 1
     run.corrupted = replica.checksum() != run.checksum
     good = replica.update(step)
     run.checksum = replica.checksum()
-    loss = float(headers["loss_sum"].sum())
-    _note_loss(run, good, loss, global_batch, headers)
+    totals = headers["sums"].sum(axis=0)
+    _note_loss(run, good, float(totals[0]), global_batch, headers)
     stopping, asked = bool(headers["stop"].any()), bool(headers["save"].any())
     agreed = not last_of_epoch and (stopping or asked)
     if agreed:
@@ -168,7 +168,8 @@ def _step(
     record = StepRecord(
         step=run.step,
         epoch=epoch + 1,
-        train_loss=loss / global_batch,
+        train_loss=float(totals[0]) / global_batch,
+        others={name: float(total) / global_batch for name, total in zip(run.task.sums[1:], totals[1:], strict=False)},
         images_per_second=global_batch / (time.perf_counter() - began),
         compute_seconds=ready - began,
         exchange_seconds=max(0.0, run.exchanged - ready - wait),
@@ -181,6 +182,10 @@ def _step(
         agreed=agreed,
     )
     return record, stopping
+
+
+def _padded(sums: Sequence[float]) -> list[float]:
+    return [*sums, *[0.0] * (MOST_SUMS - len(sums))]
 
 
 def _check_headers(run: Run, headers: Headers, global_batch: int) -> None:

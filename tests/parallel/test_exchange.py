@@ -43,10 +43,10 @@ def test_small_whole_numbers_are_summed_exactly_by_every_wire(world: World, wire
 def test_headers_arrive_whole_and_in_rank_order(world: World, wire: str) -> None:
     exchange = Flat(world.comm, 5, WIRES[wire])
     headers = exchange.sum(
-        np.zeros(5, WIRES[wire].dtype), header(world, loss_sum=0.1 * world.rank, stop=world.rank == 1)
+        np.zeros(5, WIRES[wire].dtype), header(world, busy_seconds=0.1 * world.rank, stop=world.rank == 1)
     )
     assert headers["samples"].tolist() == [rank + 10 for rank in range(world.size)]
-    assert headers["loss_sum"].tolist() == [0.1 * rank for rank in range(world.size)]
+    assert headers["busy_seconds"].tolist() == [0.1 * rank for rank in range(world.size)]
     assert headers["stop"].tolist() == [int(rank == 1) for rank in range(world.size)]
 
 
