@@ -23,14 +23,14 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from distconv.comm.leave import leave, prepare_to_leave
-from distconv.comm.shared_memory import SHARED_MEMORY, cores_are_short, forget_names, sweep
 from distconv.comm.world import BLAS_THREADS, World, init_mpi, load_mpi
 from distconv.errors import DistconvError, UsageError
 from distconv.process.launched import GRACE, Launched, launched, launcher_process
+from distconv.process.leftovers import SHARED_MEMORY, forget_names, sweep
 from distconv.process.malloc import keep_freed_memory
 from distconv.process.roll_call import LIMIT, roll_call
 from distconv.process.streams import prepare_streams
-from distconv.process.turns import take_long_turns
+from distconv.process.turns import cores_are_short, take_long_turns
 from distconv.process.voice import claim, speak, write
 
 # Bytes of /dev/shm that MPICH 5.0.2 needs for so many ranks of a host, and for few. With less it ends in a segmentation

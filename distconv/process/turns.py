@@ -8,8 +8,13 @@ turns of a length (sched_setattr(2)); older ones take no notice. The share of th
 from __future__ import annotations
 
 import ctypes
+import os
 import platform
 import sys
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
 
 TURN = 50_000_000  # nanoseconds: a gradient, mostly; 100 ms measured alike, 20 ms gained less
 GET, SET = {"x86_64": (315, 314), "aarch64": (275, 274)}.get(platform.machine(), (None, None))
@@ -42,3 +47,9 @@ def take_long_turns() -> bool:
     attributes.runtime = TURN
     libc.syscall(SET, 0, ctypes.byref(attributes), 0)
     return bool(libc.syscall(*get) == 0 and attributes.runtime == TURN)
+
+
+def cores_are_short(comm: MPI.Comm) -> bool:
+    """Whether these ranks, all of one host, are more than the cores on which they may run; collective."""
+    own = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
+    return comm.size > len(set().union(*comm.allgather(own)))

@@ -12,9 +12,10 @@ import pytest
 from distconv.comm import shared_memory
 from distconv.comm.barrier import LINE, Barrier
 from distconv.comm.exchange import HEADER, Flat
-from distconv.comm.shared_memory import cores_are_short, share
+from distconv.comm.shared_memory import share
 from distconv.comm.wire import WIRES
 from distconv.comm.world import World
+from distconv.process.turns import cores_are_short
 
 needs_futex = pytest.mark.skipif(not Barrier.works(), reason="no futex here")
 

@@ -7,10 +7,9 @@ import threading
 
 import pytest
 
-from distconv.comm.shared_memory import cores_are_short
 from distconv.comm.world import World
 from distconv.errors import BadDataError, MismatchError
-from distconv.process.turns import GET, TURN, Attributes, take_long_turns
+from distconv.process.turns import GET, TURN, Attributes, cores_are_short, take_long_turns
 
 
 def test_an_error_of_one_rank_is_raised_on_all_and_names_it(world: World) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from distconv.comm.shared_memory import sweep
+from distconv.process.leftovers import sweep
 from tests import jobs
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("unshare"), reason="only root mounts a /dev/shm")
