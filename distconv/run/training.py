@@ -1,0 +1,301 @@
+"""The training command's work: from settings to a finished run in its folder.
+
+What a run is made of is put together by build.py, its steps and epochs come from loop.py as records; here they are
+written down, told to people, and saved.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import platform
+import textwrap
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from distconv import __version__, config, errors
+from distconv.comm.placement import place
+from distconv.comm.world import World, blas_threads
+from distconv.config import Config
+from distconv.kernels.compiled import CACHE
+from distconv.run import agreement
+from distconv.run import checkpoint as files
+from distconv.run.build import build_run
+from distconv.run.checkpoint import Checkpoint
+from distconv.run.folder import LOCK, check_folder, held_folder, lock_file, make_ready
+from distconv.run.inputs import load_dataset
+from distconv.run.log import RunLog, describe_steps, read_metrics, write_text
+from distconv.run.loop import EpochRecord, Record, StepRecord, StopRecord
+from distconv.run.loop import train as records
+from distconv.run.measure import measure
+from distconv.run.run import Run
+from distconv.run.stopping import StopRequest
+
+COST = 100  # times as much training as saving
+SHOWN = {"train": "training"}  # to people
+
+
+def train(settings: Config, world: World, stop: StopRequest) -> int:
+    """The whole run on this rank; returns the exit code."""
+
+    world.agree("the command line or the version", f"{__version__} {settings.toml()}", "start all ranks alike")
+    with world.together():
+        check_settings(settings, world)
+    log = RunLog(world.rank == 0)
+    if final := check_folder(settings, world):  # before anything is fetched or compiled
+        log.say("this run is finished: nothing is left to do, and nothing was changed")
+        return conclude(final, settings, Path(settings.out), log)
+    placed = place(world, settings.device, settings.precision)
+    CACHE.say = log.say
+    dataset, data_name = load_dataset(settings.data, world, log.say, settings.limit_train, settings.validation)
+    world.at("compile")
+    run = build_run(settings, dataset, world, log.say, placed)
+    world.at("start")
+    with held_folder(settings, world, log.say) as out:
+        return train_in(out, run, data_name, log, stop)
+
+
+def train_in(out: Path, run: Run, data_name: str, log: RunLog, stop: StopRequest) -> int:
+    """The training itself, in the folder that is this job's alone; returns the exit code."""
+
+    checkpoint = resume(run, out, log)
+    with run.world.together():
+        if run.world.rank == 0:
+            make_ready(out, run.config, checkpoint, log.say)
+        log.open(out / "metrics.jsonl", run.step)
+    run.world.error_folder = out / "errors"
+    introduce(run, out, data_name, checkpoint, log)
+
+    saver = Saver(run, out / "checkpoints", data_name, log)
+    if run.config.resume not in config.RESUME:
+        saver.save()  # for a start after an accident, which must not begin with that file again
+    stop.can_save = True
+    try:
+        code = follow(records(run, stop.requested, saver.is_due, ahead=True), run, saver, out, log)
+    except errors.DivergedError as failure:
+        saver.set_aside(failure.bad_from)
+        raise
+    return finish(run, out, log) if code == 0 else code
+
+
+def follow(records: Iterator[Record], run: Run, saver: Saver, out: Path, log: RunLog) -> int:
+    """Go through a run's records: write them down, tell people, save; returns the exit code."""
+
+    settings = run.config
+    for record in records:
+        fields = logged(record)
+        log.write(record.event, **fields)
+        if isinstance(record, StepRecord):
+            log.progress(
+                record.step, run.steps, record.epoch, settings.epochs, record.train_loss, record.images_per_second
+            )
+            if record.skipped:
+                log.say(f"step {record.step}: skipped, the gradient was not finite")
+            if record.agreed and saver.is_due():
+                saver.save()
+        elif isinstance(record, EpochRecord):
+            log.say(
+                f"epoch {record.epoch}/{settings.epochs}: loss {record.train_loss:.4f}, {record.metric} "
+                + "".join(f"{score:.2%} {SHOWN.get(part, part)}, " for part, score in record.scores.items())
+                + f"{record.images_per_second:,.0f} images/s"
+            )
+            saver.save()
+        elif isinstance(record, StopRecord):
+            there = "there" if saver.save() else "the last good checkpoint"
+            log.say(
+                f"stopped on request after step {record.step}; the same command with --out {out} goes on from {there}"
+            )
+            log.close()
+            return errors.STOPPED
+    return 0
+
+
+def logged(record: Record) -> dict[str, Any]:
+    """What metrics.jsonl holds of a record."""
+    fields = {f.name: getattr(record, f.name) for f in dataclasses.fields(record) if f.metadata.get("log", True)}
+    scores: Mapping[str, float] = getattr(record, "scores", {})
+    fields |= getattr(record, "others", {})
+    return fields | {f"{part}_{record.metric}": score for part, score in scores.items()}  # type: ignore[union-attr]
+
+
+def check_settings(settings: Config, world: World) -> None:
+    """What can be known only with the ranks and the machine at hand. Raises UsageError."""
+    if settings.batch_size < world.size:
+        raise errors.UsageError(
+            f"--batch-size {settings.batch_size} with {world.size} ranks: every rank needs at least one image of the "
+            f"global batch; use --batch-size {world.size} or more, or fewer ranks"
+        )
+
+
+def resume(run: Run, out: Path, log: RunLog) -> Checkpoint | None:
+    """Bring all ranks to the checkpoint that --resume asks for, read by rank 0. Returns it, on rank 0."""
+
+    found, position = None, None
+    with run.world.together():
+        if run.world.rank == 0 and run.config.resume != "never":
+            if run.config.resume == "auto":
+                found, passed_over = files.newest_good(out / "checkpoints")
+                for reason in passed_over:
+                    log.say(f"passed over: {reason}")
+            else:
+                found = files.load_checkpoint(Path(run.config.resume))
+            if found:
+                for change in files.check_same_run(found, run.config, run.data.digest):
+                    log.say(f"resumed with a change: {change}")
+                found.fill(run.parameters.by_slot(run.vectors()))
+                position = dict(found.position)
+    position = run.world.comm.bcast(position)
+    if position:
+        for vector in run.vectors().values():
+            run.world.comm.Bcast(vector)
+        run.restore(position, run.vectors())
+    return found
+
+
+def introduce(run: Run, out: Path, data_name: str, checkpoint: Checkpoint | None, log: RunLog) -> None:
+    """The start line and the start event."""
+
+    world, data, settings, exchange, device = (
+        run.world, run.data, run.config, run.replica.exchange, run.replica.kernels.name
+    )  # fmt: skip
+    threads = blas_threads()
+    where = f"{device} in {settings.precision}"
+    if device == "cpu":
+        where = f"cpu with {threads} BLAS thread{'s' * (threads > 1)} a rank"
+    log.say(
+        f"distconv {__version__}: {world.size} rank{'s' * (world.size > 1)} on {world.hosts} "
+        f"host{'s' * (world.hosts > 1)}, {where}, {world.library} | "
+        f"{settings.model}, {run.parameters.size:,} parameters, {settings.wire} on the wire ({exchange.how}) | "
+        f"{data_name}, {data.size('train'):,} training and {data.size('test'):,} test images"
+    )
+    if checkpoint:
+        log.say(f"going on from {checkpoint.path}, after step {run.step:,} of {run.steps:,}")
+    log.write(
+        "start",
+        resumed_step=run.step,
+        ranks=world.size,
+        hosts=world.hosts,
+        device=device,
+        precision=settings.precision,
+        blas_threads=threads,
+        wire=settings.wire,
+        exchange=exchange.how,
+        bus_bytes=exchange.bus_bytes,  # of a step, between a GPU and its host
+        model=settings.model,
+        parameter_count=run.parameters.size,
+        data=data_name,
+        data_sha256=data.digest,
+        train_images=data.size("train"),
+        test_images=data.size("test"),
+        steps=run.steps,
+        out=str(out),
+        versions={
+            "distconv": __version__,
+            "python": platform.python_version(),
+            "numpy": np.__version__,
+            "mpi": world.library,
+        },
+    )
+
+
+def finish(run: Run, out: Path, log: RunLog) -> int:
+    """Final score on the whole test set, curves and DONE; exit code 1 where the target is missed."""
+
+    replica = run.replica
+    run.world.at("evaluate", run.step)
+    correct, total = measure(run.task, run.data, "test", replica.model, replica.values, replica.kernels, run.world)
+    agreement.agree(run)  # nothing has changed while it was evaluated
+    final = {"step": run.step, f"test_{run.task.metric}": correct / total, "correct": int(correct), "total": int(total)}
+    log.write("final", **final, parameters_sha256=run.parameters.digest())
+    log.close()
+    run.world.at("end")
+    with run.world.together():
+        if run.world.rank == 0:
+            metrics = read_metrics(out / "metrics.jsonl")
+            draw(metrics, run, out, log)
+            if steps := [record for record in metrics if record.get("event") == "step"]:
+                log.say(describe_steps(steps, run.world.size))
+            write_text(out / "DONE", f"{run.step}\n")
+    return conclude(final, run.config, out, log)
+
+
+def conclude(final: Mapping[str, Any], settings: Config, out: Path, log: RunLog) -> int:
+    """Say how good the model of a finished run is; exit code 1 where the target is missed."""
+    accuracy = final["test_accuracy"]
+    log.say(
+        f"test accuracy {accuracy:.2%} ({final['correct']:,} of {final['total']:,}); "
+        f"model, metrics and curves are in {out}"
+    )
+    missed = accuracy < settings.target_accuracy
+    if missed:
+        log.say(f"the target accuracy {settings.target_accuracy:.2%} was missed")
+    return int(missed)
+
+
+def draw(metrics: Sequence[Mapping[str, Any]], run: Run, out: Path, log: RunLog) -> None:
+    """The curves; a picture that cannot be drawn is told, and does not fail the run. Raises StorageError."""
+    title = f"{run.config.model} on {run.world.size} rank{'s' * (run.world.size > 1)}"
+    try:
+        from distconv.run.plots import draw_curves  # Matplotlib, which rank 0 alone needs, at the end
+
+        draw_curves(metrics, title, out / "curves.png")
+    except OSError as error:
+        raise errors.StorageError(f"{out / 'curves.png'} cannot be written: {error}") from None
+    except Exception as error:  # Matplotlib's own, of many kinds
+        log.say(f"the curves could not be drawn ({textwrap.shorten(str(error), 200)})")
+
+
+class Saver:
+    """Writes checkpoints on rank 0: when asked, and when the time has come."""
+
+    def __init__(self, run: Run, folder: Path, data_name: str, log: RunLog) -> None:
+        self.run, self.folder, self.log = run, folder, log
+        shape = list(run.data.image_shape)
+        self.data = {
+            "name": data_name,
+            "digest": run.data.digest,
+            "classes": run.data.classes,
+            "image_shape": shape,
+        }
+        self.lock = lock_file(folder.parent)
+        self.due = time.monotonic() + run.config.checkpoint_seconds
+        self.saved_at = -1  # step
+
+    def is_due(self) -> bool:
+        return self.run.world.rank == 0 and time.monotonic() >= self.due
+
+    def save(self) -> bool:
+        """Write the state that the ranks have just agreed on, and return True; or False, after a bad step."""
+
+        run, began = self.run, time.monotonic()
+        if run.skipped or run.diverging:
+            return False
+        if run.world.rank == 0 and self.saved_at != run.step:
+            run.world.at("save")
+            lock = lock_file(self.folder.parent)
+            if not self.folder.exists():
+                raise errors.StorageError(
+                    f"{self.folder} is gone: somebody has removed or renamed the folder of the run"
+                )
+            if lock != self.lock:
+                raise errors.StorageError(
+                    f"{self.folder.parent / LOCK} is not the file that this job has locked: somebody has removed it, "
+                    "and another job may have the folder; see to it that none has, and start again"
+                )
+            files.save_checkpoint(
+                self.folder, run.parameters, run.replica.state, run.position(), run.config, self.data, run.agreed_sha256
+            )
+            self.saved_at = run.step
+            now, asked = time.monotonic(), run.config.checkpoint_seconds
+            self.due = now + (max(asked, COST * (now - began)) if asked else 0)
+        return True
+
+    def set_aside(self, step: int) -> None:
+        """Have no run go on from the states after this step and later ones."""
+
+        if self.run.world.rank == 0:
+            for path in files.set_aside(self.folder, step):
+                self.log.say(f"set aside as {path}: the loss was out of bounds in the steps after it")
