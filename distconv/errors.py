@@ -4,12 +4,26 @@ A message says what was given, what was expected and what to do. Everything else
 ends with a traceback and exit code 1.
 """
 
+from __future__ import annotations
+
+from typing import TypeVar
+
+Failure = TypeVar("Failure", bound="DistconvError")
+
 
 class DistconvError(Exception):
-    """Failure without a code of its own."""
+    """Failure without a code of its own.
+
+    everywhere: all ranks raise it at the same place, so that the job can end without an abort.
+    """
 
     exit_code = 1
-    everywhere = False  # set where all ranks raise it at the same place, so that the job can end without an abort
+    everywhere = False
+
+    def on_all_ranks(self: Failure) -> Failure:
+        """The same, as it is raised where all ranks raise it."""
+        self.everywhere = True
+        return self
 
 
 class DivergedError(DistconvError):

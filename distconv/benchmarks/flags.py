@@ -122,7 +122,7 @@ def scaling_flags(argv: Sequence[str]) -> argparse.Namespace:
     at_least_1("--batch-size", flags.batch_size)
     if not flags.weak and flags.batch_size < max(flags.numbers):
         raise UsageError(
-            f"--batch-size {flags.batch_size} with {max(flags.numbers)} ranks: every rank needs at least one image; use "
+            f"--batch-size {flags.batch_size} with {max(flags.numbers)} ranks: every rank needs an image or more; use "
             f"--batch-size {max(flags.numbers)} or more, or --weak"
         )
     return flags

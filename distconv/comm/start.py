@@ -266,8 +266,7 @@ def share_failure(world: World, failure: DistconvError | None) -> None:
     first, host = met[rank]
     if any(str(of_one) != str(first) for of_one, _ in met):
         first.args = (f"rank {rank} of {world.size} on {host}: {first}",)
-    first.everywhere = True
-    raise first
+    raise first.on_all_ranks()
 
 
 def tell_the_others(failure: DistconvError) -> DistconvError:

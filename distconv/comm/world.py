@@ -67,7 +67,10 @@ class World:
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
-        """Run a part that holds no collective; a DistconvError of any rank in it is raised on all of them, once."""
+        """Run a part; a DistconvError of any rank in it is raised on all of them, once.
+
+        The part may hold a collective where all ranks come to it, or none does.
+        """
         error = None
         try:
             yield
@@ -77,16 +80,13 @@ class World:
             if failure is not None:
                 if self.size > 1 and rank > 0:
                     failure.args = (f"rank {rank}: {failure}",)
-                failure.everywhere = True
-                raise failure
+                raise failure.on_all_ranks()
 
     def agree(self, what: str, value: str, advice: str, error: type[DistconvError] = MismatchError) -> None:
         """Raise on all ranks if value is not the same on each of them; says what differs, where, and the advice."""
         values = self.comm.allgather(value)
         if len(set(values)) > 1:
-            failure = error(f"ranks disagree about {what}: {odd_ones(values)} ({advice})")
-            failure.everywhere = True
-            raise failure
+            raise error(f"ranks disagree about {what}: {odd_ones(values)} ({advice})").on_all_ranks()
 
     def wait(self, on_host: bool = False) -> None:
         """A barrier for all ranks, or those of this host, that leaves the cores to those that still work."""

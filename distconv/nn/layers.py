@@ -74,7 +74,11 @@ EVALUATION = Context(training=False)
 
 
 class Layer(Protocol):
-    """What a model is made of; a model is a layer itself."""
+    """What a model is made of; a model is a layer itself.
+
+    It never talks to other ranks: where a rank has no samples, or tries a layer first for its host, the others would
+    wait for it. What ranks must share goes through the gradient of an untrained parameter, see Spec.
+    """
 
     def shapes(self, input_shape: Shape) -> tuple[Shape, Specs]:
         """Output shape and parameters for an input shape, both without the batch axis."""

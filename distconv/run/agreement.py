@@ -29,13 +29,11 @@ def agree(run: Run) -> None:
     compare(run.step, digests, [changed for _, changed in found])
     for slot, vector in run.vectors().items():
         if (bad := run.replica.exchange.wire.first_bad(vector)) >= 0:
-            failure = DivergedError(
+            raise DivergedError(
                 f"after step {run.step}, {slot}/{run.parameters.name_at(bad)} holds NaN or infinity, on all ranks "
                 f"alike: use a smaller --lr than {run.config.lr:g}",
                 bad_from=run.good_until + 1,
-            )
-            failure.everywhere = True
-            raise failure
+            ).on_all_ranks()
     run.agreed_sha256 = digests[0]
 
 
@@ -56,6 +54,4 @@ def compare(step: int, digests: Sequence[object], changed: Sequence[object]) -> 
 
 def _refuse(what: str) -> NoReturn:
     advice = "the same command goes on from the last good checkpoint; if it comes back, suspect the hardware"
-    failure = ReplicasDifferError(f"{what}; {advice}")
-    failure.everywhere = True
-    raise failure
+    raise ReplicasDifferError(f"{what}; {advice}").on_all_ranks()

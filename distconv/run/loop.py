@@ -227,12 +227,10 @@ def _loss_of_the_start(run: Run) -> float:
 def _diverged(run: Run, what: str = "") -> DivergedError:
     what = what or f"a loss that is not finite, or more than {FAR} times the {_loss_of_the_start(run):.3g} of the start"
     bad = run.skipped or run.diverging
-    failure = DivergedError(
+    return DivergedError(
         f"step {run.step}: {bad} step{'s' * (bad > 1)} in a row had {what}: use a smaller --lr than {run.config.lr:g}",
         bad_from=run.good_until + 1,
-    )
-    failure.everywhere = True
-    return failure
+    ).on_all_ranks()
 
 
 def _who_is_bad(bad_at: NDArray[np.int64], parameters: Parameters) -> str:
