@@ -89,7 +89,8 @@ def broken_rules(source: str, name: str) -> list[str]:
 def test_imports_point_down_and_heavy_libraries_have_their_places(path: Path) -> None:
     name = str(path.relative_to(PACKAGE))
     if name == "__init__.py":
-        assert list(imports(ast.parse(path.read_text()))) == []
+        found = [module for module, _ in imports(ast.parse(path.read_text()), with_hints=False)]
+        assert found == ["typing.TYPE_CHECKING", "distconv.comm.allreduce.Allreduce"]  # this one when it is first used
     else:
         floor(Path(name).parts[0].removesuffix(".py"))
         assert broken_rules(path.read_text(), name) == []

@@ -11,11 +11,12 @@ from distconv.comm.exchange import HEADER, Exchange, Flat, TwoLevel
 from distconv.comm.library import Library
 from distconv.comm.shared_memory import mpi_of
 from distconv.comm.wire import WIRES
-from distconv.comm.world import World
 from distconv.errors import UsageError
 
 if TYPE_CHECKING:
     from mpi4py import MPI
+
+    from distconv.comm.world import World
 
 
 def choose(world: World, size: int, wire: str, kind: str = "auto") -> Exchange:

@@ -26,7 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distconv.comm.shared_memory import closed, share
-from distconv.comm.transport import connect
+from distconv.comm.transport import connect, segments
 from distconv.comm.wire import ALIGNMENT, Wire
 from distconv.kernels.half import BLOCK
 from distconv.kernels.interface import Array
@@ -180,8 +180,9 @@ class TwoLevel:
         self.inner = Flat(across, self.part.stop - self.part.start, wire, header=header)
 
         self.space, self.owned = space, [across, local]
-        self.vectors = space.segments[:, :vector_bytes].view(wire.dtype)[:, :size]
-        self.headers = space.segments[:, vector_bytes:][:, : across.size * header.itemsize]
+        whole = segments(space)
+        self.vectors = whole[:, :vector_bytes].view(wire.dtype)[:, :size]
+        self.headers = whole[:, vector_bytes:][:, : across.size * header.itemsize]
         self.how = f"two-level, {across.size} hosts x {L} ranks, {self.inner.transport.name} between hosts"
         self.bytes_sent = self.inner.bytes_sent
 

@@ -8,10 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-import numpy as np
-
 from distconv.comm.barrier import Barrier
-from distconv.comm.wire import Bytes
 from distconv.process.turns import cores_are_short
 
 if TYPE_CHECKING:
@@ -35,13 +32,13 @@ class SpinningBarrier:
 
 
 class SharedSpace:
-    """Memory that P ranks of one host see: segments (P, nbytes), one of them each rank's own.
+    """Memory that P ranks of one host see: bytes, as many for each of them, one rank's behind the other's.
 
     After barrier(), all ranks see what each of them has written before. waited: seconds that this rank slept in it.
     """
 
-    def __init__(self, rank: int, window: MPI.Win, segments: Bytes, barrier: Barrier | SpinningBarrier) -> None:
-        self.rank, self.window, self.segments = rank, window, segments
+    def __init__(self, comm: MPI.Comm, window: MPI.Win, memory: memoryview, barrier: Barrier | SpinningBarrier) -> None:
+        self.rank, self.ranks, self.window, self.memory = comm.rank, comm.size, window, memory
         self.barrier: Callable[[], None] = barrier
         self.counter = barrier
 
@@ -50,9 +47,9 @@ class SharedSpace:
         return self.counter.waited
 
     def close(self) -> None:
-        """Give the memory back; collective. Whoever has taken views of the segments must not use them any more."""
+        """Give the memory back; collective. Whoever has views of it must not use them any more."""
         if self.barrier is not closed:
-            self.segments, self.barrier = np.zeros((0, 0), np.uint8), closed
+            self.memory, self.barrier = memoryview(b""), closed
             self.window.Unlock_all()
             self.window.Free()
 
@@ -95,4 +92,4 @@ def share(comm: MPI.Comm, nbytes: int) -> SharedSpace | None:
     barrier()
     if comm.allreduce(Barrier.works(), MPI.LAND) and cores_are_short(comm):
         barrier = Barrier(words, comm.rank, comm.size, window.Sync, comm.Iprobe)
-    return SharedSpace(comm.rank, window, np.frombuffer(memory, np.uint8).reshape(comm.size, nbytes), barrier)
+    return SharedSpace(comm, window, memory, barrier)

@@ -72,12 +72,12 @@ class SharedMemory:
     name = "shared memory"
 
     def __init__(self, space: SharedSpace, outgoing_bytes: int, mine_bytes: int) -> None:
-        P = len(space.segments)
-        messages = space.segments[:, : P * outgoing_bytes].reshape(P, P, outgoing_bytes)
+        P, whole = space.ranks, segments(space)
+        messages = whole[:, : P * outgoing_bytes].reshape(P, P, outgoing_bytes)
         self.outgoing: list[Bytes] = list(messages[space.rank])
-        self.received: Bytes = space.segments.reshape(-1)
-        self.first, self.stride = space.rank * outgoing_bytes, space.segments.shape[1]
-        self.gathered: list[Bytes] = list(space.segments[:, P * outgoing_bytes :][:, :mine_bytes])
+        self.received: Bytes = whole.reshape(-1)
+        self.first, self.stride = space.rank * outgoing_bytes, whole.shape[1]
+        self.gathered: list[Bytes] = list(whole[:, P * outgoing_bytes :][:, :mine_bytes])
         self.mine = self.gathered[space.rank]
         self.scatter: Callable[[], None] = space.barrier
         self.gather: Callable[[], None] = space.barrier
@@ -92,6 +92,11 @@ class SharedMemory:
         self.outgoing, self.gathered = [], []  # what lies in memory that is no more must not be read
         self.received = self.mine = np.zeros(0, np.uint8)
         self.space.close()
+
+
+def segments(space: SharedSpace) -> Bytes:
+    """The memory as (P, nbytes), one segment each rank's own. Must not be used once the space is closed."""
+    return np.frombuffer(space.memory, np.uint8).reshape(space.ranks, -1)
 
 
 def connect(comm: MPI.Comm, outgoing_bytes: int, mine_bytes: int, patient: bool = False) -> Messages | SharedMemory:

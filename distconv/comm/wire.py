@@ -63,6 +63,21 @@ class Wire:
         for piece in _pieces(x.size):
             self.decode_piece(message, x[piece], piece.start)
 
+    def there_and_back(self, x: Array) -> Array:
+        """What arrives of x."""
+        message, arrived = np.zeros(self.nbytes(-(-x.size // BLOCK) * BLOCK), np.uint8), np.empty_like(x)
+        self.encode(x, message)
+        self.decode(message, arrived)
+        return arrived
+
+    def warm_up(self) -> None:
+        """Call what an exchange calls, so that it is compiled."""
+        numbers, message = np.zeros(BLOCK, self.dtype), np.zeros(self.nbytes(BLOCK), np.uint8)
+        self.encode(numbers, message)
+        self.sum_and_encode(numbers, 0, 2, np.tile(message, 2), 0, len(message), message)
+        self.decode(message, numbers)
+        self.first_bad(numbers)
+
     def first_bad(self, x: Array) -> int:
         """Index of the first infinity or NaN of x, or -1."""
         for piece in _pieces(x.size):

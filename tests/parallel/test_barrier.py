@@ -13,6 +13,7 @@ from distconv.comm import shared_memory
 from distconv.comm.barrier import LINE, Barrier
 from distconv.comm.exchange import HEADER, Flat
 from distconv.comm.shared_memory import share
+from distconv.comm.transport import segments
 from distconv.comm.wire import WIRES
 from distconv.comm.world import World
 from distconv.process.turns import cores_are_short
@@ -40,7 +41,7 @@ def one_core() -> Iterator[None]:
 def test_nobody_leaves_before_all_have_come(world: World, waiting: None) -> None:
     space = share(world.comm, 64)
     assert space is not None
-    barrier, rounds = space.barrier, space.segments.view(np.int64)[:, 0]
+    barrier, rounds = space.barrier, segments(space).view(np.int64)[:, 0]
     naps = np.random.default_rng(world.rank).random(200) < 0.1  # others in every rank
     for number, nap in enumerate(naps):
         if nap:
@@ -55,7 +56,7 @@ def test_nobody_leaves_before_all_have_come(world: World, waiting: None) -> None
 def test_the_count_may_pass_the_largest_number_of_its_word(world: World) -> None:
     space = share(world.comm, Barrier.nbytes(world.size))
     assert space is not None
-    wait, words = space.barrier, space.segments[0].data
+    wait, words = space.barrier, space.memory[: Barrier.nbytes(world.size)]  # the first rank's part
     if world.rank == 0:
         np.frombuffer(words, np.uint32)[:] = 2**32 - 3
     wait()
@@ -86,7 +87,7 @@ def test_a_rank_that_waits_leaves_its_core(world: World, one_core: None) -> None
         pytest.skip("nobody to wait for")
     space = share(world.comm, Barrier.nbytes(world.size))
     assert space is not None
-    wait, words = space.barrier, space.segments[0].data
+    wait, words = space.barrier, space.memory[: Barrier.nbytes(world.size)]  # the first rank's part
     calls: list[float] = []
     if world.rank == 0:
         words[:] = bytes(len(words))

@@ -1,0 +1,320 @@
+"""The sum of the ranks' vectors under anybody's own script: `distconv.Allreduce`.
+
+It takes nothing of the process: no settings, no threads, no start of MPI. It talks on a duplicate of the communicator
+that it is given, so what it sends never meets what the script sends.
+
+A rank that calls with a wrong argument must not leave the others waiting. So it takes part all the same, and says in
+the header that travels with the numbers anyway that its call is void; then no rank changes a vector, all ranks tell one
+another what was wrong, and all raise the same. It costs a good call nothing. A rank that leaves does the same, which
+the others learn in their next call.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import math
+import operator
+import os
+import threading
+import time
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+
+from distconv.comm.arguments import check_arrays, check_communicator, check_settings, check_vector, first_failure
+from distconv.comm.choose import select
+from distconv.comm.exchange import Headers
+from distconv.comm.shared_memory import mpi_of
+from distconv.comm.wire import Wire
+from distconv.kernels.half import BLOCK
+from distconv.kernels.interface import Array
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
+CALL = np.dtype(
+    [
+        ("bad_at", np.int64),  # where this rank's vector first holds an infinity or NaN, or -1
+        ("call", np.uint64),  # what it calls: the act, and above its bits a number made of a list's shapes
+        ("busy_seconds", np.float64),  # since its last call returned
+    ]
+)
+SUM, MEAN, VOID, LEAVE = range(4)  # acts: a void call is one with a wrong argument
+SHIFT, ACT = 2, 3  # an act's bits, and a mask of them
+CLOSED = "this Allreduce is closed: make another one"
+INTERRUPTED = "a call of this Allreduce was interrupted, so its ranks are out of step: make another one"
+SAMPLE = 32  # blocks of a vector that tell what rounding costs
+_log = logging.getLogger("distconv")
+Vectors = TypeVar("Vectors", bound="Array | Sequence[Array]")
+
+
+@dataclass(frozen=True)
+class NotFinite:
+    """The first number of a rank's contribution that is infinite or not a number.
+
+    array: its place in the list, 0 for a vector; index: within that array.
+    """
+
+    rank: int
+    array: int
+    index: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Report:
+    """What one call did, seen from this rank.
+
+    bytes_sent: to other ranks; on one host, through memory that they share. seconds: of the whole call. waited: seconds
+    of them for the slowest rank, or for a core that several ranks share. not_finite: one entry for each rank whose
+    contribution is not finite; the sum of finite numbers may still be too large for the dtype.
+    """
+
+    bytes_sent: int
+    seconds: float
+    waited: float
+    not_finite: tuple[NotFinite, ...]
+    _sample: Array = field(repr=False, compare=False)
+    _wire: Wire = field(repr=False, compare=False)
+
+    @property
+    def exchanged(self) -> float:
+        """Seconds of the call in which this rank did not wait for others."""
+        return self.seconds - self.waited
+
+    @functools.cached_property
+    def rounding(self) -> float:
+        """What the wire loses of this rank's contribution x on its way out: |arrived - x| / |x|.
+
+        Computed when first asked for, from a sample: up to 32 blocks of 256 numbers, evenly spread, of those that are
+        finite. The sum is rounded once more, by as much, on its way back.
+        """
+        arrived = self._wire.there_and_back(self._sample)
+        finite = np.isfinite(self._sample) & np.isfinite(arrived)
+        x, lost = (np.where(finite, each, 0).astype(np.float64) for each in (self._sample, arrived - self._sample))
+        norm = float(np.linalg.norm(x))
+        return float(np.linalg.norm(lost)) / norm if norm else 0.0
+
+
+class Allreduce:
+    """Sums vectors of `size` numbers over the ranks of a communicator, in place, to the same bits on every rank.
+
+    comm: an intracommunicator of mpi4py. All of its ranks make the object, call its methods in the same order, and
+    close it. size: numbers of all arrays of a call together. wire: what a number is as it travels: float16 (2 bytes,
+    scaled by powers of two, so nothing overflows), bfloat16, float32 or float64. Vectors are float32, for the float64
+    wire float64, and so are the sums, in rank order. exchange: auto; flat: each rank with each; two-level: on each host
+    first.
+
+    last: the Report of the last call that gave a sum. how: the exchange in words. A context manager.
+
+    Raises TypeError or ValueError, on all ranks alike, for a wrong size, wire or exchange, or where ranks differ in
+    them; on this rank alone for what is no communicator.
+    """
+
+    def __init__(self, comm: MPI.Comm, size: int, wire: str = "float16", exchange: str = "auto") -> None:
+        check_communicator(comm)
+        self._comm = comm.Dup()
+        try:
+            check_settings(self._comm, size, wire, exchange)
+            self.size = operator.index(size)
+            self._exchange = select(self._comm, self.size, wire, exchange, CALL, overlaps=False)
+        except (TypeError, ValueError):  # on all ranks alike, as it takes all to free it
+            self._comm.Free()
+            raise
+        self.wire, self.how = self._exchange.wire, self._exchange.how
+        self.last: Report | None = None
+        self._MPI, self._process, self._lock = mpi_of(comm), os.getpid(), threading.Lock()
+        self._main_only = self._MPI.Query_thread() < self._MPI.THREAD_SERIALIZED
+        self._ended = ""  # why there are no calls any more
+        self._shapes: list[tuple[int, ...]] = []  # of the last list, from which _layout was made
+        self._layout = 0
+        self._gathered = np.zeros(0, self.wire.dtype)  # the numbers of a list, behind one another
+        self.wire.warm_up()
+        self._comm.Barrier()  # so that compiling is not taken for waiting
+        self._returned = time.perf_counter()
+
+    def sum(self, vector: Vectors) -> Vectors:
+        """Replace the numbers by their sum over all ranks.
+
+        vector: (size,), contiguous, writable, of the wire's dtype; or a list or tuple of arrays of any shapes, the same
+        on all ranks, that are contiguous in C's or Fortran's order, share no memory, and have `size` numbers together.
+        Returns it. Infinities and NaN are summed as they are, and told of in `last`.
+
+        Raises, on all ranks alike and with all arrays as they were: TypeError or ValueError where one rank's argument
+        is wrong or the ranks do not make the same call; RuntimeError where one has closed this object. RuntimeError on
+        this rank alone where this object is closed, or in use by another thread.
+        """
+        return self._call(vector, SUM)
+
+    def mean(self, vector: Vectors) -> Vectors:
+        """Replace the numbers by their mean over all ranks; all else as for sum."""
+        return self._call(vector, MEAN)
+
+    def close(self) -> None:
+        """Give back memory and communicator; all ranks must. Does nothing the second time.
+
+        A rank that sums meanwhile gets a RuntimeError, and this object is closed on all ranks.
+        """
+        self._leave("has closed it")
+
+    def __enter__(self) -> Allreduce:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is None or getattr(error, "everywhere", False):
+            return self.close()
+        how = f"has left its `with` block by {type(error).__name__}: {error}"
+        if not self._ended and self._comm.size > 1:
+            # Should the others never call again, this rank waits for ever, and its traceback is never seen.
+            _log.warning("Allreduce: rank %d %s; it waits for the others' next call", self._comm.rank, how)
+        return self._leave(how)
+
+    def _call(self, vectors: Vectors, act: int) -> Vectors:
+        self._enter()
+        try:
+            began, asleep = time.perf_counter(), self._exchange.waited
+            problem, layout = None, 0
+            arrays: Sequence[Array] | None = vectors if isinstance(vectors, list | tuple) else None
+            try:
+                if arrays is None:
+                    vector = check_vector(vectors, self.size, self.wire.dtype)
+                else:
+                    vector, layout = self._gather(arrays), self._layout
+            except Exception as error:  # whatever a user's sequence does
+                problem = type(error).__name__, str(error)
+                vector, act = np.zeros(self.size, self.wire.dtype), VOID
+            sample = self._sample(vector)
+            busy = began - self._returned
+            headers = self._travel(vector, layout << SHIFT | act, busy)
+            if is_void(headers):
+                self._end(headers, act, problem or ("", _describe(act, vectors)))
+            if act == MEAN:
+                vector /= self._comm.size
+            if arrays is not None:
+                self._scatter(arrays)
+            self._returned = time.perf_counter()
+            waited = max(float(headers["busy_seconds"].max()) - busy, self._exchange.waited - asleep)
+            seconds = self._returned - began
+            bad = self._not_finite(headers["bad_at"].tolist(), [(self.size,)] if arrays is None else self._shapes)
+            self.last = Report(self._exchange.bytes_sent, seconds, min(waited, seconds), bad, sample, self.wire)
+            return vectors
+        finally:
+            self._lock.release()
+
+    def _enter(self) -> None:
+        """Begin a call; _lock is to be released at its end. Raises RuntimeError, on this rank alone."""
+        if os.getpid() != self._process:
+            raise RuntimeError("a forked process is no rank: call this Allreduce in the process that made it")
+        if self._main_only and not self._MPI.Is_thread_main():
+            raise RuntimeError("this MPI lets only the main thread call it (MPI_THREAD_FUNNELED)")
+        if not self._lock.acquire(blocking=False):
+            raise RuntimeError("another thread is in a call of this Allreduce: make one call at a time")
+        if self._ended or self._MPI.Is_finalized():
+            self._lock.release()
+            raise RuntimeError(self._ended or "MPI has ended, and with it this Allreduce")
+
+    def _travel(self, vector: Array, call: int, busy: float) -> Headers:
+        self._ended = INTERRUPTED  # for ever, if this does not come to its end
+        header = np.array((-1, call, busy), CALL)
+        headers = self._exchange.sum(vector, header, is_void)
+        self._ended = ""
+        return headers
+
+    def _end(self, headers: Headers, act: int, told: tuple[str, str]) -> None:
+        """Let all ranks tell what they did, and raise what ends the call of all; returns where this rank leaves.
+
+        told: the kind and the sentence of a problem, or no kind and what this rank does.
+        """
+        self._ended = INTERRUPTED
+        acts = [call & ACT for call in headers["call"].tolist()]
+        everyone = self._comm.allgather(told)
+        if LEAVE in acts:
+            self._exchange.close()
+            self._comm.Free()
+        self._ended = CLOSED if LEAVE in acts else ""
+        if act == LEAVE:
+            return
+        failure = _failure(acts, everyone)
+        failure.everywhere = True  # type: ignore[attr-defined]  # no rank need tell the others of it
+        raise failure
+
+    def _leave(self, how: str) -> None:
+        if self._ended or self._MPI.Is_finalized() or os.getpid() != self._process:
+            self._ended = self._ended or CLOSED
+            return
+        self._enter()
+        try:
+            headers = self._travel(np.zeros(self.size, self.wire.dtype), LEAVE, 0.0)
+            self._end(headers, LEAVE, ("", how))
+        finally:
+            self._lock.release()
+
+    def _gather(self, arrays: Sequence[Array]) -> Array:
+        """The numbers of the arrays, behind one another."""
+        shapes = check_arrays(arrays, self.size, self.wire.dtype)
+        if shapes != self._shapes:
+            self._shapes, self._layout = shapes, zlib.crc32(repr(shapes).encode()) + 1  # 0 is that of a vector
+        if not self._gathered.size:
+            self._gathered = np.empty(self.size, self.wire.dtype)
+        for array, place in zip(arrays, self._places(), strict=True):
+            place[...] = array
+        return self._gathered
+
+    def _scatter(self, arrays: Sequence[Array]) -> None:
+        for array, place in zip(arrays, self._places(), strict=True):
+            array[...] = place
+
+    def _places(self) -> Iterator[Array]:
+        """Where each array of the list lies in _gathered, in its shape."""
+        start = 0
+        for shape in self._shapes:
+            size = math.prod(shape)
+            yield self._gathered[start : start + size].reshape(shape)
+            start += size
+
+    def _sample(self, vector: Array) -> Array:
+        step = self.size // (SAMPLE * BLOCK) * BLOCK  # from one block to the next
+        return vector[: SAMPLE * step].reshape(SAMPLE, step)[:, :BLOCK].ravel() if step else vector.copy()
+
+    def _not_finite(self, bad_at: list[int], shapes: Sequence[tuple[int, ...]]) -> tuple[NotFinite, ...]:
+        """The entries of a report. bad_at: of each rank, -1 where all is finite."""
+        found = []
+        for rank, index in enumerate(bad_at):
+            number = 0
+            if index >= 0:
+                while index >= math.prod(shapes[number]):
+                    index -= math.prod(shapes[number])
+                    number += 1
+                found.append(NotFinite(rank, number, tuple(map(int, np.unravel_index(index, shapes[number])))))
+        return tuple(found)
+
+
+def is_void(headers: Headers) -> bool:
+    """Whether a rank's argument is wrong, or one leaves, or they do not make the same call."""
+    calls: list[int] = headers["call"].tolist()
+    return calls[0] & ACT >= VOID or calls.count(calls[0]) < len(calls)
+
+
+def _describe(act: int, vectors: Any) -> str:
+    """A call, for an error that tells of several."""
+    shapes = ", ".join(str(array.shape) for array in vectors) if isinstance(vectors, list | tuple) else ""
+    what = f"a list of shapes {shapes[:200]}{'...' * (len(shapes) > 200)}" if shapes else "a vector"
+    return f"{'sum' if act == SUM else 'mean'}() of {what}"
+
+
+def _failure(acts: Sequence[int], everyone: Sequence[tuple[str, str]]) -> Exception:
+    """What ends a call. everyone: what each rank tells, see _end."""
+    if LEAVE in acts:
+        rank = acts.index(LEAVE)
+        return RuntimeError(f"rank {rank} {everyone[rank][1]}: this Allreduce is closed on all ranks")
+    if failure := first_failure([told if told[0] else None for told in everyone]):
+        return failure
+    calls = [sentence for _, sentence in everyone]
+    other = next((rank for rank, call in enumerate(calls) if call != calls[0]), 0)
+    return ValueError(f"ranks make different calls: rank 0 calls {calls[0]}, rank {other} calls {calls[other]}")
