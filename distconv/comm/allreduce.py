@@ -48,7 +48,7 @@ SUM, MEAN, VOID, LEAVE = range(4)  # acts: a void call is one with a wrong argum
 SHIFT, ACT = 2, 3  # an act's bits, and a mask of them
 CLOSED = "this Allreduce is closed: make another one"
 INTERRUPTED = "a call of this Allreduce was interrupted, so its ranks are out of step: make another one"
-SAMPLE = 32  # blocks of a vector that tell what rounding costs
+SAMPLE = 8 * BLOCK  # numbers of a vector that tell what rounding costs
 _log = logging.getLogger("distconv")
 Vectors = TypeVar("Vectors", bound="Array | Sequence[Array]")
 
@@ -88,10 +88,10 @@ class Report:
 
     @functools.cached_property
     def rounding(self) -> float:
-        """What the wire loses of this rank's contribution x on its way out: |arrived - x| / |x|.
+        """What the wire loses of this rank's contribution x on its way out: |arrived - x| / |x|, of what is finite.
 
-        Computed when first asked for, from a sample: up to 32 blocks of 256 numbers, evenly spread, of those that are
-        finite. The sum is rounded once more, by as much, on its way back.
+        Computed when first asked for, from 2,048 numbers that lie behind one another, in each call the next ones. The
+        sum is rounded once more, by as much, on its way back.
         """
         arrived = self._wire.there_and_back(self._sample)
         finite = np.isfinite(self._sample) & np.isfinite(arrived)
@@ -109,7 +109,7 @@ class Allreduce:
     wire float64, and so are the sums, in rank order. exchange: auto; flat: each rank with each; two-level: on each host
     first.
 
-    last: the Report of the last call that gave a sum. how: the exchange in words. A context manager.
+    how: the exchange in words. A context manager.
 
     Raises TypeError or ValueError, on all ranks alike, for a wrong size, wire or exchange, or where ranks differ in
     them; on this rank alone for what is no communicator.
@@ -126,7 +126,8 @@ class Allreduce:
             self._comm.Free()
             raise
         self.wire, self.how = self._exchange.wire, self._exchange.how
-        self.last: Report | None = None
+        self._noted: tuple[Any, ...] | None = None  # of the last call, for its report
+        self._calls = 0
         self._MPI, self._process, self._lock = mpi_of(comm), os.getpid(), threading.Lock()
         self._main_only = self._MPI.Query_thread() < self._MPI.THREAD_SERIALIZED
         self._ended = ""  # why there are no calls any more
@@ -153,6 +154,16 @@ class Allreduce:
     def mean(self, vector: Vectors) -> Vectors:
         """Replace the numbers by their mean over all ranks; all else as for sum."""
         return self._call(vector, MEAN)
+
+    @property
+    def last(self) -> Report | None:
+        """What the last call that gave a sum did; None before."""
+        if self._noted is None:
+            return None
+        headers, began, ended, busy, slept, sample, shapes = self._noted
+        waited = min(ended - began, max(float(headers["busy_seconds"].max()) - busy, slept))
+        bad = _not_finite(headers["bad_at"].tolist(), shapes or [(self.size,)])
+        return Report(self._exchange.bytes_sent, ended - began, waited, bad, sample, self.wire)
 
     def close(self) -> None:
         """Give back memory and communicator; all ranks must. Does nothing the second time.
@@ -199,10 +210,8 @@ class Allreduce:
             if arrays is not None:
                 self._scatter(arrays)
             self._returned = time.perf_counter()
-            waited = max(float(headers["busy_seconds"].max()) - busy, self._exchange.waited - asleep)
-            seconds = self._returned - began
-            bad = self._not_finite(headers["bad_at"].tolist(), [(self.size,)] if arrays is None else self._shapes)
-            self.last = Report(self._exchange.bytes_sent, seconds, min(waited, seconds), bad, sample, self.wire)
+            slept = self._exchange.waited - asleep
+            self._noted = headers, began, self._returned, busy, slept, sample, arrays and self._shapes
             return vectors
         finally:
             self._lock.release()
@@ -279,20 +288,22 @@ class Allreduce:
             start += size
 
     def _sample(self, vector: Array) -> Array:
-        step = self.size // (SAMPLE * BLOCK) * BLOCK  # from one block to the next
-        return vector[: SAMPLE * step].reshape(SAMPLE, step)[:, :BLOCK].ravel() if step else vector.copy()
+        self._calls += 1
+        start = self._calls * SAMPLE % -(-self.size // SAMPLE * SAMPLE)
+        return vector[start : start + SAMPLE].copy()
 
-    def _not_finite(self, bad_at: list[int], shapes: Sequence[tuple[int, ...]]) -> tuple[NotFinite, ...]:
-        """The entries of a report. bad_at: of each rank, -1 where all is finite."""
-        found = []
-        for rank, index in enumerate(bad_at):
-            number = 0
-            if index >= 0:
-                while index >= math.prod(shapes[number]):
-                    index -= math.prod(shapes[number])
-                    number += 1
-                found.append(NotFinite(rank, number, tuple(map(int, np.unravel_index(index, shapes[number])))))
-        return tuple(found)
+
+def _not_finite(bad_at: list[int], shapes: Sequence[tuple[int, ...]]) -> tuple[NotFinite, ...]:
+    """The entries of a report. bad_at: of each rank, -1 where all is finite; shapes: of the arrays."""
+    found = []
+    for rank, index in enumerate(bad_at):
+        number = 0
+        if index >= 0:
+            while index >= math.prod(shapes[number]):
+                index -= math.prod(shapes[number])
+                number += 1
+            found.append(NotFinite(rank, number, tuple(map(int, np.unravel_index(index, shapes[number])))))
+    return tuple(found)
 
 
 def is_void(headers: Headers) -> bool:

@@ -113,12 +113,18 @@ class Flat:
         self.transport = connect(comm, self.header_bytes + nbytes, nbytes, patient)
         self.how = f"flat, {self.transport.name}"
         self.bytes_sent = (comm.size - 1) * (self.header_bytes + 2 * nbytes)
+        H, transport = header.itemsize, self.transport
+        self.heads = [message[:H].view(header) for message in transport.outgoing]  # where this rank's header goes
+        self.bodies = [message[self.header_bytes :] for message in transport.outgoing]
+        starts = range(transport.first, transport.first + comm.size * transport.stride, transport.stride)
+        self.arrived = [transport.received[start:][:H] for start in starts]  # where the others' headers come
 
     @property
     def waited(self) -> float:
         return self.transport.waited
 
     def close(self) -> None:
+        self.heads, self.bodies, self.arrived = [], [], []  # what lies in memory that is no more must not be read
         self.transport.close()
 
     def sum(self, vector: Array, header: Headers, refused: Refusal | None = None) -> Headers:
@@ -127,25 +133,24 @@ class Flat:
 
     def exchange(self, vector: Array, header: Headers, is_own: bool, refused: Refusal | None = None) -> Headers:
         """The same. is_own: the vector is this rank's contribution alone, so bad_at tells of it."""
-        H, transport, wire = self.header_bytes, self.transport, self.wire
+        transport, wire = self.transport, self.wire
         own = vector[self.parts[self.rank]]
         finite = wire.first_bad(own) < 0
-        for owner, message in enumerate(transport.outgoing):
+        for owner, body in enumerate(self.bodies):
             if owner != self.rank:
-                finite &= wire.encode(vector[self.parts[owner]], message[H:])
+                finite &= wire.encode(vector[self.parts[owner]], body)
         if is_own:
             header["bad_at"] = -1 if finite else wire.first_bad(vector)
-        for message in transport.outgoing:
-            message[: self.header.itemsize].view(self.header)[...] = header
+        for head in self.heads:
+            head[...] = header
         transport.scatter()
 
-        received, first, stride = transport.received, transport.first, transport.stride
-        starts = range(first, first + self.size * stride, stride)
-        headers = np.concatenate([received[start:][: self.header.itemsize] for start in starts]).view(self.header)
+        headers = np.concatenate(self.arrived).view(self.header)
         if refused and refused(headers):
             transport.gather()  # until all have read the headers
             return headers
-        wire.sum_and_encode(own, self.rank, self.size, received, first + H, stride, transport.mine)
+        first = transport.first + self.header_bytes
+        wire.sum_and_encode(own, self.rank, self.size, transport.received, first, transport.stride, transport.mine)
         transport.gather()
 
         for part, message in zip(self.parts, transport.gathered, strict=True):
