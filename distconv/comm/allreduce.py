@@ -95,9 +95,9 @@ class Report:
         """
         arrived = self._wire.there_and_back(self._sample)
         finite = np.isfinite(self._sample) & np.isfinite(arrived)
-        x, lost = (np.where(finite, each, 0).astype(np.float64) for each in (self._sample, arrived - self._sample))
+        x, y = self._sample[finite].astype(np.float64), arrived[finite]
         norm = float(np.linalg.norm(x))
-        return float(np.linalg.norm(lost)) / norm if norm else 0.0
+        return float(np.linalg.norm(y - x)) / norm if norm else 0.0
 
 
 class Allreduce:
