@@ -32,9 +32,9 @@ MOST = 2**31 - 1  # numbers of an array, as the kernels count in 32 bits
 
 @functools.cache
 def source(name: str) -> str:
-    """A CUDA file of this package, with what all of them need before it."""
-    folder = Path(__file__).parent / "source"
-    return (folder / "arithmetic.cu").read_text() + (folder / f"{name}.cu").read_text()
+    """A CUDA file of this package, with what it needs before it."""
+    files = ("arithmetic", "factors", name) if name == "convolution" else ("arithmetic", name)
+    return "".join((Path(__file__).parent / "source" / f"{file}.cu").read_text() for file in files)
 
 
 @dataclass(frozen=True)
