@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import shutil
@@ -26,12 +25,12 @@ def rows(result) -> dict[str, dict[str, Any]]:  # type: ignore[no-untyped-def]
 
 
 @pytest.fixture(scope="module", autouse=True)
-def compiled_casts() -> None:
-    """The first exchange on a machine compiles for seconds, which is no doctor's fault on one that is shared."""
-    assert jobs.run(2, "-m", "distconv.doctor").returncode in (0, 1)
+def for_people() -> list[str]:
+    """What two ranks print; the first exchange on a machine compiles for seconds, which is no doctor's fault."""
+    return jobs.run(2, "-m", "distconv.doctor").stdout.splitlines()
 
 
-@pytest.mark.parametrize("ranks", [0, 1, 2, 4])
+@pytest.mark.parametrize("ranks", [0, 1, 3])
 def test_a_healthy_machine_is_ready(ranks: int) -> None:
     result = jobs.run(ranks, "-m", "distconv.doctor", "--json", seconds=SECONDS)
     found = rows(result)
@@ -42,9 +41,9 @@ def test_a_healthy_machine_is_ready(ranks: int) -> None:
     assert ("mpirun" in found) is (ranks == 0)
 
 
-def test_people_get_a_line_for_each_check_and_a_verdict() -> None:
-    lines = jobs.run(2, "-m", "distconv.doctor", seconds=SECONDS).stdout.splitlines()
-    assert lines[-1] == "ready" and all(line.startswith("ok ") for line in lines[:-1]) and len(lines) > 8
+def test_people_get_a_line_for_each_check_and_a_verdict(for_people: list[str]) -> None:
+    *lines, verdict = for_people
+    assert verdict == "ready" and all(line.startswith("ok ") for line in lines) and len(lines) > 7
 
 
 @pytest.mark.parametrize(
@@ -60,9 +59,10 @@ def test_another_numpy_on_one_rank_is_named(tmp_path: Path, source: str, named: 
     result = jobs.run(None, *jobs.pair(1, wrong, DOCTOR), seconds=SECONDS)
     assert result.returncode == 1 and "Traceback" not in result.stderr
     assert f"numpy {named} on rank 1 ({socket.gethostname()})" in result.stdout
-    assert result.stdout.splitlines()[-1] == "not ready: versions"
+    assert result.stdout.splitlines()[-1].startswith("not ready: versions")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("absent", [0, 1])
 def test_a_rank_that_never_starts_is_named(absent: int) -> None:
     result = jobs.run(None, *jobs.pair(absent, ["sleep", "60"], DOCTOR), seconds=SECONDS)
@@ -71,8 +71,8 @@ def test_a_rank_that_never_starts_is_named(absent: int) -> None:
     assert f"rank {absent} has not come, while rank {1 - absent} on {socket.gethostname()} wait" in line
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-@pytest.mark.parametrize("loaded", ["python", "llvmlite"])  # before MPI has started, and after it
+@pytest.mark.slow
+@pytest.mark.parametrize(("loaded", "rank"), [("python", 0), ("llvmlite", 1)])  # before MPI has started, and after it
 def test_a_rank_that_hangs_is_named_in_time(rank: int, loaded: str) -> None:
     job = jobs.Job(2, ["-m", "distconv.doctor"])
     jobs.wait_until(lambda: len(job.ranks()) == 2, job)
@@ -91,10 +91,12 @@ needs_mounts = pytest.mark.skipif(
 )
 
 
+@pytest.mark.slow
 @needs_mounts
 @pytest.mark.skipif(jobs.OPEN_MPI, reason="Open MPI goes on without /dev/shm")
-@pytest.mark.parametrize(("left", "ranks"), [(0, 2), (16, 2), (30, 4), (13, 1)])  # MiB
-@pytest.mark.parametrize("command", ["doctor", "train"])
+@pytest.mark.parametrize(
+    ("command", "left", "ranks"), [("doctor", 0, 2), ("train", 16, 2), ("train", 30, 4), ("train", 13, 1)]
+)  # MiB
 def test_too_small_a_shared_memory_is_one_sentence(tmp_path: Path, command: str, left: int, ranks: int) -> None:
     filled = f"head -c {64 - left}M /dev/zero > /dev/shm/left-by-a-dead-job"
     script = f'mount -t tmpfs -o size=64m tmpfs /dev/shm && {filled} && exec "$@"'
@@ -119,6 +121,7 @@ os.execv(sys.argv[1], sys.argv[1:])
 """
 
 
+@pytest.mark.slow
 def test_refused_reading_between_ranks_is_named_and_survived(tmp_path: Path) -> None:
     def run(*command: str):  # type: ignore[no-untyped-def]
         """As docker does it by default: the call that MPICH's CMA needs fails."""
@@ -133,13 +136,7 @@ def test_refused_reading_between_ranks_is_named_and_survived(tmp_path: Path) -> 
     assert result.returncode == 0, result.stderr
 
 
-def test_a_process_may_read_itself_here() -> None:
-    from distconv.comm.start import reading_is_refused
-
-    assert not reading_is_refused()  # so the filter above is what is seen there
-    assert ctypes.sizeof(ctypes.c_size_t) == 8
-
-
+@pytest.mark.slow
 @needs_a_box
 def test_two_hosts_are_compared_and_a_silent_one_is_named() -> None:
     result = run_box("--", jobs.MPIRUN, "-n", 2, *DOCTOR, "--json")

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import gzip
 import json
-import shutil
-import struct
 import sys
-import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from distconv.run.checkpoint import find_checkpoints, load_checkpoint
+from distconv.run.checkpoint import find_checkpoints
 from tests import jobs
+from tests.files import NAMES, small_set, write_set
 
 QUICK = ("--data", "digits", "--limit-train", "150", "--batch-size", "32", "--eval-samples", "40", "--epochs", "2")
 
@@ -58,23 +56,18 @@ def test_an_exception_that_cannot_be_printed_is_told_too(tmp_path: Path) -> None
     assert "rank 1 of 3 failed and ends the job: Odd: its text cannot be had" in result.stderr
 
 
-def test_a_job_ends_within_five_seconds_of_a_failure(tmp_path: Path) -> None:
-    failed_at = tmp_path / "failed-at"
-    result = fail_on(1, f"import pathlib; pathlib.Path({str(failed_at)!r}).touch(); raise ValueError", tmp_path)
-    assert result.returncode != 0
-    assert time.time() - failed_at.stat().st_mtime < 5  # a promise to users, with much room: it takes 0.2 s
-
-
-@pytest.mark.parametrize("what", ["sys.exit(0)", "sys.exit(7)", "os._exit(3)", "os.kill(os.getpid(), 11)"])
+@pytest.mark.parametrize("what", ["sys.exit(0)", "os.kill(os.getpid(), 11)"])
 def test_a_rank_that_leaves_alone_fails_the_job(tmp_path: Path, what: str) -> None:
     result = fail_on(1, what, tmp_path)
     assert result.returncode != 0
     assert not (tmp_path / "run" / "DONE").exists()
 
 
-@pytest.mark.parametrize("what", ["os._exit(0)", "os._exit(3)"])
-def test_the_others_end_the_job_where_the_launcher_does_not_see_that_one_is_gone(tmp_path: Path, what: str) -> None:
-    result = fail_on(1, what, tmp_path, flags=("-disable-auto-cleanup",))  # what MPICH's does now and then by itself
+@pytest.mark.slow
+def test_the_others_end_the_job_where_the_launcher_does_not_see_that_one_is_gone(tmp_path: Path) -> None:
+    result = fail_on(
+        1, "os._exit(0)", tmp_path, flags=("-disable-auto-cleanup",)
+    )  # what MPICH's does now and then by itself
     assert result.returncode != 0
     assert result.stderr.count("distconv: rank 1 of 3 ended without a word, and so ends the job") == 1
     assert not (tmp_path / "run" / "DONE").exists()
@@ -90,48 +83,10 @@ with start() as world:
 """
 
 
+@pytest.mark.slow
 def test_a_rank_that_is_lost_at_the_very_end_is_missed_too() -> None:
     result = jobs.run(3, "-c", LEAVING, flags=("-disable-auto-cleanup",))
     assert result.returncode != 0 and "rank 1 of 3 ended without a word" in result.stderr
-
-
-def test_a_mistake_of_a_users_module_keeps_its_traceback(tmp_path: Path) -> None:
-    (tmp_path / "wrong.py").write_text("import no_such_module_of_mine\n")
-    result = jobs.run(
-        2,
-        "-m",
-        "distconv.train",
-        *QUICK,
-        "--model",
-        "wrong:network",
-        "--out",
-        tmp_path / "run",
-        PYTHONPATH=str(tmp_path),
-    )
-    assert result.returncode != 0 and "no_such_module_of_mine" in result.stderr
-
-
-def idx_folder(folder: Path, **changed: bytes) -> Path:
-    """Four small valid IDX files, but for the ones that are changed (train_images=..., and so on)."""
-    folder.mkdir()
-    images = struct.pack(">4I", 0x803, 20, 28, 28) + bytes(20 * 28 * 28)
-    labels = struct.pack(">2I", 0x801, 20) + bytes(i % 10 for i in range(20))
-    for part, prefix in (("train", "train"), ("test", "t10k")):
-        (folder / f"{prefix}-images-idx3-ubyte").write_bytes(changed.get(f"{part}_images", images))
-        (folder / f"{prefix}-labels-idx1-ubyte").write_bytes(changed.get(f"{part}_labels", labels))
-    return folder
-
-
-LABELS_9 = struct.pack(">2I", 0x801, 19) + bytes(19)
-BAD_DATA = {
-    "truncated": {"train_images": struct.pack(">4I", 0x803, 20, 28, 28) + bytes(100)},
-    "wrong magic": {"test_labels": b"\x00\x00\x0d\x01" + bytes(24)},
-    "swapped": {"train_images": struct.pack(">2I", 0x801, 20) + bytes(20)},
-    "label out of range": {"train_labels": struct.pack(">2I", 0x801, 20) + bytes([11] * 20)},
-    "counts differ": {"test_labels": LABELS_9},
-    "empty file": {"test_images": b""},
-    "damaged gzip": {"train_labels": gzip.compress(bytes(100))[:-9]},
-}
 
 
 def assert_one_sentence(result, code: int, *parts: str) -> None:  # type: ignore[no-untyped-def]
@@ -142,9 +97,8 @@ def assert_one_sentence(result, code: int, *parts: str) -> None:  # type: ignore
         assert part in lines[0]
 
 
-@pytest.mark.parametrize("case", BAD_DATA)
-def test_bad_data_is_exit_code_65_and_one_sentence(tmp_path: Path, case: str) -> None:
-    folder = idx_folder(tmp_path / "data", **BAD_DATA[case])
+def test_bad_data_is_exit_code_65_and_one_sentence(tmp_path: Path) -> None:
+    folder = write_set(tmp_path / "data", {**small_set(), NAMES[3]: np.zeros(3, np.uint8)})  # counts differ
     result = jobs.run(2, "-m", "distconv.train", "--data", folder, "--out", tmp_path / "run")
     assert_one_sentence(result, 65, str(folder))
     assert not (tmp_path / "run").exists()
@@ -154,17 +108,11 @@ def test_bad_data_is_exit_code_65_and_one_sentence(tmp_path: Path, case: str) ->
     ("arguments", "code", "parts"),
     [
         (["--bach-size", "3"], 2, ["--bach-size", "did you mean --batch-size?"]),
-        (["--batch-size", "0"], 2, ["--batch-size 0", "from 1"]),
         (["--batch-size", "2"], 2, ["--batch-size 2 with 3 ranks"]),
-        (["--lr", "nan"], 2, ["--lr nan", "finite number above 0"]),
-        (["--lr", "fast"], 2, ["--lr", "'fast'"]),
         (["--device", "cuda"], 2, ["--device cuda"]),
         (["--model", "nothing.here:at_all"], 2, ["there is no module nothing"]),
         (["--data", "/there/is/none"], 66, ["/there/is/none"]),
         (["--resume", "/there/is/none"], 66, ["/there/is/none"]),
-        (["--out", "/proc/nothing"], 73, ["/proc/nothing"]),
-        (["--out", "a" * 300], 73, ["aaa"]),
-        (["--resume", "a" * 300], 66, ["aaa"]),
         (["--out", "/proc/nothing", "--data", "/there/is/none"], 73, ["/proc/nothing"]),  # before anything takes long
         (["--data", "mnist"], 66, ["DISTCONV_OFFLINE", "DISTCONV_DATA_DIR"]),
     ],
@@ -185,14 +133,10 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-@pytest.mark.parametrize(
-    ("change", "named"),
-    [(["--model", "simpleconvnet"], "model"), (["--batch-size", "16"], "batch_size"), (["--seed", "3"], "seed")],
-)
-def test_a_checkpoint_of_another_run_is_refused_and_kept(finished: Path, change: list[str], named: str) -> None:
+def test_a_checkpoint_of_another_run_is_refused_and_kept(finished: Path) -> None:
     before = {path: path.read_bytes() for path in find_checkpoints(finished / "checkpoints")}
     config = (finished / "config.toml").read_text()
-    assert_one_sentence(jobs.run(2, "-m", "distconv.train", *QUICK, *change, "--out", finished), 78, named)
+    assert_one_sentence(jobs.run(2, "-m", "distconv.train", *QUICK, "--seed", "3", "--out", finished), 78, "seed")
     assert {path: path.read_bytes() for path in find_checkpoints(finished / "checkpoints")} == before
     assert (finished / "config.toml").read_text() == config and (finished / "DONE").exists()
 
@@ -200,19 +144,6 @@ def test_a_checkpoint_of_another_run_is_refused_and_kept(finished: Path, change:
 def test_a_folder_with_a_run_is_not_overwritten(finished: Path) -> None:
     result = jobs.run(2, "-m", "distconv.train", *QUICK, "--resume", "never", "--out", finished)
     assert_one_sentence(result, 73, "holds a run already")
-
-
-def test_a_torn_newest_checkpoint_is_passed_over_and_said(finished: Path, tmp_path: Path) -> None:
-    out = tmp_path / "run"
-    shutil.copytree(finished, out)
-    newest = find_checkpoints(out / "checkpoints")[0]
-    newest.write_bytes(newest.read_bytes()[:-100])
-    result = jobs.run(2, "-m", "distconv.train", *QUICK, "--out", out)
-    assert result.returncode == 0 and f"passed over: {newest}" in result.stdout
-    assert (
-        load_checkpoint(newest).tensors.keys()
-        == load_checkpoint(find_checkpoints(finished / "checkpoints")[0]).tensors.keys()
-    )
 
 
 def test_ranks_with_different_flags_are_told_so(tmp_path: Path) -> None:
@@ -262,12 +193,7 @@ def test_one_rank_that_fails_ends_the_others_even_where_nobody_can_hear_of_it(tm
     assert jobs.run(None, *command, seconds=20, PYTHONPATH=str(tmp_path), FAILING_RANK="1").returncode == 1
 
 
-def test_a_run_needs_no_standard_error(tmp_path: Path) -> None:
-    train = [sys.executable, "-m", "distconv.train", *QUICK, "--out", tmp_path / "run"]
-    assert jobs.run(None, "bash", "-c", 'exec "$@" 2>&-', "bash", *train).returncode == 0
-    assert (tmp_path / "run" / "DONE").exists()
-
-
+@pytest.mark.slow
 def test_two_runs_of_the_same_second_have_a_folder_each(tmp_path: Path) -> None:
     train = [sys.executable, "-m", "distconv.train", *QUICK]
     script = 'cd "$1"; shift; "$@" --seed 1 & "$@" --seed 2; wait'
@@ -295,12 +221,12 @@ shared_memory.share(world.comm, 64)
 """
 
 
+@pytest.mark.slow
 def test_ranks_that_have_their_shared_memory_do_not_leave_before_the_last_one_has_it() -> None:
     assert jobs.run(8, "-c", LATE, seconds=40).returncode == 0  # MPICH hung, with 8 ranks always, with 4 mostly
 
 
-@pytest.mark.parametrize("rank", [0, 2])
-@pytest.mark.parametrize("ranks", [3, 4])
+@pytest.mark.parametrize(("ranks", "rank"), [(3, 0), pytest.param(4, 2, marks=pytest.mark.slow)])
 def test_the_exit_code_is_that_of_the_rank_that_fails_alone(tmp_path: Path, ranks: int, rank: int) -> None:
     what = "from distconv.errors import StorageError; raise StorageError('the disk is full')"
     result = fail_on(rank, what, tmp_path, ranks)

@@ -47,7 +47,7 @@ def report(out: Path, rank: int) -> str:
     return text
 
 
-@pytest.mark.parametrize(("ranks", "rank"), [(2, 0), (2, 1), (3, 1)])
+@pytest.mark.parametrize(("ranks", "rank"), [pytest.param(2, 0, marks=pytest.mark.slow), (3, 1)])
 def test_a_stopped_rank_is_named_and_ends_the_job(tmp_path: Path, ranks: int, rank: int) -> None:
     out = tmp_path / "run"
     job = jobs.Job(ranks, (*ENDLESS, "--out", out))
@@ -60,6 +60,7 @@ def test_a_stopped_rank_is_named_and_ends_the_job(tmp_path: Path, ranks: int, ra
         assert "loop.py" in report(out, every)
 
 
+@pytest.mark.slow
 def test_a_request_to_stop_does_not_keep_a_hung_job(tmp_path: Path) -> None:
     out = tmp_path / "run"
     job = jobs.Job(2, (*ENDLESS, "--out", out))
@@ -69,6 +70,7 @@ def test_a_request_to_stop_does_not_keep_a_hung_job(tmp_path: Path) -> None:
     assert job.finish(SECONDS).returncode == 76
 
 
+@pytest.mark.slow
 def test_a_job_that_is_stopped_as_a_whole_goes_on(tmp_path: Path) -> None:
     out = tmp_path / "run"
     job = jobs.Job(2, (*ENDLESS, "--hang-seconds", "2", "--out", out))
@@ -105,11 +107,11 @@ def network(classes): return Blocking(deepconvnet(classes))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("how", "told"),
     [
         ("from mpi4py import MPI; MPI.COMM_WORLD.Barrier()", "did not come on"),
-        ("time.sleep(1000)", "did not come on"),
         ("ctypes.PyDLL(None).sleep(1000)", "gave no sign of life"),  # no other thread of Python can run
     ],
 )
@@ -125,6 +127,7 @@ def test_a_layer_that_blocks_one_rank_ends_the_job(tmp_path: Path, how: str, tol
     assert "blocking.py" in report(out, 1) and "blocking.py" not in report(out, 0)
 
 
+@pytest.mark.slow
 def test_a_rank_that_is_alone_and_blocks_ends_too(tmp_path: Path) -> None:
     (tmp_path / "blocking.py").write_text(BLOCKING.format(how="time.sleep(1000)"))
     arguments = (*ENDLESS, "--model", "blocking:network", "--out", tmp_path / "run")
@@ -132,6 +135,7 @@ def test_a_rank_that_is_alone_and_blocks_ends_too(tmp_path: Path) -> None:
     assert result.returncode == 76 and "rank 0 of 1 on " in result.stderr
 
 
+@pytest.mark.slow
 @needs_a_box
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_stopped_rank_of_another_host_ends_the_job(tmp_path: Path, rank: int) -> None:
@@ -144,6 +148,7 @@ def test_a_stopped_rank_of_another_host_ends_the_job(tmp_path: Path, rank: int) 
     assert f"rank {rank} of 2 on h{rank} (" in result.stderr and "gave no sign of life" in result.stderr
 
 
+@pytest.mark.slow
 @needs_a_box
 @pytest.mark.skipif(jobs.OPEN_MPI, reason="its mpirun waits for the daemon of the lost host; the ranks end")
 def test_a_host_that_vanishes_ends_the_job(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from tests import jobs
 from tests.slurm import Slurm, edit, events, slurm, why_there_can_be_no_slurm
 
 REASON = why_there_can_be_no_slurm()
-pytestmark = pytest.mark.skipif(bool(REASON), reason=REASON)
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(REASON), reason=REASON)]
 
 SCRIPT = jobs.ROOT / "launch" / "slurm.sbatch"
 OPEN_MPI = any(found.name == "openmpi" for found in importlib.metadata.distributions())

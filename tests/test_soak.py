@@ -9,6 +9,7 @@ import pytest
 from tests.soak import soak
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_twenty_kills_at_random_moments_change_nothing(tmp_path: Path) -> None:
     killed = soak(kills=20, seed=0, folder=tmp_path)

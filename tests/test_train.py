@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import signal
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -86,34 +85,23 @@ def test_the_curves_are_a_picture(whole: Path) -> None:
     assert picture.shape[:2] == (400, 1000) and picture.std() > 0.05
 
 
-def test_the_same_seed_gives_the_same_metrics_and_another_seed_others(whole: Path, tmp_path: Path) -> None:
-    for seed in ("0", "1"):
-        assert train(2, *QUICK, "--epochs", "3", "--seed", seed, "--out", tmp_path / seed).returncode == 0
-    assert metrics(tmp_path / "0") == metrics(whole)
-    assert metrics(tmp_path / "1", "step") != metrics(whole, "step")
-
-
-def test_config_toml_repeats_the_run(whole: Path, tmp_path: Path) -> None:
-    assert train(2, "--config", whole / "config.toml", "--out", tmp_path / "again").returncode == 0
+def test_config_toml_repeats_the_run_and_another_seed_makes_another(whole: Path, tmp_path: Path) -> None:
+    again = ("--config", whole / "config.toml", "--out")
+    assert train(2, *again, tmp_path / "again").returncode == 0
     assert metrics(tmp_path / "again") == metrics(whole)
+    assert train(2, *again, tmp_path / "other", "--seed", "1", "--epochs", "1").returncode == 0
+    assert metrics(tmp_path / "other", "step") != metrics(whole, "step")[:5]
 
 
-def test_a_finished_run_that_is_started_again_changes_nothing(whole: Path) -> None:
-    before, bits = metrics(whole, "step"), parameters(whole)
-    assert train(2, *QUICK, "--epochs", "3", "--out", whole).returncode == 0
-    assert metrics(whole, "step") == before and parameters(whole) == bits
-    assert len(metrics(whole, "final")) == 1
-
-
-def test_one_rank_and_four_ranks_see_the_same_losses_over_fifty_steps(tmp_path: Path) -> None:
-    settings = ("--data", "digits", "--limit-train", "200", "--batch-size", "22", "--epochs", "5", "--wire", "float64")
+def test_one_rank_and_four_ranks_see_the_same_losses(tmp_path: Path) -> None:
+    settings = ("--data", "digits", "--limit-train", "200", "--batch-size", "22", "--epochs", "2", "--wire", "float64")
     losses = []
     for ranks in (1, 4):
         out = tmp_path / str(ranks)
         # Two threads would wait for each other's turn on a busy machine, in float64 for a minute.
         assert train(ranks, *settings, "--out", out, OMP_NUM_THREADS="1").returncode == 0
         losses.append([record["train_loss"] for record in metrics(out, "step")])
-    assert len(losses[0]) == 50
+    assert len(losses[0]) == 20
     assert max(abs(one - four) for one, four in zip(*losses, strict=True)) < 1e-5
 
 
@@ -125,7 +113,7 @@ def interrupt(job: jobs.Job, out: Path, step: int, number: signal.Signals, every
 
 
 @pytest.mark.parametrize(
-    ("number", "everyone"), [(signal.SIGUSR1, True), (signal.SIGUSR1, False), (signal.SIGTERM, False)]
+    ("number", "everyone"), [pytest.param(signal.SIGUSR1, True, marks=pytest.mark.slow), (signal.SIGTERM, False)]
 )
 def test_a_signal_stops_all_ranks_with_a_checkpoint_and_the_run_goes_on_bit_for_bit(
     whole: Path, tmp_path: Path, number: signal.Signals, everyone: bool
@@ -146,6 +134,7 @@ def test_a_signal_stops_all_ranks_with_a_checkpoint_and_the_run_goes_on_bit_for_
     assert metrics(out, "epoch") == metrics(whole, "epoch")
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_from_its_last_checkpoint_bit_for_bit(whole: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     arguments = ("-m", "distconv.train", *QUICK, "--epochs", "3", "--checkpoint-seconds", "0", "--out", out)
@@ -162,9 +151,9 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint_bit_for_bit(whole: Path, 
 def test_a_run_may_go_on_with_another_number_of_ranks(whole: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     assert train(3, *QUICK, "--epochs", "1", "--out", out).returncode == 0
-    more = train(1, *QUICK, "--epochs", "3", "--out", out)
-    assert more.returncode == 0 and "epochs is now 3, was 1" in more.stdout
-    for ours, undisturbed in zip(metrics(out, "epoch"), metrics(whole, "epoch"), strict=True):
+    more = train(1, *QUICK, "--epochs", "2", "--out", out)
+    assert more.returncode == 0 and "epochs is now 2, was 1" in more.stdout
+    for ours, undisturbed in zip(metrics(out, "epoch"), metrics(whole, "epoch")[:2], strict=True):
         assert ours["train_loss"] == pytest.approx(undisturbed["train_loss"], rel=0.01)
 
 
@@ -211,17 +200,7 @@ def test_print_config_prints_a_file_that_config_reads(tmp_path: Path) -> None:
     assert again.stdout == printed.stdout and "epochs = 7\n" in again.stdout
 
 
-def test_output_that_nobody_reads_does_not_end_the_run(tmp_path: Path) -> None:
-    out = tmp_path / "run"
-    command = [sys.executable, "-m", "distconv.train", *QUICK, "--epochs", "1", "--out", str(out)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=jobs.ROOT, env=jobs.ENVIRONMENT) as process:
-        assert process.stdout is not None
-        process.stdout.close()  # as `| head` does
-        assert process.wait(60) == 0
-    assert (out / "DONE").exists()
-
-
-@pytest.mark.parametrize("odd", ["settings", "backend"])
+@pytest.mark.parametrize("odd", [pytest.param("settings", marks=pytest.mark.slow), "backend"])
 def test_a_picture_that_cannot_be_drawn_does_not_fail_the_run(tmp_path: Path, odd: str) -> None:
     (tmp_path / "matplotlibrc").write_text("text.usetex: True\n")  # needs LaTeX
     environment = {"MATPLOTLIBRC": str(tmp_path)} if odd == "settings" else {"MPLBACKEND": "garbage"}
@@ -260,7 +239,7 @@ def network(classes): return Flipping(deepconvnet(classes))
 """
 
 
-@pytest.mark.parametrize("flip", ["0 m 7 99 3", "1 v 3 123551 30", "0 value -15 5000 22"])
+@pytest.mark.parametrize("flip", ["1 v 3 123551 30", pytest.param("0 value -15 5000 22", marks=pytest.mark.slow)])
 def test_after_a_flipped_bit_the_same_command_ends_as_the_undisturbed_run(
     whole: Path, tmp_path: Path, flip: str
 ) -> None:
@@ -274,6 +253,7 @@ def test_after_a_flipped_bit_the_same_command_ends_as_the_undisturbed_run(
     assert parameters(out) == parameters(whole)
 
 
+@pytest.mark.slow
 def test_a_diverged_run_goes_on_from_its_last_good_checkpoint(tmp_path: Path) -> None:
     out = tmp_path / "run"
     often = (*QUICK, "--checkpoint-seconds", "0", "--out", out)
