@@ -41,8 +41,14 @@ def one_line(stderr: str) -> str:
     return lines[0]
 
 
-@pytest.mark.parametrize("bad", [0, 1])
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    ("way", "bad"),
+    [
+        pytest.param(way, bad, marks=() if bad == number % 2 else pytest.mark.slow)
+        for number, way in enumerate(WAYS)
+        for bad in (0, 1)
+    ],
+)
 def test_a_rank_that_fails_early_is_named_with_its_reason(tmp_path: Path, way: str, bad: int) -> None:
     wrong, arguments, code, reason = WAYS[way]
     environment = [
@@ -57,6 +63,7 @@ def test_a_rank_that_fails_early_is_named_with_its_reason(tmp_path: Path, way: s
         assert f"on {socket.gethostname()}: " in line and "Traceback" not in result.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(jobs.OPEN_MPI, reason="its mpirun says so itself, but hangs if rank 0 ends in the wrong moment")
 @pytest.mark.parametrize("bad", [0, 1])
 def test_a_rank_that_never_was_python_is_missed(bad: int) -> None:

@@ -50,6 +50,7 @@ def test_two_signals_of_one_request_leave_a_checkpoint_and_code_75(tmp_path: Pat
     assert len(find_checkpoints(out / "checkpoints")) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", STOPS)
 def test_a_stop_during_the_first_compilation_acts_within_five_seconds(tmp_path: Path, number: signal.Signals) -> None:
     out = tmp_path / "run"
@@ -64,6 +65,7 @@ def test_a_stop_during_the_first_compilation_acts_within_five_seconds(tmp_path: 
     assert not (out / "DONE").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     jobs.OPEN_MPI, reason="its mpirun ends the job by itself, or hangs, if a rank ends before another starts"
 )
@@ -86,6 +88,7 @@ def maps(process: int) -> str:
     return path.read_text() if path.exists() else ""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", STOPS)
 def test_a_signal_that_is_repeated_until_the_end_changes_nothing(tmp_path: Path, number: signal.Signals) -> None:
     job = training(tmp_path / "run")
