@@ -76,11 +76,11 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
     **{f"a bit at {place:.3f}": lambda path, place=place: flipped(path, place) for place in (0.0, 0.001, 0.999)},
     **{
         f"a bit at {place:.3f}": lambda path, place=place: flipped(path, place)
-        for place in (random.Random(seed).random() for seed in range(16))
+        for place in (random.Random(seed).random() for seed in range(4))
     },
     **{
         f"cut to {share}": lambda path, share=share: os.truncate(path, int(share * path.stat().st_size))
-        for share in (0, 0.001, 0.5, 0.999)
+        for share in (0, 0.5)
     },
     "longer": lambda path: path.write_bytes(path.read_bytes() + b"\0"),
     "another file": lambda path: path.write_bytes(b"not a kernel at all"),
@@ -142,11 +142,8 @@ def lines(cache: Path, before: str = "", **environment: str) -> list[str]:
     return result.stdout.splitlines()
 
 
-@pytest.mark.parametrize("size", ["4k", "64k"])  # room for nothing, room for one
-def test_on_a_full_disk_kernels_are_compiled_and_the_line_says_that_they_are_not_kept(
-    tmp_path: Path, size: str
-) -> None:
-    (line, hits) = lines(tmp_path, f"mount -t tmpfs -o size={size} tmpfs {tmp_path}")
+def test_on_a_full_disk_kernels_are_compiled_and_the_line_says_that_they_are_not_kept(tmp_path: Path) -> None:
+    line, hits = lines(tmp_path, f"mount -t tmpfs -o size=4k tmpfs {tmp_path}")
     assert "compiling the kernels" in line and "at every start" in line and "No space left on device" in line
     assert str(tmp_path) in line and "NUMBA_CACHE_DIR" in line and hits == "hits 0"
 
@@ -159,6 +156,7 @@ def test_a_cache_that_can_only_be_read_is_read(tmp_path: Path) -> None:
     assert lines(tmp_path, read_only) == ["hits 1"]
 
 
+@pytest.mark.slow
 def test_a_damaged_kernel_that_cannot_be_replaced_is_told(tmp_path: Path) -> None:
     lines(tmp_path)
     (path,) = tmp_path.rglob("*.nbc")
@@ -168,12 +166,12 @@ def test_a_damaged_kernel_that_cannot_be_replaced_is_told(tmp_path: Path) -> Non
     assert "is damaged" in damaged and "Read-only file system" in unkept and hits == "hits 0"
 
 
-@pytest.mark.parametrize("folder", ["/proc/none", "/dev/null"])
-def test_without_a_folder_for_them_kernels_are_compiled_at_every_start(folder: str) -> None:
-    line, hits = lines(Path(folder))
-    assert "at every start" in line and folder in line and hits == "hits 0"
+def test_without_a_folder_for_them_kernels_are_compiled_at_every_start() -> None:
+    line, hits = lines(Path("/proc/none"))
+    assert "at every start" in line and "/proc/none" in line and hits == "hits 0"
 
 
+@pytest.mark.slow
 def test_another_processor_is_told_that_it_compiles(tmp_path: Path) -> None:
     assert len(lines(tmp_path)) == 2 and len(lines(tmp_path)) == 1
     other = {"NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": ""}

@@ -188,15 +188,6 @@ def test_damaged_ones_never_push_out_the_good_one(tmp_path: Path) -> None:
         assert_holds(newest_good(tmp_path)[0], step)
 
 
-def test_damaged_ones_of_later_steps_leave_a_new_one_its_place(tmp_path: Path) -> None:
-    for step in (20, 30, 40):
-        (tmp_path / f"step-{step:010d}.safetensors").write_bytes(b"torn")
-    for step in range(11, 16):
-        write(tmp_path, step)
-        assert_holds(newest_good(tmp_path)[0], step)
-    assert len(find_checkpoints(tmp_path)) == 3 + files.KEEP
-
-
 def test_bad_ones_alone_are_an_error_that_names_them_all(tmp_path: Path) -> None:
     paths = [write(tmp_path, step) for step in (1, 2)]
     for path in paths:
@@ -262,10 +253,7 @@ def test_another_models_checkpoint_is_refused_by_the_name_of_an_array(tmp_path: 
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [
-        *(("batch_size", 50), ("seed", 1), ("model", "simpleconvnet"), ("optimizer", "sgd")),
-        *(("limit_train", 9), ("validation", 9)),
-    ],
+    [("batch_size", 50), ("model", "simpleconvnet"), ("task", "mine:task"), ("validation", 9)],
 )
 def test_a_setting_that_makes_it_another_run_is_refused(tmp_path: Path, name: str, value: Any) -> None:
     checkpoint = load_checkpoint(write(tmp_path, 1))
@@ -276,7 +264,7 @@ def test_a_setting_that_makes_it_another_run_is_refused(tmp_path: Path, name: st
         check_same_run(checkpoint, CONFIG, "e" * 64)
 
 
-@pytest.mark.parametrize(("name", "value"), [("lr", 0.5), ("wire", "float32"), ("epochs", 30), ("eval_samples", 7)])
+@pytest.mark.parametrize(("name", "value"), [("lr", 0.5), ("wire", "float32"), ("epochs", 30)])
 def test_a_setting_that_may_change_is_reported_in_a_line(tmp_path: Path, name: str, value: Any) -> None:
     checkpoint = load_checkpoint(write(tmp_path, 1))
     assert check_same_run(checkpoint, CONFIG, DATA["digest"]) == []

@@ -98,11 +98,6 @@ def test_a_fault_is_seen_and_named_with_advice(check: Check, ranks: list[Facts],
     assert finding.status == status and named in finding.found and finding.advice
 
 
-def test_many_odd_ranks_are_told_in_a_line() -> None:
-    ranks = [{**HEALTHY, "rank": rank, "host": f"h{rank}", "name_resolves": False} for rank in range(1000)]
-    assert checks.host_names(ranks).found.endswith("rank 3 on h3 and 996 more")
-
-
 def test_the_odd_rank_is_the_one_in_the_minority() -> None:
     ranks = four_ranks()
     ranks[0]["numpy"] = "1.0"

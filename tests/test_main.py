@@ -10,13 +10,8 @@ import pytest
 from distconv import __version__
 from distconv.__main__ import COMMANDS
 from tests import jobs
-from tests.test_house import COMMANDS as MODULES
 
 CONSOLE = str(Path(sys.executable).parent / "distconv")
-
-
-def test_every_command_of_the_package_has_its_place() -> None:
-    assert set(COMMANDS) == {*MODULES, "data"} - {"__main__"}
 
 
 @pytest.mark.parametrize("start", [[CONSOLE], [sys.executable, "-m", "distconv"]], ids=["console", "module"])

@@ -53,6 +53,7 @@ def peaks(tmp_path: Path):  # type: ignore[no-untyped-def]
     return of
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="only Linux tells the peak of a process")
 def test_a_run_a_resumed_one_and_an_evaluation_hold_no_copies_of_a_large_model(peaks, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]

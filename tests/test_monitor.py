@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from distconv.monitor import watch
-from distconv.monitor.judge import LEAST, PATIENCE, TIMES, Judge, Stillness, behind, read
-from distconv.monitor.whereabouts import HEAD, PLACES, Entry
+from distconv.monitor.judge import LEAST, PATIENCE, TIMES, Judge, behind
+from distconv.monitor.whereabouts import PLACES, Entry
 
 LOOK = 0.5
 HOSTS = ("a", "a", "b")
@@ -31,12 +31,6 @@ def looks(
         if sentence := judge.judge(*scene(n), LOOK):
             return n * LOOK, sentence
     return seconds, ""
-
-
-def test_time_counts_from_the_last_change() -> None:
-    still = Stillness()
-    assert [still.look("a", number, 0.5) for number in (1, 1, 1, 2, 2)] == [0, 0.5, 1.0, 0, 0.5]
-    assert still.look("b", 1, 9.0) == 0
 
 
 @pytest.mark.parametrize(
@@ -118,13 +112,6 @@ def test_a_download_may_take_its_time() -> None:
     assert standing(judge, "download", 0, 3 * PATIENCE)[1] == ""
 
 
-def test_a_slow_disk_is_waited_for_as_long_as_was_asked_for() -> None:
-    judge = Judge(0, HOSTS)
-    judge.moves_limit = 5.0
-    after, sentence = standing(judge, "save", 0, 60)
-    assert 5 <= after <= 8 and "(save, step 8) did not come on" in sentence
-
-
 def test_slow_steps_make_the_limit_longer() -> None:
     judge, step = Judge(0, HOSTS), 40.0
     judge.moves_limit = 0.0
@@ -137,14 +124,6 @@ def test_slow_steps_make_the_limit_longer() -> None:
 
 def test_nobody_is_told_of_while_nothing_was_demanded() -> None:
     assert standing(Judge(0, HOSTS), "start", 0, 5 * PATIENCE)[1] == ""
-
-
-def test_a_message_is_read_as_it_was_written_and_its_padding_is_none() -> None:
-    near = entries("compute", "save")
-    message = (76).to_bytes(HEAD, sys.byteorder) + b"".join(map(bytes, near)) + 2 * bytes(len(bytes(near[0])))
-    ending, found = read(message)
-    assert ending == 76 and [bytes(entry) for entry in found] == [bytes(entry) for entry in near]
-    assert read(b"") == (0, [])
 
 
 class Table:
@@ -203,12 +182,3 @@ def test_who_has_said_that_it_leaves_is_not_missed(monkeypatch: pytest.MonkeyPat
     processes[1].communicate()
     processes[2].kill()
     assert told.get(timeout=20) == ([12], [10, 11])
-
-
-def test_after_stop_nothing_is_told(monkeypatch: pytest.MonkeyPatch, processes) -> None:  # type: ignore[no-untyped-def]
-    monkeypatch.setattr(watch, "GRACE", 0)
-    told: Queue[Any] = Queue()
-    watching = watcher(processes, told)
-    watching.stop()
-    processes[0].communicate()
-    assert not watching.thread.is_alive() and told.empty()

@@ -6,6 +6,8 @@ import json
 import sys
 from pathlib import Path
 
+import pytest
+
 from distconv.run.log import read_metrics
 from tests.jobs import MPIRUN
 from tests.test_box import needs_a_box, run_box
@@ -37,6 +39,7 @@ def test_float16_halves_the_bytes_at_the_interfaces(tmp_path: Path) -> None:
     assert sent["float16"] <= 0.52 * sent["float32"]
 
 
+@pytest.mark.slow
 @needs_a_box
 def test_hosts_with_two_ranks_each_train_in_two_levels(tmp_path: Path) -> None:
     out = tmp_path / "run"

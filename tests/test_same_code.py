@@ -38,6 +38,7 @@ def two_folders(folder: Path, fill: Callable[[Path], Any]) -> tuple[Path, Path]:
     return folder / "first", folder / "second"
 
 
+@pytest.mark.slow
 def test_a_rank_with_another_distconv_of_the_same_layout_is_named(tmp_path: Path) -> None:
     first, second = two_folders(tmp_path, lambda to: shutil.copytree(jobs.ROOT / "distconv", to / "distconv"))
     layers = second / "distconv" / "nn" / "networks.py"
@@ -47,7 +48,7 @@ def test_a_rank_with_another_distconv_of_the_same_layout_is_named(tmp_path: Path
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("command", ["train", "evaluate"])
+@pytest.mark.parametrize("command", ["train", pytest.param("evaluate", marks=pytest.mark.slow)])
 def test_a_rank_with_another_model_of_the_same_layout_is_named(tmp_path: Path, command: str) -> None:
     first, second = two_folders(tmp_path, lambda to: (to / "mine.py").write_text(MODEL))
     train = ("distconv.train", *QUICK, "--model", "mine:network", "--out", tmp_path / "run")

@@ -30,10 +30,6 @@ def test_parts_differ_by_one_element_at_most(size):
         assert max(lengths) - min(lengths) <= 1
 
 
-def test_ranks_beyond_the_samples_own_nothing():
-    assert [len(range(3)[split(3, 5, rank)]) for rank in range(5)] == [1, 1, 1, 0, 0]
-
-
 @pytest.mark.parametrize("size", [1, 2, 3, 5, 8])
 @pytest.mark.parametrize(("n", "batch_size"), [(1, 1), (10, 4), (97, 10), (100, 10), (5, 100), (64, 7)])
 def test_an_epoch_visits_every_sample_once_over_all_batches_and_ranks(n, batch_size, size):
@@ -54,11 +50,6 @@ def test_the_last_batch_is_shared_out_too_and_may_leave_ranks_without_samples():
     assert batches(22, 10) == 3
     assert [len(shard(order, 2, 10, 4, rank)) for rank in range(4)] == [1, 1, 0, 0]
     assert [len(shard(order, 1, 10, 4, rank)) for rank in range(4)] == [3, 3, 2, 2]
-
-
-@pytest.mark.parametrize(("n", "batch_size", "steps"), [(60_000, 100, 600), (60_000, 128, 469), (1, 100, 1)])
-def test_an_epoch_has_a_whole_number_of_steps(n, batch_size, steps):
-    assert batches(n, batch_size) == steps
 
 
 def test_every_epoch_and_seed_has_an_order_of_its_own_that_comes_back():
