@@ -29,7 +29,7 @@ else:
 MODELS = ("deepconvnet", "simpleconvnet")
 CLASSIFY = "classify"
 OPTIMIZERS = ("adam", "sgd", "momentum", "nesterov", "adagrad", "rmsprop")
-WIRES = ("float16", "bfloat16", "float32", "float64")
+WIRES = ("float16", "float32", "float64")
 EXCHANGES = ("auto", "flat", "two-level", "buckets", "mpi", "nccl", "cuda-mpi")
 DEVICES = ("auto", "cpu", "cuda")
 PRECISIONS = ("float32", "tf32", "float16", "bfloat16")

@@ -70,7 +70,7 @@ def exchange_flags(argv: Sequence[str]) -> argparse.Namespace:
         "--largest", default="4Mi", metavar="N", help="of the usual sizes, 1Ki to 64Mi by factors of 4 (default: 4Mi)"
     )
     parser.add_argument(
-        "--wires", nargs="+", default=["float16,bfloat16,float32"], metavar="WIRE", help=f"of {', '.join(WIRES)}"
+        "--wires", nargs="+", default=["float16,float32"], metavar="WIRE", help=f"of {', '.join(WIRES)}"
     )
     parser.add_argument("--repeats", type=int, default=200, metavar="R", help="of each at most (default: 200)")
     parser.add_argument("--seconds", default="30", metavar="S", help="that it may take, roughly (default: 30)")

@@ -105,7 +105,7 @@ class Allreduce:
 
     comm: an intracommunicator of mpi4py. All of its ranks make the object, call its methods in the same order, and
     close it. size: numbers of all arrays of a call together. wire: what a number is as it travels: float16 (2 bytes,
-    scaled by powers of two, so nothing overflows), bfloat16, float32 or float64. Vectors are float32, for the float64
+    scaled by powers of two, so nothing overflows), float32 or float64. Vectors are float32, for the float64
     wire float64, and so are the sums, in rank order. exchange: auto; flat: each rank with each; two-level: on each host
     first.
 

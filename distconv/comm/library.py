@@ -28,8 +28,6 @@ class Library:
 
     def __init__(self, comm: MPI.Comm, size: int, wire: str, header: np.dtype[Any] = HEADER) -> None:
         """Raises ValueError, on all ranks alike, where the library cannot sum the wire's type."""
-        if wire == "bfloat16":
-            raise ValueError("MPI has no bfloat16; use float16, float32 or float64 on the wire")
         if wire == "float16" and (problem := half_problem(comm)):
             raise ValueError(f"{problem}; use another exchange, or float32 on the wire")
         header_bytes(header)

@@ -1,4 +1,4 @@
-"""What a gradient looks like on the wire: as float16 with shared exponents, as bfloat16, or as it is.
+"""What a gradient looks like on the wire: as float16 with shared exponents, or as it is.
 
 float16 has 5 bits of exponent, so it holds numbers from 6e-8 to 65504; gradients are often smaller. So each block of
 BLOCK numbers is divided by a power of two, chosen from the largest finite one of the block, that brings that one into
@@ -6,8 +6,6 @@ BLOCK numbers is divided by a power of two, chosen from the largest finite one o
 2^128, and what vanishes is 2^39 times smaller than the largest of its block. A power of two changes no bit of the
 mantissa, so the rounding to float16 (2^-11 relative, at the worst) is the only loss. Infinities and NaN stay what they
 are, where they are.
-
-bfloat16 has the exponents of float32 and needs none of that, but rounds 8 times more coarsely.
 
 The classes below say what the formats are, in NumPy; where the processor casts to half itself, kernels/half.py does the
 same work at its speed.
@@ -105,22 +103,6 @@ class Wire:
             self.encode_piece(total, message, piece.start)
 
 
-class BrainWire(Wire):
-    """bfloat16: the upper half of a float32, rounded to nearest, ties to even."""
-
-    def nbytes(self, n: int) -> int:
-        return 2 * n
-
-    def encode_piece(self, x: Array, message: Bytes, start: int) -> None:
-        bits = x.view(np.uint32)
-        rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
-        message.view(np.uint16)[start : start + x.size] = np.where(np.isnan(x), np.uint32(0x7FC0), rounded)
-
-    def decode_piece(self, message: Bytes, x: Array, start: int) -> None:
-        bits = message.view(np.uint16)[start : start + x.size]
-        np.left_shift(bits, np.uint32(16), out=x.view(np.uint32), dtype=np.uint32)
-
-
 class HalfWire(Wire):
     """float16: halves, then an int16 exponent for each block of them."""
 
@@ -202,7 +184,6 @@ def _blocks(x: Array) -> Array:
 _FLOAT32, _FLOAT64 = np.dtype(np.float32), np.dtype(np.float64)
 WIRES: dict[str, Wire] = {
     "float16": (CompiledHalfWire if half.in_hardware() else HalfWire)("float16", _FLOAT32),
-    "bfloat16": BrainWire("bfloat16", _FLOAT32),
     "float32": Wire("float32", _FLOAT32),
     "float64": Wire("float64", _FLOAT64),
 }

@@ -49,7 +49,7 @@ def flat_model(P: int, size: int, wire: str, contributions: list[np.ndarray]) ->
 
 
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("wire", ["float16", "bfloat16", "float32"])
+@pytest.mark.parametrize("wire", ["float16", "float32"])
 def test_shared_memory_and_messages_give_the_bits_of_the_model(
     world: World, wire: str, size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -130,11 +130,6 @@ def test_a_library_that_adds_halves_wrongly_is_refused(world: World, monkeypatch
             return world.comm.allgather(value)
 
     assert "wrongly" in str(half_problem(Wrong()))  # type: ignore[arg-type]
-
-
-def test_a_kind_that_cannot_be_had_is_a_usage_error_on_all_ranks(world: World) -> None:
-    with pytest.raises(UsageError, match="no bfloat16"):
-        choose(world, 10, "bfloat16", "mpi")
 
 
 def test_memory_that_the_host_does_not_have_is_not_taken(world: World) -> None:

@@ -148,12 +148,11 @@ def test_the_float16_wire_halves_the_bytes_on_the_bus(world: World, gpu: Gpu) ->
     assert bus["float16"] / bus["float32"] == pytest.approx(0.5, rel=0.01)
 
 
-@pytest.mark.parametrize("wire", ["float32", "bfloat16"])
-def test_other_wires_cross_the_bus_as_they_are(world: World, gpu: Gpu, wire: str) -> None:
+def test_another_wire_crosses_the_bus_as_it_is(world: World, gpu: Gpu) -> None:
     vector = contribution(world.rank, 700)
-    exchange = Staged(gpu, 700, Flat(world.comm, 700, WIRES[wire]))
+    exchange = Staged(gpu, 700, Flat(world.comm, 700, WIRES["float32"]))
     found, _, _ = sum_on_device(exchange, gpu, vector, header(world))
-    Flat(world.comm, 700, WIRES[wire]).sum(vector, header(world))
+    Flat(world.comm, 700, WIRES["float32"]).sum(vector, header(world))
     assert found.tobytes() == vector.tobytes()
 
 
