@@ -26,7 +26,6 @@ LOWEST = -126  # exponent whose powers of two, either way, are normal float32 nu
 BIAS = 127  # of a float32's exponent, which stands above MANTISSA bits
 MANTISSA = 23
 INFINITE = 0x7F800000  # the bits of float32 infinity; a NaN's are larger
-HALF_EXPONENT = 0x7C00  # these bits of a half are all set where it is infinite or NaN
 
 
 def in_hardware() -> bool:
