@@ -199,7 +199,7 @@ def _finished(out: Path, settings: Config) -> Mapping[str, Any] | None:
 
     last = read_metrics(out / "metrics.jsonl")[-1:] if (out / "DONE").exists() else []
     known = bool(last) and last[0].get("event") == "final"
-    if not known or None in (last[0].get(name) for name in ("test_accuracy", "correct", "total")):
+    if not known or None in (last[0].get(name) for name in (_score_of(last[0]), "correct", "total")):
         return None
     found, _ = newest_good(out / "checkpoints")
     if found is None or found.position["step"] != last[0].get("step") or settings.epochs > found.position["epoch"]:
@@ -208,6 +208,11 @@ def _finished(out: Path, settings: Config) -> Mapping[str, Any] | None:
         return None  # it may be the same under another name, which only the data can tell
     _refuse_vain_changes(found, settings)
     return last[0]
+
+
+def _score_of(final: Mapping[str, Any]) -> str:
+    """Under which name a final record has the test score."""
+    return f"test_{final.get('metric', 'accuracy')}"
 
 
 def _refuse_vain_changes(found: Checkpoint, settings: Config) -> None:

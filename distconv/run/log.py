@@ -19,11 +19,9 @@ from distconv.errors import StorageError
 from distconv.process.launched import PROCESSES, parents
 from distconv.process.streams import lead_nowhere
 
-READ_AGAIN = (  # fields of the records that curves, lines and finished runs are made of
+# Fields of the records that curves, lines and finished runs are made of, besides train_loss, test_accuracy and the like.
+READ_AGAIN = (
     "epoch",
-    "train_loss",
-    "train_accuracy",
-    "test_accuracy",
     "compute_seconds",
     "exchange_seconds",
     "wait_seconds",
@@ -33,6 +31,7 @@ READ_AGAIN = (  # fields of the records that curves, lines and finished runs are
     "correct",
     "total",
 )
+PARTS = ("train_", "validation_", "test_")  # what the names of a loss and of scores begin with
 SECONDS_BETWEEN_LINES = 10.0  # of progress, where there is no terminal
 
 
@@ -143,7 +142,10 @@ def read_metrics(path: Path) -> list[Mapping[str, Any]]:
 def _is_ours(record: Mapping[str, Any]) -> bool:
     """Whether the fields that are read again are numbers, or null where they were not finite."""
     whole = isinstance(record.get("step", 0), int) and isinstance(record.get("time", 0.0), (int, float))
-    return whole and all(isinstance(record.get(name), (int, float, type(None))) for name in READ_AGAIN)
+    numbers = [record.get(name) for name in (*READ_AGAIN, *(key for key in record if key.startswith(PARTS)))]
+    return (
+        whole and isinstance(record.get("metric", ""), str) and all(isinstance(n, int | float | None) for n in numbers)
+    )
 
 
 def describe_steps(steps: Sequence[Mapping[str, Any]], ranks: int) -> str:

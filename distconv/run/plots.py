@@ -17,21 +17,22 @@ matplotlib.rcdefaults()  # a user's own settings may need what is not there, as 
 
 
 def draw_curves(records: Sequence[Mapping[str, Any]], title: str, path: Path) -> None:
-    """Loss and accuracies of each epoch, from the records of metrics.jsonl, as a PNG."""
+    """Loss and scores of each epoch, from the records of metrics.jsonl, as a PNG."""
     epochs = [record for record in records if record.get("event") == "epoch"]
     number = [record.get("epoch") or 0 for record in epochs]
+    metric = next((record["metric"] for record in records if record.get("metric")), "accuracy")
     figure = Figure(figsize=(10, 4), layout="constrained")
-    loss, accuracy = figure.subplots(1, 2)
+    loss, score = figure.subplots(1, 2)
     figure.suptitle(title)
     loss.plot(number, [record.get("train_loss") for record in epochs], "o-", color="tab:blue")
-    loss.set(title="training loss (with dropout)", xlabel="epoch", ylabel="mean cross-entropy")
+    loss.set(title="training loss (with dropout)", xlabel="epoch", ylabel="mean over the samples")
     loss.set_ylim(bottom=0)
-    for key, label, color in (("train_accuracy", "training", "tab:gray"), ("test_accuracy", "test", "tab:orange")):
-        accuracy.plot(number, [record.get(key) for record in epochs], "o-", color=color, label=label)
-    accuracy.set(title="accuracy (without dropout)", xlabel="epoch")
-    accuracy.yaxis.set_major_formatter(PercentFormatter(1, decimals=2))
-    accuracy.legend()
-    for axes in (loss, accuracy):
+    for part, label, color in (("train", "training", "tab:gray"), ("test", "test", "tab:orange")):
+        score.plot(number, [record.get(f"{part}_{metric}") for record in epochs], "o-", color=color, label=label)
+    score.set(title=f"{metric} (without dropout)", xlabel="epoch")
+    score.yaxis.set_major_formatter(PercentFormatter(1, decimals=2))
+    score.legend()
+    for axes in (loss, score):
         if number:
             axes.set_xlim(number[0] - 0.5, number[-1] + 0.5)  # a single epoch would get fractions of epochs beside it
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))

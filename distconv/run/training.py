@@ -203,12 +203,14 @@ def introduce(run: Run, out: Path, data_name: str, checkpoint: Checkpoint | None
 
 def finish(run: Run, out: Path, log: RunLog) -> int:
     """Final score on the whole test set, curves and DONE; exit code 1 where the target is missed."""
-
     replica = run.replica
     run.world.at("evaluate", run.step)
-    correct, total = measure(run.task, run.data, "test", replica.model, replica.values, replica.kernels, run.world)
+    sums = measure(run.task, run.data, "test", replica.model, replica.values, replica.kernels, run.world)
+    correct, total = (int(number) if number.is_integer() else number for number in sums)
     agreement.agree(run)  # nothing has changed while it was evaluated
-    final = {"step": run.step, f"test_{run.task.metric}": correct / total, "correct": int(correct), "total": int(total)}
+    score = correct / total if total else float("nan")
+    metric = run.task.metric
+    final = {"step": run.step, "metric": metric, f"test_{metric}": score, "correct": correct, "total": total}
     log.write("final", **final, parameters_sha256=run.parameters.digest())
     log.close()
     run.world.at("end")
@@ -224,14 +226,15 @@ def finish(run: Run, out: Path, log: RunLog) -> int:
 
 def conclude(final: Mapping[str, Any], settings: Config, out: Path, log: RunLog) -> int:
     """Say how good the model of a finished run is; exit code 1 where the target is missed."""
-    accuracy = final["test_accuracy"]
+    metric = final.get("metric", "accuracy")  # older runs tell no other
+    score = final[f"test_{metric}"]
     log.say(
-        f"test accuracy {accuracy:.2%} ({final['correct']:,} of {final['total']:,}); "
+        f"test {metric} {score:.2%} ({final['correct']:,} of {final['total']:,}); "
         f"model, metrics and curves are in {out}"
     )
-    missed = accuracy < settings.target_accuracy
+    missed = score < settings.target_accuracy
     if missed:
-        log.say(f"the target accuracy {settings.target_accuracy:.2%} was missed")
+        log.say(f"the target {metric} {settings.target_accuracy:.2%} was missed")
     return int(missed)
 
 
