@@ -19,7 +19,7 @@ INK = 100  # a pixel of at least this brightness belongs to the digit
 
 
 def data():
-    """The built-in digits, half as bright, on noise and with two bright bars across -> labels (N, 28, 28) of 0 and 1."""
+    """The built-in digits, half as bright, on noise with two bright bars -> labels (N, 28, 28) of 0 and 1."""
     whole, random = digits.load(), np.random.default_rng(0)
 
     def cluttered(images):

@@ -19,7 +19,7 @@ from distconv.errors import StorageError
 from distconv.process.launched import PROCESSES, parents
 from distconv.process.streams import lead_nowhere
 
-# Fields of the records that curves, lines and finished runs are made of, besides train_loss, test_accuracy and the like.
+# Fields of the records that curves, lines and finished runs are made of; besides them losses and scores, see PARTS.
 READ_AGAIN = (
     "epoch",
     "compute_seconds",
