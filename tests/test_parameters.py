@@ -76,6 +76,13 @@ def test_a_view_cannot_be_bound_to_other_memory_at_any_level(views, path):
             level[name] = np.zeros(4)
 
 
+def test_a_view_can_be_added_to_in_place():
+    parameters = Parameters(SPECS)
+    parameters.grads["conv1"]["W"] += 2
+    parameters.grads["scale"] += 1
+    assert parameters.gradient.sum() == 2 * parameters.grads["conv1"]["W"].size + 1
+
+
 def test_the_digest_tells_one_flipped_bit():
     parameters = Parameters(SPECS)
     parameters.initialize(0)

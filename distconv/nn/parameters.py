@@ -1,7 +1,7 @@
 """The model is one vector: every weight and bias in one contiguous array, every gradient in another.
 
 One exchange, one optimizer step, one broadcast, one checkpoint and one hash serve the whole model. Layers see named
-views into the vectors; the mappings that hold the views are read-only, so no name can be bound to other memory.
+views into the vectors; the mappings that hold the views let no name be bound to other memory.
 """
 
 from __future__ import annotations
@@ -11,10 +11,9 @@ import itertools
 import math
 import sys
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from numbers import Real
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -43,6 +42,29 @@ class Spec:
 
 Specs = Mapping[str, "Spec | Specs"]  # by name, nested as the layers are
 Views = Mapping[str, Any]  # the same nesting, arrays at the leaves
+
+
+class Named(Mapping[str, Any]):
+    """Views by name. They can be changed in place, by += too, but none can be replaced by another array."""
+
+    def __init__(self, views: Mapping[str, Any]) -> None:
+        self._views = dict(views)
+
+    def __getitem__(self, name: str) -> Any:
+        return self._views[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._views)
+
+    def __len__(self) -> int:
+        return len(self._views)
+
+    def __setitem__(self, name: str, view: Any) -> None:
+        """What `views[name] += more` ends with: the same view. Raises TypeError for any other array."""
+        if self._views.get(name) is not view:
+            raise TypeError(
+                f"{name} is a view that cannot be replaced: change it in place, by += or by [{name!r}][...] ="
+            )
 
 
 def check_specs(specs: Any) -> None:
@@ -181,4 +203,4 @@ def _nest(named: Mapping[str, Array]) -> Views:
 
 
 def _freeze(tree: dict[str, Any]) -> Views:
-    return MappingProxyType({name: _freeze(node) if isinstance(node, dict) else node for name, node in tree.items()})
+    return Named({name: _freeze(node) if isinstance(node, dict) else node for name, node in tree.items()})
