@@ -87,8 +87,8 @@ class Config:
     batch_size: int = _at_least(1, 100, "images in a minibatch of the whole job, shared out among the ranks")
     optimizer: str = _setting(
         "adam",
-        f"rule of the update: {', '.join(OPTIMIZERS)}, or package.module:function, called with --lr, for an optimizer "
-        "of your own",
+        f"rule of the update: {', '.join(OPTIMIZERS)}, or package.module:function, called with --lr and the number of "
+        "steps, for an optimizer of your own",
         lambda v: v in OPTIMIZERS or is_factory(v),
         f"one of {', '.join(OPTIMIZERS)}, or package.module:function",
     )

@@ -17,6 +17,7 @@ from distconv.comm.probe import WireProbe
 from distconv.comm.wire import WIRES, Wire
 from distconv.comm.world import World
 from distconv.config import CLASSIFY, Config
+from distconv.data.shard import batches
 from distconv.data.source import Data
 from distconv.errors import UsageError
 from distconv.factory import call_factory
@@ -58,7 +59,9 @@ def build_run(
     """
     with world.together():
         task = task or named_task(settings.task)
-        optimizer = optimizer or named_optimizer(settings)
+        optimizer = optimizer or named_optimizer(
+            settings, settings.epochs * batches(data.size("train"), settings.batch_size)
+        )
     model, parameters = build_model(settings, data, task, world, model)
     if device is None:
         placed = placed or place(world, settings.device, settings.precision)
@@ -96,10 +99,10 @@ def named_task(name: str) -> Task:
     return task
 
 
-def named_optimizer(settings: Config) -> Optimizer:
-    """The optimizer that --optimizer names. Raises UsageError."""
-    name = settings.optimizer
-    optimizer = OPTIMIZERS[name](settings.lr) if name in OPTIMIZERS else call_factory(name, settings.lr)
+def named_optimizer(settings: Config, steps: int) -> Optimizer:
+    """The optimizer that --optimizer names, for a run of so many steps. Raises UsageError."""
+    name, lr = settings.optimizer, settings.lr
+    optimizer = OPTIMIZERS[name](lr) if name in OPTIMIZERS else call_factory(name, lr, steps)
     if not isinstance(optimizer, Optimizer):
         raise UsageError(f"--optimizer {name} returned a {type(optimizer).__name__}, but an Optimizer was expected")
     return optimizer
