@@ -12,7 +12,7 @@ import math
 import sys
 import zlib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Real
 from typing import Any
 
@@ -177,6 +177,14 @@ def digest(tensors: Mapping[str, Array], text: str = "") -> str:
         sha.update(f"{name} {tensors[name].shape} {tensors[name].dtype}".encode())
         sha.update(np.ascontiguousarray(tensors[name]).data)
     return sha.hexdigest()
+
+
+def untrained(specs: Specs) -> Specs:
+    """The same arrays as untrained state: for a copy that follows the trained one, say."""
+    return {
+        name: replace(spec, trained=False) if isinstance(spec, Spec) else untrained(spec)
+        for name, spec in specs.items()
+    }
 
 
 def count(specs: Specs) -> int:
