@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
+
 from distconv.errors import BadDataError, MismatchError, MissingInputError, StorageError
 from distconv.kernels.interface import Array
 from distconv.nn.layers import Affine, Chain, Conv, Layer
 from distconv.nn.parameters import Parameters, Shape
-from distconv.run.unpickler import Machine, PickledArray
+from distconv.run.unpickler import PickledArray, load
 
 LARGEST = 1 << 30  # bytes of a file
 
@@ -32,17 +34,21 @@ def read_pickle(path: Path) -> dict[str, Array]:
     except OSError as error:
         raise StorageError(f"{path} cannot be read: {error}") from None
     try:
-        content = Machine(program).run()
+        content = load(program)
     except Exception as error:  # a broken pickle can raise nearly anything
         raise BadDataError(f"{path} is not a pickle of arrays: {str(error)[:200]}; nothing of it was run") from None
     if not isinstance(content, dict):
         kind = "ndarray" if isinstance(content, PickledArray) else type(content).__name__
         raise BadDataError(f"{path} holds a {kind}, but a dict of arrays 'W1', 'b1', ... was expected")
     arrays: dict[str, Array] = {}
+    looked_at = 0  # bytes; nobody shall wait while many arrays of the same bytes are looked at
     for name, value in content.items():
-        array = value.array if isinstance(value, PickledArray) and value.is_finite else None
-        if array is None:
-            raise BadDataError(f"{path}: {name[:40]!r} is no array of finite numbers; a dict of such was expected")
+        if not isinstance(name, str):
+            raise BadDataError(f"{path} has a {type(name).__name__} for a name, but 'W1', 'b1', ... were expected")
+        array = value.array if isinstance(value, PickledArray) else None
+        looked_at += 0 if array is None else array.nbytes
+        if array is None or looked_at > 10 * len(program) or not np.isfinite(array).all():
+            raise BadDataError(f"{path}: {name[:40]!r} is no array of finite floats; a dict of such was expected")
         arrays[name] = array
     return arrays
 
