@@ -2,7 +2,8 @@
 
 A pickle is a program. Its instructions are looked at first: only some kinds are admitted, long bytes are not used
 twice, and tuples neither, as some hundred bytes of tuples within tuples take hours to hash. Then the unpickler runs
-them, and each name that they ask for is a class of this file. So time and memory grow with the file and no faster.
+them, and each name that they ask for is a class of this file. So time and memory grow with the file and no faster: a
+dict of arrays takes two to five times its size, the worst file eight times and some MiB.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ MOST_INSTRUCTIONS = 10_000  # an array takes about 50
 LONG_TEXT = 100  # characters or bytes; a longer one is an array's numbers, as older protocols write them
 TEXTS = {"UNICODE", "SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8"}
 BYTES = {"SHORT_BINBYTES", "BINBYTES", "BINBYTES8", "BYTEARRAY8"}
-SCALARS = {"NONE", "NEWTRUE", "NEWFALSE", "INT", "BININT", "BININT1", "BININT2", "FLOAT", "BINFLOAT"}
+SCALARS = {"NONE", "NEWTRUE", "NEWFALSE", "INT", "BININT", "BININT1", "BININT2", "BINFLOAT"}
 TUPLES = {"MARK", "TUPLE", "EMPTY_TUPLE", "TUPLE1", "TUPLE2", "TUPLE3"}
 COLLECTIONS = {"LIST", "EMPTY_LIST", "APPEND", "APPENDS", "DICT", "EMPTY_DICT", "SETITEM", "SETITEMS"}
 PUTS, GETS = {"PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"}, {"GET", "BINGET", "LONG_BINGET"}  # of the unpickler's memo
@@ -89,10 +90,9 @@ STAND_INS: dict[str, type[StandIn]] = {
 
 class Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> type[StandIn]:
-        found = STAND_INS.get(f"{module}.{name}")
-        if found is None:
+        if f"{module}.{name}" not in STAND_INS:
             raise pickle.UnpicklingError(f"it asks for {f'{module}.{name}'[:100]!r}, which is not admitted")
-        return found
+        return STAND_INS[f"{module}.{name}"]
 
 
 def check_instructions(program: bytes) -> None:
