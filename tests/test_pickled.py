@@ -287,13 +287,13 @@ def test_pickles_with_bytes_changed_are_read_or_refused(tmp_path: Path) -> None:
 # Each tuple holds the last one twice: 2^60 numbers, were they counted, as they are for a name.
 TWICE = {
     "doubled": b"K\x00K\x00\x86" + b"2\x86" * 60,
-    "recalled": b"K\x00\x94" + b"".join(b"h%ch%c\x86\x94" % (i, i) for i in range(60)),
+    "recalled": b"\x8c\x01a\x94" + b"".join(b"h%ch%c\x86\x94" % (i, i) for i in range(60)),
     "recalled after no items": b"K\x00\x85(u\x94" + b"".join(b"h%ch%c\x86(u\x94" % (i, i) for i in range(60)),
     "recalled after no state": b"K\x00\x85Nb\x94" + b"".join(b"h%ch%c\x86Nb\x94" % (i, i) for i in range(60)),
-    "recalled from one place": b"Nq\x00" + b"h\x00h\x00\x86q\x00" * 60,
+    "recalled from one place": b"\x8c\x01aq\x00" + b"h\x00h\x00\x86q\x00" * 60,
 }
 CRASHES = {
-    **{f"{how} as a name": b"\x80\x04}" + tuples + b"K\x01s." for how, tuples in TWICE.items()},
+    **{f"{how} as a name": b"\x80\x04}(" + tuples + b"K\x01u." for how, tuples in TWICE.items()},
     "a name of many tuples, each in the next": b"\x80\x02})" + b"\x85" * 300_000 + b"K\x01s.",
     "a name of as many as are admitted": b"\x80\x02})" + b"\x85" * 9_990 + b"K\x01s.",
 }
