@@ -162,6 +162,7 @@ def test_predict_reads_what_was_measured(tmp_path: Path) -> None:
 # scaling
 
 
+@pytest.mark.slow
 def test_scaling_runs_its_own_jobs_and_draws(tmp_path: Path) -> None:
     png = tmp_path / "scaling.png"
     arguments = ("scaling", "--ranks", "2,1", "--steps", "2", "--batch-size", "10", "--weak")
@@ -192,10 +193,7 @@ def test_scaling_prints_a_table_that_names_oversubscription() -> None:
 
 @pytest.mark.parametrize(
     ("ranks", "arguments", "named"),
-    [
-        (0, ("exchange", "--elements", "1Mi"), "mpirun"),
-        (2, ("exchange", "--elements", "1000000000000"), "GiB"),
-    ],
+    [(0, ("exchange", "--elements", "1Mi"), "mpirun"), (2, ("exchange", "--elements", "1000000000000"), "GiB")],
 )
 def test_a_mistake_is_one_sentence_and_exit_code_2(ranks: int, arguments: tuple[str, ...], named: str) -> None:
     result = bench(ranks, *arguments)

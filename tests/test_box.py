@@ -119,6 +119,7 @@ def test_hosts_have_names_and_share_no_memory_and_their_ranks_do() -> None:
     assert (report["hosts"], report["rate"], report["delay"], report["exit_code"]) == (2, "1gbit", "0", 0)
 
 
+@pytest.mark.slow
 @needs_a_box
 def test_a_transfer_takes_its_time_and_is_counted_where_it_leaves_and_where_it_arrives() -> None:
     out, report = run_python(TRANSFER, 2, "--rate", "100mbit", argument=8_000_000)
@@ -147,6 +148,7 @@ def test_a_command_that_is_killed_leaves_nothing(running: tuple[subprocess.Popen
     assert_nothing_is_left(box, processes)
 
 
+@pytest.mark.slow
 @needs_a_box
 def test_a_box_that_is_stopped_leaves_nothing(running: tuple[subprocess.Popen[str], list[psutil.Process]]) -> None:
     box, processes = running

@@ -148,22 +148,13 @@ def test_on_a_full_disk_kernels_are_compiled_and_the_line_says_that_they_are_not
     assert str(tmp_path) in line and "NUMBA_CACHE_DIR" in line and hits == "hits 0"
 
 
+@pytest.mark.slow
 def test_a_cache_that_can_only_be_read_is_read(tmp_path: Path) -> None:
     read_only = f"mount --bind {tmp_path} {tmp_path}; mount -o remount,ro,bind {tmp_path}"
     line, hits = lines(tmp_path, read_only)
     assert "at every start" in line and "Read-only file system" in line and hits == "hits 0"
     assert lines(tmp_path)[-1] == "hits 0"
     assert lines(tmp_path, read_only) == ["hits 1"]
-
-
-@pytest.mark.slow
-def test_a_damaged_kernel_that_cannot_be_replaced_is_told(tmp_path: Path) -> None:
-    lines(tmp_path)
-    (path,) = tmp_path.rglob("*.nbc")
-    flipped(path, 0.5)
-    read_only = f"mount --bind {tmp_path} {tmp_path}; mount -o remount,ro,bind {tmp_path}"
-    damaged, unkept, hits = lines(tmp_path, read_only)
-    assert "is damaged" in damaged and "Read-only file system" in unkept and hits == "hits 0"
 
 
 def test_without_a_folder_for_them_kernels_are_compiled_at_every_start() -> None:
@@ -180,6 +171,7 @@ def test_another_processor_is_told_that_it_compiles(tmp_path: Path) -> None:
     assert lines(tmp_path, **other) == ["hits 1"]
 
 
+@pytest.mark.slow
 def test_a_processor_that_casts_no_halves_trains(tmp_path: Path) -> None:
     """LLVM would call a function that is not there."""
     train = ("-m", "distconv.train", *QUICK, "--model", "simpleconvnet", "--epochs", "1", "--out", tmp_path / "run")

@@ -34,11 +34,6 @@ LAYERS = (  # of deepconvnet
 KINDS = [(gpu, precision) for gpu in GPUS for precision in PRECISIONS]
 
 
-def the_newer_is_slow(*case: object) -> object:
-    """A case of a test, by its GPU: one of the two tells nearly all."""
-    return pytest.param(*case, marks=() if case[0] == CAPABILITY else pytest.mark.slow)
-
-
 USAGE = re.compile(
     r"Function properties for (?P<name>\w+)\n.*?(?P<spilled>\d+) bytes spill stores.*?\n"
     r".*?Used (?P<registers>\d+) registers, used \d+ barriers(?:, (?P<shared>\d+) bytes smem)?"
@@ -130,14 +125,15 @@ def test_the_layers_are_those_of_deepconvnet() -> None:
     assert sum((layer.K**2 * layer.C + 1) * layer.F for layer in LAYERS) == 123_552
 
 
-@pytest.mark.parametrize("gpu", [the_newer_is_slow(gpu) for gpu in GPUS])
+@pytest.mark.parametrize("gpu", GPUS)
 @pytest.mark.parametrize("file", ["layers", "updates", "wire"])
 def test_files(compiler: Compiler, file: str, gpu: int, tmp_path: Path) -> None:
     assert_fits(compiler, gpu, file, tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("which", PASSES)
-@pytest.mark.parametrize(("gpu", "precision"), [the_newer_is_slow(*kind) for kind in KINDS])
+@pytest.mark.parametrize(("gpu", "precision"), KINDS)
 def test_convolution(compiler: Compiler, gpu: int, precision: str, which: str, tmp_path: Path) -> None:
     """Every pass for every GPU and precision, and every pass of every layer, but not all of that times the other."""
     number = KINDS.index((gpu, precision)) + 3 * PASSES[which]

@@ -135,6 +135,7 @@ def test_a_limit_that_is_too_low_is_named(tmp_path: Path, limit: str, words: str
     assert_one_sentence(result, 1, words, f"ulimit {limit[:2]}")
 
 
+@pytest.mark.slow
 def test_without_a_home_a_run_works_and_leaves_nothing_elsewhere(tmp_path: Path) -> None:
     script = f'cd {tmp_path}; exec "$@"'  # HOME is no absolute path: as where there is none, and no entry in passwd
     where = {

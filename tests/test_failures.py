@@ -39,7 +39,7 @@ def fail_on(rank: int, what: str, folder: Path, ranks: int = 3, flags: tuple[str
     return jobs.run(ranks, *arguments, flags=flags, PYTHONPATH=str(folder), FAILING_RANK=str(rank))
 
 
-@pytest.mark.parametrize("rank", [0, 2])
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 2])
 def test_an_exception_on_one_rank_ends_the_job_and_is_told_once(tmp_path: Path, rank: int) -> None:
     result = fail_on(rank, "raise ValueError('the disk is on fire')", tmp_path)
     assert result.returncode != 0
@@ -50,13 +50,14 @@ def test_an_exception_on_one_rank_ends_the_job_and_is_told_once(tmp_path: Path, 
     assert not (tmp_path / "run" / "DONE").exists()
 
 
+@pytest.mark.slow
 def test_an_exception_that_cannot_be_printed_is_told_too(tmp_path: Path) -> None:
     result = fail_on(1, "raise type('Odd', (Exception,), {'__str__': lambda self: 1 / 0})", tmp_path)
     assert result.returncode == 1 and "in forward" in result.stderr
     assert "rank 1 of 3 failed and ends the job: Odd: its text cannot be had" in result.stderr
 
 
-@pytest.mark.parametrize("what", ["sys.exit(0)", "os.kill(os.getpid(), 11)"])
+@pytest.mark.parametrize("what", [pytest.param("sys.exit(0)", marks=pytest.mark.slow), "os.kill(os.getpid(), 11)"])
 def test_a_rank_that_leaves_alone_fails_the_job(tmp_path: Path, what: str) -> None:
     result = fail_on(1, what, tmp_path)
     assert result.returncode != 0
@@ -109,7 +110,6 @@ def test_bad_data_is_exit_code_65_and_one_sentence(tmp_path: Path) -> None:
     [
         (["--bach-size", "3"], 2, ["--bach-size", "did you mean --batch-size?"]),
         (["--batch-size", "2"], 2, ["--batch-size 2 with 3 ranks"]),
-        (["--device", "cuda"], 2, ["--device cuda"]),
         (["--model", "nothing.here:at_all"], 2, ["there is no module nothing"]),
         (["--data", "/there/is/none"], 66, ["/there/is/none"]),
         (["--resume", "/there/is/none"], 66, ["/there/is/none"]),
@@ -157,12 +157,6 @@ def test_without_an_mpi_library_one_sentence_says_what_to_install(tmp_path: Path
     assert_one_sentence(result, 1, "no MPI library can be loaded", "pip install mpich")
 
 
-def test_an_mpirun_of_another_mpi_does_not_train_the_same_model_many_times(tmp_path: Path) -> None:
-    foreign = {"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "0", "PYTHONWARNINGS": "ignore"}
-    result = jobs.run(0, "-m", "distconv.train", *QUICK, "--out", tmp_path / "run", **foreign)
-    assert_one_sentence(result, 1, "4 processes", "mpirun")
-
-
 def test_a_disk_that_takes_no_more_ends_the_run_with_exit_code_74(tmp_path: Path) -> None:
     limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))"
     result = fail_on(0, limit, tmp_path, ranks=1)
@@ -179,9 +173,8 @@ def test_nan_in_the_learning_ends_the_run_and_names_the_rank(tmp_path: Path) -> 
 UNWRITABLE = "a" * 300  # a name that is too long for a file
 
 
-@pytest.mark.parametrize("stderr", ["2>/dev/full", "2>&-"])
-def test_a_failure_ends_the_job_even_where_nobody_can_hear_of_it(stderr: str) -> None:
-    script = f'exec "$@" {stderr}'
+def test_a_failure_ends_the_job_even_where_nobody_can_hear_of_it() -> None:
+    script = 'exec "$@" 2>&-'
     train = [sys.executable, "-m", "distconv.train", *QUICK, "--out", UNWRITABLE]
     assert jobs.run(None, jobs.MPIRUN, "-n", "2", "bash", "-c", script, "bash", *train, seconds=10).returncode == 73
 

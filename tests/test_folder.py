@@ -121,6 +121,7 @@ def test_an_out_that_cannot_become_a_folder_is_one_sentence(tmp_path: Path) -> N
     )
 
 
+@pytest.mark.slow
 def test_reports_of_failures_go_but_what_somebody_put_beside_them_is_kept(finished: Path) -> None:
     put(finished / "errors" / "rank-1.json")
     put(finished / "errors" / "notes.txt")
@@ -257,6 +258,7 @@ def on_a_read_only(folder: Path, out: Path, *more: str) -> subprocess.CompletedP
     return jobs.run(None, "unshare", "--mount", "sh", "-c", script, "sh", folder, *train)
 
 
+@pytest.mark.slow
 def test_a_finished_run_on_a_disk_that_cannot_be_written_says_so(finished: Path) -> None:
     result = on_a_read_only(finished, finished)
     assert result.returncode == 0 and "is finished" in result.stdout, result.stderr
@@ -288,6 +290,7 @@ def test_a_change_that_would_train_nothing_is_refused(finished: Path, setting: s
     assert {**everything(finished), str(finished): ()} == {**before, str(finished): ()}
 
 
+@pytest.mark.slow
 def test_a_finished_run_that_goes_on_is_not_done_until_it_is(finished: Path) -> None:
     job = jobs.Job(0, ["-m", "distconv.train", *QUICK, "--out", finished, "--epochs", "500"])
     jobs.wait_until(lambda: events(finished).count("step") > 10, job)
@@ -348,6 +351,7 @@ def test_a_run_whose_checkpoints_have_all_been_set_aside_starts_again(finished: 
     assert look(finished) is None
 
 
+@pytest.mark.slow
 def test_damaged_checkpoints_of_later_steps_push_out_no_good_ones(finished: Path) -> None:
     for step in (12, 14, 17):  # which the run will pass, between its own
         (finished / "checkpoints" / f"step-{step:010d}.safetensors").write_bytes(b"torn %d" % step)
@@ -363,6 +367,7 @@ def test_damaged_checkpoints_of_later_steps_push_out_no_good_ones(finished: Path
 # --- other ways to name a folder
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_another_run_starts_one_in_a_folder_of_its_own(whole: Path, tmp_path: Path) -> None:
     before, newest = everything(whole), find_checkpoints(whole / "checkpoints")[0]
     result = run(tmp_path / "new", "--resume", newest, "--epochs", "3")

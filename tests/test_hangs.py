@@ -47,7 +47,8 @@ def report(out: Path, rank: int) -> str:
     return text
 
 
-@pytest.mark.parametrize(("ranks", "rank"), [pytest.param(2, 0, marks=pytest.mark.slow), (3, 1)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("ranks", "rank"), [(2, 0), (3, 1)])
 def test_a_stopped_rank_is_named_and_ends_the_job(tmp_path: Path, ranks: int, rank: int) -> None:
     out = tmp_path / "run"
     job = jobs.Job(ranks, (*ENDLESS, "--out", out))

@@ -68,20 +68,6 @@ def test_shell_scripts_are_sound(path: Path) -> None:
     tool("shellcheck", "--exclude=SC1091", path)  # it does not find what is made by `python3 -m venv`
 
 
-@pytest.mark.parametrize("name", [*TRAINING, "scaling.sbatch"])
-def test_a_script_has_two_places_to_edit_and_the_second_has_the_command(name: str) -> None:
-    changed = edit(LAUNCH / name, "FIRST", "SECOND")
-    assert changed.index("FIRST") < changed.index("SECOND")
-    assert "distconv.train" not in changed and "distconv.bench" not in changed
-
-
-@pytest.mark.parametrize("name", TRAINING)
-def test_a_training_has_a_fixed_folder_and_is_asked_to_stop_by_usr1(name: str) -> None:
-    text = (LAUNCH / name).read_text()
-    assert '--out "$out"' in text and "out=" in text
-    assert "USR1" in text and "75" in text and "DONE" in text
-
-
 def container_script(job: str) -> str:
     """What the launcher's pod runs."""
     launcher = yaml.safe_load(job)["spec"]["mpiReplicaSpecs"]["Launcher"]
@@ -184,6 +170,7 @@ def goes_on(name: str, folder: Path, code: int) -> bool:
 Start = Callable[..., "subprocess.Popen[str]"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BATCH)
 @pytest.mark.parametrize("code", [75, 0])  # an mpirun may lose the 75
 def test_a_run_that_is_asked_to_stop_goes_on_later(name: str, code: int, start: Start, tmp_path: Path) -> None:
@@ -209,6 +196,7 @@ def test_a_finished_run_is_not_repeated(name: str, start: Start, tmp_path: Path)
     assert not (tmp_path / "again").exists() and len(list((tmp_path / "tries").iterdir())) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGINT, signal.SIGTERM])
 def test_without_a_batch_system_a_stop_is_a_stop(number: signal.Signals, start: Start, tmp_path: Path) -> None:
     process = start("hosts.sh", "stops", 75)
@@ -222,6 +210,7 @@ def test_without_a_batch_system_a_run_goes_on_by_itself_after_an_accident(start:
     assert len(list((tmp_path / "tries").iterdir())) == 2  # the second one gets nowhere
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("code", "number"), [(75, signal.SIGUSR1), (0, signal.SIGTERM)])
 def test_a_pod_that_is_asked_to_stop_ends_so_that_it_is_started_again(
     code: int, number: signal.Signals, start: Start, tmp_path: Path

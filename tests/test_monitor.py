@@ -172,13 +172,3 @@ def test_one_that_has_ended_before_is_told_and_hides_no_other(monkeypatch: pytes
     processes[0].communicate()  # which waits for its end
     watcher(processes, told)
     assert told.get(timeout=20) == ([10], [11, 12])
-
-
-def test_who_has_said_that_it_leaves_is_not_missed(monkeypatch: pytest.MonkeyPatch, processes) -> None:  # type: ignore[no-untyped-def]
-    monkeypatch.setattr(watch, "GRACE", 0)
-    told: Queue[Any] = Queue()
-    watching = watcher(processes, told)
-    watching.table.entries = [Entry(rank, 1, -1, 0, 0, 0, int(rank == 11), 0) for rank in (10, 11, 12)]  # type: ignore[assignment]
-    processes[1].communicate()
-    processes[2].kill()
-    assert told.get(timeout=20) == ([12], [10, 11])

@@ -51,14 +51,14 @@ def killed(number=9):
     os.kill(os.getpid(), number)
 
 def waits():
-    "For signals, and half a second longer for more of them; to the launcher's own process, not to its group."
+    "For signals, and a little longer for more of them; to the launcher's own process, not to its group."
     numbers = [signal.SIGUSR1, signal.SIGINT, signal.SIGTERM]
     signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
     note("waits")
     got = signal.sigtimedwait(numbers, 30)
     while got:
         note("signals", number=got.si_signo)
-        got = signal.sigtimedwait(numbers, 0.5)
+        got = signal.sigtimedwait(numbers, 0.25)
 
 def leaves():
     "A process that no signal to this one, its group or its session reaches."
@@ -160,6 +160,7 @@ def test_a_mistake_before_the_first_step_is_not_tried_a_third_time(out: Path, be
     assert "twice in a row" in result.stderr
 
 
+@pytest.mark.slow
 def test_restarts_in_vain_are_counted_and_a_checkpoint_resets_them(out: Path) -> None:
     play = "trains(2); killed() | trains(2); killed() | saves(5); killed() | trains(5); killed()"
     result = supervise(out, play, "--restarts", "1").finish(20)

@@ -85,14 +85,12 @@ def test_the_curves_are_a_picture(whole: Path) -> None:
     assert picture.shape[:2] == (400, 1000) and picture.std() > 0.05
 
 
-def test_config_toml_repeats_the_run_and_another_seed_makes_another(whole: Path, tmp_path: Path) -> None:
-    again = ("--config", whole / "config.toml", "--out")
-    assert train(2, *again, tmp_path / "again").returncode == 0
+def test_config_toml_repeats_the_run(whole: Path, tmp_path: Path) -> None:
+    assert train(2, "--config", whole / "config.toml", "--out", tmp_path / "again").returncode == 0
     assert metrics(tmp_path / "again") == metrics(whole)
-    assert train(2, *again, tmp_path / "other", "--seed", "1", "--epochs", "1").returncode == 0
-    assert metrics(tmp_path / "other", "step") != metrics(whole, "step")[:5]
 
 
+@pytest.mark.slow
 def test_one_rank_and_four_ranks_see_the_same_losses(tmp_path: Path) -> None:
     settings = ("--data", "digits", "--limit-train", "200", "--batch-size", "22", "--epochs", "2", "--wire", "float64")
     losses = []
@@ -135,19 +133,6 @@ def test_a_signal_stops_all_ranks_with_a_checkpoint_and_the_run_goes_on_bit_for_
 
 
 @pytest.mark.slow
-def test_a_killed_run_goes_on_from_its_last_checkpoint_bit_for_bit(whole: Path, tmp_path: Path) -> None:
-    out = tmp_path / "run"
-    arguments = ("-m", "distconv.train", *QUICK, "--epochs", "3", "--checkpoint-seconds", "0", "--out", out)
-    job = jobs.Job(2, arguments)
-    interrupt(job, out, 8, signal.SIGKILL, everyone=False)
-    assert job.finish(30).returncode != 0
-    with (out / "metrics.jsonl").open("a") as file:
-        file.write('{"event": "step", "st')  # what a kill in the middle of a write leaves
-    assert train(2, *QUICK, "--epochs", "3", "--out", out).returncode == 0
-    assert parameters(out) == parameters(whole)
-    assert metrics(out, "step") == metrics(whole, "step")
-
-
 def test_a_run_may_go_on_with_another_number_of_ranks(whole: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     assert train(3, *QUICK, "--epochs", "1", "--out", out).returncode == 0
@@ -155,13 +140,6 @@ def test_a_run_may_go_on_with_another_number_of_ranks(whole: Path, tmp_path: Pat
     assert more.returncode == 0 and "epochs is now 2, was 1" in more.stdout
     for ours, undisturbed in zip(metrics(out, "epoch"), metrics(whole, "epoch")[:2], strict=True):
         assert ours["train_loss"] == pytest.approx(undisturbed["train_loss"], rel=0.01)
-
-
-def test_a_missed_target_is_exit_code_1_and_the_model_is_kept(tmp_path: Path) -> None:
-    out = tmp_path / "run"
-    result = train(1, *QUICK, "--epochs", "1", "--target-accuracy", "0.999", "--out", out)
-    assert result.returncode == 1 and "target accuracy 99.90% was missed" in result.stdout
-    assert (out / "DONE").exists() and find_checkpoints(out / "checkpoints")
 
 
 OWN_MODULE = """
@@ -201,17 +179,22 @@ def test_print_config_prints_a_file_that_config_reads(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("odd", [pytest.param("settings", marks=pytest.mark.slow), "backend"])
-def test_a_picture_that_cannot_be_drawn_does_not_fail_the_run(tmp_path: Path, odd: str) -> None:
+def test_a_picture_that_cannot_be_drawn_does_not_fail_the_run_and_a_missed_target_does(
+    tmp_path: Path, odd: str
+) -> None:
     (tmp_path / "matplotlibrc").write_text("text.usetex: True\n")  # needs LaTeX
-    environment = {"MATPLOTLIBRC": str(tmp_path)} if odd == "settings" else {"MPLBACKEND": "garbage"}
+    said, environment = "", {"MATPLOTLIBRC": str(tmp_path)} if odd == "settings" else {"MPLBACKEND": "garbage"}
     out = tmp_path / "run"
-    result = train(1, *QUICK, "--epochs", "1", "--out", out, **environment)
-    assert result.returncode == 0 and "Traceback" not in result.stderr
-    assert (out / "DONE").exists()
+    for target, code in (("0.001", 0), ("0.999", 1)):  # the second one finds a finished run
+        result = train(1, *QUICK, "--epochs", "1", "--target-accuracy", target, "--out", out, **environment)
+        assert result.returncode == code and "Traceback" not in result.stderr
+        assert (out / "DONE").exists() and find_checkpoints(out / "checkpoints")
+        said += result.stdout
+    assert "target accuracy 99.90% was missed" in said
     if odd == "settings":
         assert (out / "curves.png").exists()  # they are the user's, and not for these curves
     else:
-        assert "the curves could not be drawn" in result.stdout
+        assert "the curves could not be drawn" in said
 
 
 FLIPPING = """
@@ -239,6 +222,7 @@ def network(classes): return Flipping(deepconvnet(classes))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flip", ["1 v 3 123551 30", pytest.param("0 value -15 5000 22", marks=pytest.mark.slow)])
 def test_after_a_flipped_bit_the_same_command_ends_as_the_undisturbed_run(
     whole: Path, tmp_path: Path, flip: str

@@ -150,6 +150,7 @@ def test_on_all_ranks_that_is_one_sentence(tmp_path: Path) -> None:
     assert_one_sentence(train(tmp_path, DATA + code, "--data", "mine:mine"), 65, words)
 
 
+@pytest.mark.slow
 def test_arrays_that_are_not_contiguous_or_not_writable_train(tmp_path: Path) -> None:
     code = (
         "def mine(): images.flags.writeable = False; return data(images=images.T.reshape(8, 8, 60).transpose(2, 1, 0))"

@@ -81,8 +81,7 @@ def test_plain_wires_change_no_bit(wire: str) -> None:
 
 @pytest.mark.parametrize("wire", [*WIRES.values(), PORTABLE], ids=[*WIRES, "portable"])
 @pytest.mark.parametrize(
-    ("n", "P", "rank"),
-    [*((n, P, rank) for n in (1, 256, 1000) for P, rank in ((1, 0), (64, 5))), (PIECE + 300, 3, 1)],
+    ("n", "P", "rank"), [*((n, P, rank) for n in (1, 256, 1000) for P, rank in ((1, 0), (64, 5))), (PIECE + 300, 3, 1)]
 )
 def test_the_owner_adds_up_in_rank_order_and_rounds_once(wire: Wire, n: int, P: int, rank: int) -> None:
     random = np.random.default_rng(P)
