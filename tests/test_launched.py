@@ -68,17 +68,7 @@ def test_rank_and_size_are_those_of_the_innermost_launcher(
     assert places(told_by(monkeypatch, *environments))[: len(expected)] == expected
 
 
-@pytest.mark.parametrize(
-    ("environment", "is_a_rank"),
-    [
-        ({}, False),
-        (HYDRA, True),
-        (PRRTE, True),
-        (STEP, True),
-        (BATCH, False),
-        ({**STEP, "SLURM_STEP_NUM_TASKS": "1"}, False),
-    ],
-)
+@pytest.mark.parametrize(("environment", "is_a_rank"), [({}, False), (HYDRA, True), (STEP, True), (SHELL, False)])
 def test_a_shell_of_a_batch_system_may_start_jobs_and_a_rank_may_not(
     monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], is_a_rank: bool
 ) -> None:
