@@ -12,7 +12,7 @@ TOLERANCE = 0.005  # as the examples say
 
 
 def final_loss(example: str, ranks: int) -> float:
-    result = jobs.run(ranks, f"examples/{example}.py", seconds=100, PYTHONPATH=str(jobs.ROOT))
+    result = jobs.run(ranks, f"examples/{example}.py", seconds=100, OMP_NUM_THREADS="1", PYTHONPATH=str(jobs.ROOT))
     assert result.returncode == 0, result.stdout + result.stderr
     lines = re.findall(rf"^{ranks} ranks.*: loss (\d\.\d+)$", result.stdout, re.MULTILINE)
     assert len(lines) == 1, result.stdout

@@ -7,7 +7,8 @@ import hashlib
 import numpy as np
 import pytest
 
-from distconv.comm.exchange import HEADER, Flat
+from distconv.comm.choose import select
+from distconv.comm.exchange import HEADER, Flat, part_size, parts
 from distconv.comm.wire import BLOCK, WIRES
 from distconv.comm.world import World
 
@@ -118,3 +119,38 @@ def test_half_the_bytes_of_float32_are_sent(world: World) -> None:
     P = world.size
     assert sent["float32"] == pytest.approx(2 * (P - 1) / P * 4 * size, rel=0.001)  # what a ring allreduce sends
     assert sent["float16"] <= 0.505 * sent["float32"]
+
+
+@pytest.mark.parametrize("kind", ["flat", "two-level", "buckets", "mpi"])
+def test_a_header_is_whatever_its_owner_has_to_say(world: World, kind: str) -> None:
+    words = np.dtype([("word", "S5"), ("bad_at", np.int64)])  # 13 bytes
+    exchange = select(world.comm, 700, "float32", kind, words)
+    vector = np.ones(700, np.float32)
+    if world.rank == 0:
+        vector[300] = np.nan
+    headers = exchange.sum(vector, np.array((b"rank%d" % world.rank, 0), words))
+    assert headers["word"].tolist() == [b"rank%d" % rank for rank in range(world.size)]
+    assert headers["bad_at"].tolist() == [300] + [-1] * (world.size - 1)
+    exchange.close()
+    with pytest.raises(ValueError, match="bad_at"):
+        select(world.comm, 700, "float32", kind, np.dtype([("word", "S5")]))
+
+
+@pytest.mark.parametrize("kind", ["flat", "two-level", "mpi"])
+def test_a_sum_that_is_refused_changes_nothing_and_the_next_one_is_right(world: World, kind: str) -> None:
+    exchange = select(world.comm, 700, "float32", kind)
+    for step in range(3):
+        vector = np.full(700, world.rank, np.float32)
+        headers = exchange.sum(vector, header(world, step=step), lambda headers: bool(headers["step"][0] == 1))
+        assert headers["step"].tolist() == [step] * world.size
+        np.testing.assert_array_equal(vector, world.rank if step == 1 else sum(range(world.size)))
+    exchange.close()
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 7])
+@pytest.mark.parametrize("size", SIZES)
+def test_every_number_has_one_owner_and_blocks_are_not_divided(size: int, count: int) -> None:
+    slices = parts(size, count)
+    np.testing.assert_array_equal(np.concatenate([np.arange(size)[part] for part in slices]), np.arange(size))
+    assert len(slices) == count and part_size(size, count) % BLOCK == 0
+    assert all(part.stop - part.start in (0, part_size(size, count)) or part.stop == size for part in slices)
