@@ -38,12 +38,12 @@ def check_communicator(comm: Any) -> None:
 
 def check_settings(comm: MPI.Comm, size: Any, wire: Any, exchange: Any) -> None:
     """Raise the same TypeError or ValueError on all ranks where one of them has a wrong setting, or another one."""
-    problem = None
+    problem, settings = None, ("", "", "")
     try:
-        _check_own_settings(size, wire, exchange)
+        settings = _own_settings(size, wire, exchange)
     except (TypeError, ValueError) as error:
         problem = type(error).__name__, str(error)
-    everyone = comm.allgather((problem, repr(size), repr(wire), repr(exchange)))
+    everyone = comm.allgather((problem, *settings))
     if failure := first_failure([told[0] for told in everyone]):
         raise failure
     for position, name in enumerate(("size", "wire", "exchange"), 1):
@@ -53,7 +53,7 @@ def check_settings(comm: MPI.Comm, size: Any, wire: Any, exchange: Any) -> None:
             raise ValueError(f"ranks disagree about {name}: {values[0]} on rank 0, {values[rank]} on rank {rank}")
 
 
-def _check_own_settings(size: Any, wire: Any, exchange: Any) -> None:
+def _own_settings(size: Any, wire: Any, exchange: Any) -> tuple[str, str, str]:
     try:
         number = operator.index(size)
     except TypeError:
@@ -65,6 +65,7 @@ def _check_own_settings(size: Any, wire: Any, exchange: Any) -> None:
             raise TypeError(f"{name} must be one of {', '.join(known)}, not {_kind(value)}")
         if value not in known:
             raise ValueError(f"{name} must be one of {', '.join(known)}, not {value!r}")
+    return str(number), str(wire), str(exchange)
 
 
 def first_failure(problems: Sequence[tuple[str, str] | None]) -> Exception | None:

@@ -85,6 +85,22 @@ def test_the_report_tells_what_was_sent_lost_and_not_finite(world: World, wire: 
         assert 0 <= allreduce.last.rounding < 3e-4
 
 
+@pytest.mark.parametrize("wire", WIRES)
+@pytest.mark.parametrize("exchange", ["flat", "two-level"])
+def test_numbers_that_are_not_finite_raise_nothing_even_where_numpy_is_told_to(
+    world: World, wire: str, exchange: str
+) -> None:
+    with np.errstate(all="raise"), distconv.Allreduce(world.comm, SIZE, wire, exchange) as allreduce:
+        vector = np.full(SIZE, np.finfo(WIRES[wire].dtype).tiny, WIRES[wire].dtype)
+        vector[:3] = np.inf if world.rank % 2 else -np.inf, np.nan, np.finfo(vector.dtype).max / 1.5
+        allreduce.mean(vector)
+        assert allreduce.last is not None and len(allreduce.last.not_finite) == world.size
+        assert allreduce.last.rounding < ERROR[wire]
+    assert np.isnan(vector[:2]).tolist() == [world.size > 1, True]
+    assert np.isinf(vector[2]) == (world.size > 1)
+    assert np.isfinite(vector[3:]).all()
+
+
 def test_waiting_for_a_slow_rank_is_told_from_exchanging(world: World) -> None:
     with distconv.Allreduce(world.comm, SIZE) as allreduce:
         allreduce.sum(contribution(world.rank))
@@ -241,6 +257,12 @@ def test_ranks_that_disagree_about_a_setting_find_out_at_once(world: World, othe
         settings |= other
     with pytest.raises(ValueError, match=f"disagree about {next(iter(other))}: .* on rank 0, .* on rank"):
         distconv.Allreduce(world.comm, **settings)  # type: ignore[arg-type]
+
+
+def test_settings_that_say_the_same_are_the_same(world: World) -> None:
+    size, wire = (10, "float16") if world.rank == 0 else (np.int64(10), np.str_("float16"))
+    with distconv.Allreduce(world.comm, size, wire) as allreduce:  # type: ignore[arg-type]
+        assert_works(allreduce, world)
 
 
 def test_what_is_no_communicator_is_refused(world: World) -> None:
