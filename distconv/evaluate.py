@@ -26,20 +26,20 @@ def main(argv: Sequence[str]) -> int:
     arguments = parser.parse_args(argv)
 
     with start() as world:
-        from distconv.kernels.cpu.host import Cpu
-        from distconv.run import inputs
+        from distconv.kernels.cpu.device import Cpu
+        from distconv.run import loading
         from distconv.run.log import RunLog
         from distconv.run.measure import measure
         from distconv.tasks.classify import Classification
 
         world.watch.set_limits(0.0)
         log = RunLog(world.rank == 0)
-        model, parameters, dataset = inputs.load_model(arguments, world, log.say_aside)
+        model, parameters, dataset = loading.load_model(arguments, world, log.say_aside)
         total = len(dataset.test_labels)
         if not arguments.json:
             log.say(f"{'precision':<10} {'test accuracy':>13}   correct of {total:,}")
         for precision in arguments.precision or PRECISIONS:
-            rounded = inputs.cast(parameters, precision)
+            rounded = loading.cast(parameters, precision)
             kernels = Cpu(precision)
             correct = int(measure(Classification(), dataset, "test", model, rounded.values, kernels, world)[0])
             result = {"precision": precision, "test_accuracy": correct / total, "correct": correct, "total": total}

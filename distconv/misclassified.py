@@ -29,15 +29,15 @@ def main(argv: Sequence[str]) -> int:
     with start() as world:
         import numpy as np
 
-        from distconv.run import inputs
+        from distconv.run import loading
         from distconv.run.log import RunLog
         from distconv.run.measure import predictions
         from distconv.run.plots import draw_mistakes
 
         world.watch.set_limits(0.0)
         log = RunLog(world.rank == 0)
-        model, parameters, dataset = inputs.load_model(arguments, world, log.say_aside)
-        inferences = predictions(dataset, model, inputs.cast(parameters, np.float32).values, world)
+        model, parameters, dataset = loading.load_model(arguments, world, log.say_aside)
+        inferences = predictions(dataset, model, loading.cast(parameters, np.float32).values, world)
         wrong = np.flatnonzero(inferences != dataset.test_labels)
         shown = wrong[:SHOWN]
         pairs = [(int(dataset.test_labels[i]), int(inferences[i])) for i in shown]

@@ -94,7 +94,7 @@ def work(settings: list[Config], folder: Path, writes: bool, world: World) -> No
     import numpy as np
 
     from distconv.run.build import build_run
-    from distconv.run.inputs import load_dataset
+    from distconv.run.loading import load_dataset
     from distconv.run.loop import EpochRecord, train
 
     limit = BATCHES * settings[0].batch_size

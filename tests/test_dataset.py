@@ -16,7 +16,7 @@ from distconv.data import digits, mnist
 from distconv.data.dataset import Dataset
 from distconv.errors import BadDataError, UsageError
 from distconv.kernels.cpu.arithmetic import pixels
-from distconv.kernels.cpu.host import Cpu
+from distconv.kernels.cpu.device import Cpu
 from tests.files import NAMES, assert_holds, small_set
 
 TRAIN_IMAGES, TRAIN_LABELS, TEST_IMAGES, TEST_LABELS = small_set().values()

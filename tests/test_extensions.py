@@ -14,7 +14,7 @@ import pytest
 
 from distconv.data import digits
 from distconv.data.shard import epoch_order
-from distconv.kernels.cpu.host import Cpu
+from distconv.kernels.cpu.device import Cpu
 from distconv.nn.layers import Context
 from distconv.nn.networks import build_network
 from distconv.nn.parameters import Parameters

@@ -11,7 +11,7 @@ import pytest
 
 from distconv.data import mnist
 from distconv.errors import UsageError
-from distconv.kernels.cpu.host import Cpu
+from distconv.kernels.cpu.device import Cpu
 from distconv.nn.layers import EVALUATION, Context
 from distconv.nn.networks import NETWORKS, build_network
 from distconv.nn.parameters import Parameters

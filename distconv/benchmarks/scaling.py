@@ -19,7 +19,7 @@ from distconv.config import Config
 from distconv.data.dataset import Dataset
 from distconv.errors import DistconvError, UsageError
 from distconv.run.build import build_run
-from distconv.run.inputs import load_dataset
+from distconv.run.loading import load_dataset
 from distconv.run.loop import StepRecord, train
 from distconv.supervise.launcher import rows, run_job
 

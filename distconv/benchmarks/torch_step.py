@@ -20,7 +20,7 @@ from distconv.comm.world import World
 from distconv.data.dataset import Dataset
 from distconv.data.shard import split
 from distconv.errors import DistconvError, UsageError
-from distconv.kernels.cpu.host import Cpu
+from distconv.kernels.cpu.device import Cpu
 from distconv.nn.layers import Affine, Chain, Conv, Dropout, Layer, MaxPool
 from distconv.nn.networks import deepconvnet
 

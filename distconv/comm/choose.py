@@ -8,7 +8,7 @@ import numpy as np
 
 from distconv.comm.buckets import BUCKET, Buckets
 from distconv.comm.exchange import HEADER, Exchange, Flat, TwoLevel
-from distconv.comm.library import Library
+from distconv.comm.mpi_allreduce import Library
 from distconv.comm.shared_memory import mpi_of
 from distconv.comm.wire import WIRES
 from distconv.errors import UsageError

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from distconv.data import digits, mnist, npz
+from distconv.data.data import Data, is_data
 from distconv.data.dataset import Dataset as Dataset
-from distconv.data.source import Data, is_data
 from distconv.errors import CannotCreateError, DownloadError, MissingInputError, UsageError
 from distconv.factory import call_factory, is_factory
 

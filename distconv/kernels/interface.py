@@ -1,6 +1,6 @@
 """What a device must offer: the arithmetic of layers, losses and optimizers, and a box for messages to and from it.
 
-kernels/cpu/host.py and kernels/gpu/arithmetic.py offer it. Arrays are the device's own: NumPy's, or those of a GPU.
+kernels/cpu/device.py and kernels/gpu/arithmetic.py offer it. Arrays are the device's own: NumPy's, or those of a GPU.
 """
 
 from __future__ import annotations

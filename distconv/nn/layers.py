@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from distconv.errors import UsageError
-from distconv.kernels.cpu.host import Cpu
+from distconv.kernels.cpu.device import Cpu
 from distconv.kernels.interface import Array, output_size
 from distconv.nn.parameters import Shape, Spec, Specs, Views, check_specs, is_shape, is_whole, is_within
 

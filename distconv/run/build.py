@@ -17,12 +17,12 @@ from distconv.comm.probe import WireProbe
 from distconv.comm.wire import WIRES, Wire
 from distconv.comm.world import World
 from distconv.config import CLASSIFY, Config
+from distconv.data.data import Data
 from distconv.data.shard import batches
-from distconv.data.source import Data
 from distconv.errors import UsageError
 from distconv.factory import call_factory
 from distconv.kernels.compiled import CACHE
-from distconv.kernels.cpu.host import Cpu
+from distconv.kernels.cpu.device import Cpu
 from distconv.kernels.gpu.arithmetic import Gpu
 from distconv.kernels.gpu.device import Cuda
 from distconv.kernels.half import BLOCK

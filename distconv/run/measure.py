@@ -8,9 +8,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distconv.comm.world import World
+from distconv.data.data import Data
 from distconv.data.shard import split
-from distconv.data.source import Data
-from distconv.kernels.cpu.host import Cpu
+from distconv.kernels.cpu.device import Cpu
 from distconv.kernels.interface import Kernels
 from distconv.nn.layers import Context, Layer
 from distconv.nn.parameters import Views

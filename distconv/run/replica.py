@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from distconv.comm.exchange import HEADER, Headers
 from distconv.comm.on_cpu import OnCpu
 from distconv.comm.on_gpu import GpuExchange
-from distconv.data.source import Data
+from distconv.data.data import Data
 from distconv.errors import DistconvError
 from distconv.kernels.interface import FINITE, Agreed, Array, Kernels
 from distconv.nn.fusion import fused

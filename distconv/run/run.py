@@ -9,8 +9,8 @@ from typing import Any
 from distconv.comm.probe import WireProbe
 from distconv.comm.world import World
 from distconv.config import Config
+from distconv.data.data import Data
 from distconv.data.shard import batches
-from distconv.data.source import Data
 from distconv.kernels.interface import Array
 from distconv.nn.parameters import Parameters, digest
 from distconv.run.replica import Replica

@@ -26,7 +26,7 @@ from distconv.run import checkpoint as files
 from distconv.run.build import build_run
 from distconv.run.checkpoint import Checkpoint
 from distconv.run.folder import LOCK, check_folder, held_folder, lock_file, make_ready
-from distconv.run.inputs import load_dataset
+from distconv.run.loading import load_dataset
 from distconv.run.log import RunLog, describe_steps, read_metrics, write_text
 from distconv.run.loop import EpochRecord, Record, StepRecord, StopRecord
 from distconv.run.loop import train as records

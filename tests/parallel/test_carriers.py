@@ -9,7 +9,7 @@ from distconv.comm import buckets, transport
 from distconv.comm import exchange as exchanges
 from distconv.comm.choose import choose
 from distconv.comm.exchange import HEADER, Flat, TwoLevel
-from distconv.comm.library import half_problem
+from distconv.comm.mpi_allreduce import half_problem
 from distconv.comm.shared_memory import share
 from distconv.comm.wire import WIRES
 from distconv.comm.world import World

@@ -33,7 +33,7 @@ MOST = 2**31 - 1  # numbers of an array, as the kernels count in 32 bits
 @functools.cache
 def source(name: str) -> str:
     """A CUDA file of this package, with what it needs before it."""
-    files = ("arithmetic", "factors", name) if name == "convolution" else ("arithmetic", name)
+    files = ("instructions", "factors", name) if name == "convolution" else ("instructions", name)
     return "".join((Path(__file__).parent / "source" / f"{file}.cu").read_text() for file in files)
 
 

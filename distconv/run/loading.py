@@ -11,8 +11,8 @@ from numpy.typing import DTypeLike
 from distconv import data
 from distconv.comm.world import World
 from distconv.config import CLASSIFY
+from distconv.data.data import Data
 from distconv.data.dataset import Dataset
-from distconv.data.source import Data
 from distconv.errors import MismatchError, UsageError
 from distconv.kernels.compiled import CACHE
 from distconv.nn.layers import Layer

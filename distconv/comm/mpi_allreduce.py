@@ -18,6 +18,8 @@ from distconv.kernels.interface import Array
 if TYPE_CHECKING:
     from mpi4py import MPI
 
+SUMMED = ("float16", "float32", "float64")  # what MPI libraries have types for
+
 
 class Library:
     """Allreduce on the wire's type, and an Allgather for the headers."""
@@ -28,6 +30,8 @@ class Library:
 
     def __init__(self, comm: MPI.Comm, size: int, wire: str, header: np.dtype[Any] = HEADER) -> None:
         """Raises ValueError, on all ranks alike, where the library cannot sum the wire's type."""
+        if wire not in SUMMED:
+            raise ValueError(f"MPI has no type for {wire}; use one of {', '.join(SUMMED)} on the wire")
         if wire == "float16" and (problem := half_problem(comm)):
             raise ValueError(f"{problem}; use another exchange, or float32 on the wire")
         header_bytes(header)
