@@ -14,9 +14,9 @@ from numpy.typing import DTypeLike, NDArray
 
 from distconv.comm.wire import WIRES
 from distconv.kernels.cpu import arithmetic as cpu
-from distconv.kernels.gpu.arithmetic import BLOCK, Gpu
+from distconv.kernels.gpu.arithmetic import Gpu
 from distconv.kernels.gpu.device import Cuda, visible
-from distconv.kernels.interface import FINITE
+from distconv.kernels.interface import BLOCK, FINITE
 from distconv.nn.optimizers import OPTIMIZERS, Optimizer
 from tests import emulator
 from tests.test_emulator import to_bfloat16, to_float16, to_tf32

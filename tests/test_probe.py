@@ -9,14 +9,14 @@ import pytest
 
 from distconv.comm.probe import SAMPLE, WireProbe
 from distconv.comm.wire import WIRES
-from distconv.kernels.half import BLOCK
+from distconv.kernels.interface import BLOCK
 from tests.files import peak_memory
 
 
 class Doubling:
     """An exchange between two ranks that hold the same, which takes as long as it is told."""
 
-    carrier, how, bytes_sent, wire = "doubling", "", 0, WIRES["float32"]
+    carrier, how, bytes_sent, waited, wire = "doubling", "", 0, 0.0, WIRES["float32"]
 
     def __init__(self, size: int, seconds: float = 0.0) -> None:
         self.size, self.seconds = size, seconds
@@ -29,10 +29,7 @@ class Doubling:
 
 
 def through(wire: str, x: np.ndarray) -> np.ndarray:
-    message, arrived = np.zeros(WIRES[wire].nbytes(-(-x.size // BLOCK) * BLOCK), np.uint8), np.empty_like(x)
-    WIRES[wire].encode(x, message)
-    WIRES[wire].decode(message, arrived)
-    return arrived
+    return WIRES[wire].there_and_back(x)
 
 
 def compared(gradient: np.ndarray, wire: str = "float16") -> WireProbe:

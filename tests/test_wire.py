@@ -9,7 +9,7 @@ import pytest
 from hypothesis import example, given, settings
 
 from distconv.comm.wire import PIECE, WIRES, HalfWire, Wire
-from distconv.kernels.half import BLOCK
+from distconv.kernels.interface import BLOCK
 from tests import reference
 from tests.files import peak_memory
 

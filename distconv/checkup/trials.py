@@ -16,7 +16,7 @@ from distconv.comm.exchange import HEADER
 from distconv.comm.world import World
 from distconv.errors import DistconvError
 from distconv.kernels import compiled
-from distconv.run.build import compile_wire, one_of_a_host_first
+from distconv.run.build import one_of_a_host_first
 from distconv.supervise.launcher import job_starter, run_job
 
 SIZE = 123_552  # numbers; the gradient of DeepConvNet
@@ -52,7 +52,7 @@ def exchange(world: World) -> Finding:
     for wire in ("float32", "float16"):
         carrier = choose(world, SIZE, wire)
         with contextlib.nullcontext() if unkept else one_of_a_host_first(world):  # unkept: each for itself, at once
-            compile_wire(carrier.wire)
+            carrier.wire.warm_up()
         times = []
         for _ in range(ROUNDS):
             total = vector.copy()

@@ -31,8 +31,7 @@ from distconv.comm.choose import select
 from distconv.comm.exchange import Headers
 from distconv.comm.shared_memory import mpi_of
 from distconv.comm.wire import Wire
-from distconv.kernels.half import BLOCK
-from distconv.kernels.interface import Array
+from distconv.kernels.interface import BLOCK, Array
 
 if TYPE_CHECKING:
     from mpi4py import MPI

@@ -28,8 +28,7 @@ from numpy.typing import NDArray
 from distconv.comm.shared_memory import closed, share
 from distconv.comm.transport import connect, segments
 from distconv.comm.wire import ALIGNMENT, Wire
-from distconv.kernels.half import BLOCK
-from distconv.kernels.interface import Array
+from distconv.kernels.interface import BLOCK, Array
 
 if TYPE_CHECKING:
     from mpi4py import MPI

@@ -14,8 +14,7 @@ import numpy as np
 
 from distconv.comm.exchange import HEADER, Exchange
 from distconv.comm.wire import Wire
-from distconv.kernels.half import BLOCK
-from distconv.kernels.interface import Array
+from distconv.kernels.interface import BLOCK, Array
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -66,7 +65,8 @@ class WireProbe:
 
     def compare(self, share: Array, total: Array) -> None:
         """Measure on the sample of this rank's share, and on the sum (size,) that the run's own exchange made."""
-        flushed, exact = self._flushed_share(share), share.copy()
+        arrived, exact = self.wire.there_and_back(share), share.copy()
+        flushed = float(np.count_nonzero((arrived == 0) & (share != 0)) / share.size)
         self._sum(exact)
         with np.errstate(invalid="ignore", over="ignore"):
             norm = float(np.linalg.norm(exact))
@@ -79,10 +79,3 @@ class WireProbe:
         began, waited = time.perf_counter(), self.exact.waited
         self.exact.sum(vector, np.zeros((), HEADER))
         return time.perf_counter() - began - (self.exact.waited - waited)
-
-    def _flushed_share(self, x: Array) -> float:
-        message = np.zeros(self.wire.nbytes(-(-x.size // BLOCK) * BLOCK), np.uint8)
-        arrived = np.empty_like(x)
-        self.wire.encode(x, message)
-        self.wire.decode(message, arrived)
-        return float(np.count_nonzero((arrived == 0) & (x != 0)) / x.size)

@@ -21,8 +21,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distconv.kernels import half
-from distconv.kernels.half import BLOCK, LOWEST, TOP
-from distconv.kernels.interface import Array
+from distconv.kernels.half import LOWEST, TOP
+from distconv.kernels.interface import BLOCK, Array
 
 Bytes = NDArray[np.uint8]
 PIECE = 256 * BLOCK  # numbers that NumPy works on at a time: its temporary arrays stay small, and in the cache

@@ -19,8 +19,8 @@ from numba import types
 from numba.extending import intrinsic
 
 from distconv.kernels.compiled import compiled, cpu_features
+from distconv.kernels.interface import BLOCK
 
-BLOCK = 256  # numbers that share an exponent: 0.4 % more bytes
 TOP = 15  # the largest of a block is brought into [2^(TOP-1), 2^TOP): below 65504, and far above what vanishes
 LOWEST = -126  # exponent whose powers of two, either way, are normal float32 numbers
 BIAS = 127  # of a float32's exponent, which stands above MANTISSA bits

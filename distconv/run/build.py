@@ -14,7 +14,7 @@ from distconv.comm.on_cpu import OnCpu
 from distconv.comm.on_gpu import GpuExchange, choose_on_gpu, first_problem
 from distconv.comm.placement import Placement, place
 from distconv.comm.probe import WireProbe
-from distconv.comm.wire import WIRES, Wire
+from distconv.comm.wire import WIRES
 from distconv.comm.world import World
 from distconv.config import CLASSIFY, Config
 from distconv.data.data import Data
@@ -25,7 +25,6 @@ from distconv.kernels.compiled import CACHE
 from distconv.kernels.cpu.device import Cpu
 from distconv.kernels.gpu.arithmetic import Gpu
 from distconv.kernels.gpu.device import Cuda
-from distconv.kernels.half import BLOCK
 from distconv.kernels.interface import Kernels
 from distconv.nn.checked import checked
 from distconv.nn.layers import Context, Layer, is_ours
@@ -157,7 +156,7 @@ def compile_kernels(run: Run) -> None:
     replica, world, cpu = run.replica, run.world, run.replica.kernels.name == "cpu"
     in_turn = not cpu or world.local.allreduce(not CACHE.holds_some()) > 0
     with world.together(), one_of_a_host_first(world) if in_turn else contextlib.nullcontext():
-        compile_wire(replica.exchange.wire)
+        replica.exchange.wire.warm_up()
         if cpu:
             model, samples = checked(replica.model), np.arange(min(2, run.data.size("train")))
             context = Context(training=True, samples=samples, kernels=replica.kernels)
@@ -180,12 +179,3 @@ def one_of_a_host_first(world: World) -> Iterator[None]:
     finally:  # after a failure, too, the others' turn comes
         if world.local_rank == 0:
             world.wait(on_host=True)
-
-
-def compile_wire(wire: Wire) -> None:
-    """Call what an exchange calls."""
-    numbers, message = np.zeros(BLOCK, wire.dtype), np.zeros(wire.nbytes(BLOCK), np.uint8)
-    wire.encode(numbers, message)
-    wire.sum_and_encode(numbers, 0, 2, np.tile(message, 2), 0, len(message), message)
-    wire.decode(message, numbers)
-    wire.first_bad(numbers)

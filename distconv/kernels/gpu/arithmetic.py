@@ -26,7 +26,6 @@ PASSES = {"forward": 0, "input": 1, "filters": 2}  # the enum of convolution.cu,
 DEPTH_STEP, FINISH_OUTPUTS = 16, 32  # BK and OUTPUTS there
 ENOUGH_BLOCKS = 264  # to keep some 130 multiprocessors busy; fixed, as it decides the order of sums
 THREADS = 256  # of a block, where nothing else is said
-BLOCK = 256  # numbers that share an exponent on the wire
 MOST = 2**31 - 1  # numbers of an array, as the kernels count in 32 bits
 
 
