@@ -143,6 +143,7 @@ sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", {here!r}, "-k", "convoluti
 """
 
 
+@pytest.mark.slow
 def test_the_layout_for_another_kind_of_processor_is_right_too(tmp_path: Path) -> None:
     features, layout = ("+avx512f", (16, 8)) if LANES == 8 else ("-avx512f", (8, 4))
     code = FOR.format(features=features, layout=layout, here=__file__)
