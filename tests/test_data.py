@@ -169,7 +169,7 @@ def test_a_users_function_gives_the_data_set(users_module: Callable[[str], str])
 @pytest.mark.parametrize(
     ("function", "words"),
     [
-        ("arrays", "returned tuple, but a .*Dataset is expected"),
+        ("arrays", "returned tuple, but something like a .*Dataset is expected"),
         ("nothing", "returned NoneType"),
         ("number", "has no function number"),
         ("absent", "has no function absent"),

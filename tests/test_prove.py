@@ -42,7 +42,7 @@ def test_the_number_of_ranks_does_not_change_the_run_with_any_wire() -> None:
     for row in rows:
         assert row["ok"] and row["replicas_equal"] and 0 <= row["max_relative_difference"] <= row["bound"]
     assert rows[0]["max_relative_difference"] == 0  # the same arithmetic
-    assert rows[6]["max_relative_difference"] > 1e-5  # halves did travel
+    assert rows[-1]["max_relative_difference"] > 1e-5  # halves did travel
 
 
 def test_a_model_that_depends_on_the_rank_is_found_out(tmp_path: Path) -> None:

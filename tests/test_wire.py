@@ -6,7 +6,7 @@ import hypothesis.extra.numpy as hnp
 import hypothesis.strategies as st
 import numpy as np
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import assume, example, given, settings
 
 from distconv.comm.wire import PIECE, WIRES, HalfWire, Wire
 from distconv.kernels.interface import BLOCK
@@ -62,6 +62,9 @@ def test_every_pattern_of_the_exponent_and_the_rounding_bits_is_rounded_as_the_m
 @given(vectors)
 def test_a_second_passage_changes_nothing(wire: Wire, x: np.ndarray) -> None:
     once = through(wire, x)
+    parts = [np.split(np.where(np.isfinite(y), np.abs(y), 0), range(BLOCK, y.size, BLOCK)) for y in (x, once)]
+    before, after = (np.frexp([part.max() for part in blocks])[1] for blocks in parts)
+    assume(np.array_equal(before, after))  # else the largest of a block was rounded up to another power of two
     assert_same_bits(through(wire, once), once)
 
 
