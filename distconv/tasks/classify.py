@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from distconv.errors import UsageError
+from distconv.errors import BadDataError, UsageError
 from distconv.nn.layers import Context, Layer
 from distconv.nn.parameters import Views
 
@@ -35,6 +35,10 @@ class Classification:
         """See Task."""
         x, labels = batch
         scores, backward = model.forward(x, values, context)
+        if (
+            context.kernels.name == "cpu"
+        ):  # compiled code trusts them; a Dataset's are in range, a user's Data's may not
+            _check_labels(labels, *scores.shape)
         loss, dscores = context.kernels.softmax_cross_entropy(scores, labels, context.global_batch)
         backward(dscores, grads, False)
         return (loss,)
@@ -44,6 +48,14 @@ class Classification:
         x, labels = batch
         correct = np.count_nonzero(predict(model, values, x, context) == context.kernels.device.download(labels))
         return float(correct), float(len(x))
+
+
+def _check_labels(labels: Any, count: int, classes: int) -> None:
+    if labels.shape != (count,) or labels.min() < 0 or labels.max() >= classes:
+        raise BadDataError(
+            f"labels of shape {labels.shape} from {labels.min()} to {labels.max()} came with {count} images, but one "
+            f"for each from 0 to {classes - 1} was expected"
+        )
 
 
 def predict(model: Layer, values: Views, x: Any, context: Context) -> Any:
