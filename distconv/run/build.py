@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Callable, Iterator
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -27,10 +29,10 @@ from distconv.kernels.gpu.arithmetic import Gpu
 from distconv.kernels.gpu.device import Cuda
 from distconv.kernels.interface import Kernels
 from distconv.nn.checked import checked
-from distconv.nn.layers import Context, Layer, is_ours
+from distconv.nn.layers import Context, Layer, is_ours, kind_of
 from distconv.nn.networks import build_network
 from distconv.nn.optimizers import OPTIMIZERS, Optimizer
-from distconv.nn.parameters import Parameters, count
+from distconv.nn.parameters import Parameters, count, is_shape, is_whole, is_within
 from distconv.run.replica import Replica
 from distconv.run.run import Run
 from distconv.run.same_code import agree_on_code
@@ -56,6 +58,9 @@ def build_run(
     if that was found out before. device: a GPU (kernels.gpu.device.Cuda) that is there already. Raises UsageError for a
     model, a device or an exchange that cannot be, MismatchError where the ranks' code differs.
     """
+    with world.together():
+        found = check_data(settings.data, data)
+    world.agree("the data set", found, "have the data's sizes and shapes be the same on all ranks")
     with world.together():
         task = task or named_task(settings.task)
         optimizer = optimizer or named_optimizer(
@@ -87,14 +92,39 @@ def build_run(
     return run
 
 
+def check_data(name: str, data: Data) -> str:
+    """The sizes and shapes of the data, as text. Raises UsageError for such as no data can have."""
+    if not is_shape(data.image_shape):
+        raise UsageError(
+            f"--data {name} has the image_shape {data.image_shape!r}, but whole numbers from 1 were expected"
+        )
+    if not is_whole(data.classes) or data.classes < 1:
+        raise UsageError(f"--data {name} has {data.classes!r} classes, but a whole number from 1 was expected")
+    sizes = {part: data.size(part) for part in ("train", "test", "validation")}
+    for part, size in sizes.items():
+        least = 0 if part == "validation" else 1
+        if not is_whole(size) or size < least:
+            raise UsageError(
+                f"--data {name} gives {size!r} as the size of {part}, but a whole number from {least} was expected"
+            )
+    return f"{sizes}, {data.classes} classes of {data.image_shape}"
+
+
 def named_task(name: str) -> Task:
     """The task that --task names. Raises UsageError."""
     task: Task = Classification() if name == CLASSIFY else call_factory(name)
     for part in ("sums", "metric", "output_shape", "blind_loss", "gradient", "evaluate"):
-        if not hasattr(task, part):
+        if getattr(task, part, None) is None:
             raise UsageError(f"--task {name} returned a {type(task).__name__}, which has no {part}: see tasks/task.py")
-    if not 1 <= len(task.sums) <= MOST_SUMS:
-        raise UsageError(f"--task {name} has {len(task.sums)} sums, but 1 to {MOST_SUMS} were expected, the loss first")
+    if isinstance(task, type):
+        raise UsageError(f"--task {name} returned the class {task.__name__}, but an object of it was expected")
+    sums, metric = task.sums, task.metric
+    if not isinstance(sums, tuple | list) or not all(isinstance(part, str) and part.isidentifier() for part in sums):
+        raise UsageError(f"--task {name} has the sums {sums!r}, but a tuple of words was expected, the loss first")
+    if not 1 <= len(sums) <= MOST_SUMS or len({*sums}) < len(sums):
+        raise UsageError(f"--task {name} has {len(sums)} sums, but 1 to {MOST_SUMS} of different names were expected")
+    if not isinstance(metric, str) or not metric.isidentifier() or metric in ("loss", "images"):
+        raise UsageError(f"--task {name} has the metric {metric!r}, but a word like accuracy was expected")
     return task
 
 
@@ -103,7 +133,13 @@ def named_optimizer(settings: Config, steps: int) -> Optimizer:
     name, lr = settings.optimizer, settings.lr
     optimizer = OPTIMIZERS[name](lr) if name in OPTIMIZERS else call_factory(name, lr, steps)
     if not isinstance(optimizer, Optimizer):
-        raise UsageError(f"--optimizer {name} returned a {type(optimizer).__name__}, but an Optimizer was expected")
+        raise UsageError(f"--optimizer {name} returned {kind_of(optimizer)}, but an Optimizer was expected")
+    rates = [getattr(optimizer, "lr", None) and optimizer.rate(t) for t in (1, steps)]
+    if not all(is_within(rate, 0, sys.float_info.max) for rate in rates):
+        raise UsageError(
+            f"--optimizer {name} has the learning rates {rates} in the first and the last step: numbers "
+            "from 0 were expected"
+        )
     return optimizer
 
 
@@ -161,12 +197,27 @@ def compile_kernels(run: Run) -> None:
             model, samples = checked(replica.model), np.arange(min(2, run.data.size("train")))
             context = Context(training=True, samples=samples, kernels=replica.kernels)
             batch = run.data.batch("train", samples, context)
-            run.task.gradient(model, replica.values, replica.grads, batch, context)
+            sums = run.task.gradient(model, replica.values, replica.grads, batch, context)
+            check_sums("gradient", sums, len(run.task.sums))
+            at_rest = Context(training=False, samples=np.arange(min(2, run.data.size("test"))), kernels=replica.kernels)
+            batch = run.data.batch("test", at_rest.samples, at_rest)
+            check_sums("evaluate", run.task.evaluate(model, replica.values, batch, at_rest), 2)
             value, gradient, *state = np.zeros((2 + len(replica.state), 1), replica.vector.dtype)
             replica.optimizer.step(value, gradient, replica.optimizer.numbers(1), *state)
             replica.checksum()
         else:
             replica.share(0, np.zeros(1, np.int64), 1)
+
+
+def check_sums(method: str, found: Any, count: int) -> None:
+    """Raise UsageError where these are not so many sums that a task gave."""
+    if not isinstance(found, tuple | list) or len(found) != count or not all(map(is_number, found)):
+        raise UsageError(f"the task's {method} gave {found!r}, but a tuple of {count} numbers was expected")
+
+
+def is_number(found: Any) -> bool:
+    """Whether this is one real number, or an array that holds one."""
+    return isinstance(found, Real) or (isinstance(found, np.ndarray) and found.size == 1)
 
 
 @contextlib.contextmanager

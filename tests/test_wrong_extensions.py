@@ -1,0 +1,130 @@
+"""A task, an optimizer or data of a user's own that cannot work: one sentence says why, and no rank waits for others."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from distconv.config import Config
+from distconv.errors import BadDataError, UsageError
+from distconv.nn.layers import Affine, Context
+from distconv.nn.optimizers import SGD
+from distconv.nn.parameters import Parameters
+from distconv.run.build import check_data, check_sums, named_optimizer, named_task
+from distconv.tasks.classify import Classification
+from tests import jobs
+from tests.test_failures import assert_one_sentence
+
+HERE = sys.modules[__name__]
+
+
+class Own:
+    """Data whose sizes are given."""
+
+    image_shape: Any = (8, 8, 1)
+    classes: Any = 10
+    digest = "own"
+
+    def __init__(self, train: Any = 64, test: Any = 20, validation: Any = 0, **others: Any) -> None:
+        self.sizes = {"train": train, "test": test, "validation": validation}
+        self.__dict__.update(others)
+
+    def size(self, part: str) -> Any:
+        return self.sizes[part]
+
+    def batch(self, part: str, samples: Any, context: Any) -> Any:
+        return np.zeros((len(samples), 8, 8, 1), np.float32), samples % 10
+
+
+DATA = [
+    ({"train": 0}, "gives 0 as the size of train"),
+    ({"test": -3}, "gives -3 as the size of test"),
+    ({"train": 64.5}, "gives 64.5 as"),
+    ({"train": "64"}, "gives '64' as"),
+    ({"validation": None}, "gives None as the size of validation"),
+    ({"image_shape": 8}, "has the image_shape 8"),
+    ({"classes": 0}, "has 0 classes"),
+]
+
+
+@pytest.mark.parametrize(("given", "words"), DATA)
+def test_data_that_cannot_be_is_a_usage_error(given: dict[str, Any], words: str) -> None:
+    with pytest.raises(UsageError, match=words):
+        check_data("mine:data", Own(**given))
+
+
+TASKS = [
+    ({"sums": ()}, "0 sums"),
+    ({"sums": tuple("abcde")}, "5 sums, but 1 to 4"),
+    ({"sums": ("loss", "loss")}, "of different names"),
+    ({"sums": "loss"}, "the sums 'loss'"),
+    ({"sums": 3}, "the sums 3"),
+    ({"sums": (1, 2)}, "a tuple of words"),
+    ({"metric": "two words"}, "the metric 'two words'"),
+    ({"metric": "loss"}, "the metric 'loss'"),
+    ({"metric": 3}, "the metric 3"),
+    ({"evaluate": None}, "has no evaluate"),
+]
+
+
+@pytest.mark.parametrize(("given", "words"), TASKS)
+def test_a_task_that_cannot_be_is_a_usage_error(
+    monkeypatch: pytest.MonkeyPatch, given: dict[str, Any], words: str
+) -> None:
+    monkeypatch.setattr(HERE, "mine", type("Mine", (Classification,), given), raising=False)
+    with pytest.raises(UsageError, match=words):
+        named_task(f"{__name__}:mine")
+
+
+def test_a_class_is_no_task(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(HERE, "mine", lambda: Classification, raising=False)
+    with pytest.raises(UsageError, match="the class Classification"):
+        named_task(f"{__name__}:mine")
+
+
+@pytest.mark.parametrize("found", [1.0, None, (1.0,), (1.0, 2.0, 3.0), ("x", 1.0), (np.zeros(3), 1.0)])
+def test_what_a_task_gives_must_be_its_sums(found: Any) -> None:
+    with pytest.raises(UsageError, match="a tuple of 2 numbers was expected"):
+        check_sums("evaluate", found, 2)
+
+
+@pytest.mark.parametrize(
+    ("factory", "words"),
+    [
+        (lambda lr: SGD(lr), "called with 2 arguments"),
+        (lambda lr, steps: 3, "returned a int"),
+        (lambda lr, steps: SGD, "returned the class SGD"),
+        (lambda lr, steps: SGD("fast"), "learning rates"),
+        (lambda lr, steps: SGD(lambda t: None), "learning rates"),
+        (lambda lr, steps: SGD(lambda t: float("nan")), "learning rates"),
+    ],
+)
+def test_an_optimizer_that_cannot_be_is_a_usage_error(
+    monkeypatch: pytest.MonkeyPatch, factory: Any, words: str
+) -> None:
+    monkeypatch.setattr(HERE, "mine", factory, raising=False)
+    with pytest.raises(UsageError, match=words):
+        named_optimizer(Config(optimizer=f"{__name__}:mine"), 10)
+
+
+@pytest.mark.parametrize("labels", [[0, 10], [-1, 0], [0, 0, 0]])
+def test_labels_that_are_no_classes_are_bad_data(labels: list[int]) -> None:
+    model, x = Affine(10), np.zeros((2, 4), np.float32)
+    weights = Parameters(model.shapes((4,))[1])
+    with pytest.raises(BadDataError, match="from 0 to 9 was expected"):
+        Classification().gradient(model, weights.values, weights.grads, (x, np.array(labels)), Context(True))
+
+
+def test_data_of_another_size_on_one_rank_ends_the_job_and_does_not_hang_it(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(
+        "from distconv.process.launched import launcher_rank\n"
+        "from tests.test_wrong_extensions import Own\n"
+        "def data(): return Own(64 + launcher_rank())\n"
+    )
+    flags = ("--data", "mine:data", "--out", tmp_path / "run")
+    result = jobs.run(2, "-m", "distconv.train", *flags, PYTHONPATH=str(tmp_path))
+    assert_one_sentence(result, 78, "rank 1 differs from rank 0")
