@@ -30,7 +30,7 @@ EXAMPLES = {  # by what is taken from each, and how short a run tells enough
     "schedule": ("--optimizer", "--data=digits", "--model=simpleconvnet", "--epochs=3", "--limit-train=66"),
     "segmentation": ("--model", "--data", "--task", "--epochs=3", "--limit-train=99", "--lr=0.01"),
     "gan": ("--model", "--data", "--task", "--optimizer", "--epochs=2", "--batch-size=479"),
-    "q_learning": ("--model", "--data", "--task", "--epochs=3", "--lr=0.003"),
+    "q_learning": ("--model", "--data", "--task", "--epochs=4", "--lr=0.003"),
 }
 OF = {"--optimizer": {"schedule": "adamw", "gan": "in_turn"}}  # names that are not those of the flags
 
