@@ -1,4 +1,4 @@
-"""A task, an optimizer or data of a user's own that cannot work: one sentence says why, and no rank waits for others."""
+"""A task, an optimizer or data of a user's own that cannot work: one sentence says why, and no rank waits."""
 
 from __future__ import annotations
 

@@ -35,9 +35,7 @@ class Classification:
         """See Task."""
         x, labels = batch
         scores, backward = model.forward(x, values, context)
-        if (
-            context.kernels.name == "cpu"
-        ):  # compiled code trusts them; a Dataset's are in range, a user's Data's may not
+        if context.kernels.name == "cpu":  # compiled code trusts labels, and those of a user's own Data may be any
             _check_labels(labels, *scores.shape)
         loss, dscores = context.kernels.softmax_cross_entropy(scores, labels, context.global_batch)
         backward(dscores, grads, False)
