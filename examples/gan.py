@@ -5,7 +5,7 @@ The model is both, one after the other: noise -> image -> score. In even steps t
 moments too. The noise belongs to the step and the sample, so that many ranks draw what one does.
 
     mpirun -n 2 python -m distconv.train --data examples.gan:data --model examples.gan:model --task examples.gan:task \
-        --optimizer examples.gan:in_turn --batch-size 32 --epochs 300 --out runs/gan
+        --optimizer examples.gan:in_turn --lr 0.0003 --batch-size 64 --epochs 600 --out runs/gan
     python -m examples.gan runs/gan/checkpoints/step-*.safetensors  # draws digits.png
 """
 
@@ -132,5 +132,5 @@ if __name__ == "__main__":
         array[...] = checkpoint.tensors[f"value/{name}"]
     noise = np.random.default_rng(0).uniform(-1, 1, (20, NOISE)).astype(np.float32)
     drawn, _ = artist.forward(noise, parameters.values["artist"], Context(training=False))
-    grid = drawn.reshape(4, 5, SIDE, SIDE).transpose(0, 2, 1, 3).reshape(4 * SIDE, 5 * SIDE)
-    imsave("digits.png", grid, cmap="gray_r")
+    grid = np.pad(drawn[..., 0], ((0, 0), (2, 2), (2, 2))).reshape(4, 5, SIDE + 4, SIDE + 4)
+    imsave("digits.png", grid.transpose(0, 2, 1, 3).reshape(4 * (SIDE + 4), -1), cmap="gray_r")

@@ -21,7 +21,7 @@ class Data(Protocol):
     def digest(self) -> str: ...
 
     def size(self, part: str) -> int:
-        """How many samples an epoch of train has, and those that test and validation have; 0: there is no such part."""
+        """How many samples train (of an epoch), test and validation have; the last one may have 0, and is left out then."""
         ...
 
     def batch(self, part: str, samples: Any, context: Any) -> Any:
