@@ -58,8 +58,8 @@ def test_data_that_cannot_be_is_a_usage_error(given: dict[str, Any], words: str)
 
 
 TASKS = [
-    ({"sums": ()}, "0 sums"),
-    ({"sums": tuple("abcde")}, "5 sums, but 1 to 4"),
+    ({"sums": ()}, "1 to 4"),
+    ({"sums": tuple("abcde")}, "but 1 to 4 of"),
     ({"sums": ("loss", "loss")}, "of different names"),
     ({"sums": "loss"}, "the sums 'loss'"),
     ({"sums": 3}, "the sums 3"),

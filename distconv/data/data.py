@@ -21,7 +21,7 @@ class Data(Protocol):
     def digest(self) -> str: ...
 
     def size(self, part: str) -> int:
-        """How many samples train (of an epoch), test and validation have; the last one may have 0, and is left out then."""
+        """How many samples an epoch of train has, and those of test and validation; 0: there is no validation."""
         ...
 
     def batch(self, part: str, samples: Any, context: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import sys
 from collections.abc import Callable, Iterator
 from numbers import Real
@@ -33,6 +34,7 @@ from distconv.nn.layers import Context, Layer, is_ours, kind_of
 from distconv.nn.networks import build_network
 from distconv.nn.optimizers import OPTIMIZERS, Optimizer
 from distconv.nn.parameters import Parameters, count, is_shape, is_whole, is_within
+from distconv.run.loop import StepRecord
 from distconv.run.replica import Replica
 from distconv.run.run import Run
 from distconv.run.same_code import agree_on_code
@@ -121,8 +123,12 @@ def named_task(name: str) -> Task:
     sums, metric = task.sums, task.metric
     if not isinstance(sums, tuple | list) or not all(isinstance(part, str) and part.isidentifier() for part in sums):
         raise UsageError(f"--task {name} has the sums {sums!r}, but a tuple of words was expected, the loss first")
-    if not 1 <= len(sums) <= MOST_SUMS or len({*sums}) < len(sums):
-        raise UsageError(f"--task {name} has {len(sums)} sums, but 1 to {MOST_SUMS} of different names were expected")
+    taken = {field.name for field in dataclasses.fields(StepRecord)}
+    if not 1 <= len(sums) <= MOST_SUMS or len({*sums} | taken) < len(sums) + len(taken):
+        raise UsageError(
+            f"--task {name} has the sums {sums!r}, but 1 to {MOST_SUMS} of different names, none of them one of "
+            f"{', '.join(sorted(taken))}, were expected"
+        )
     if not isinstance(metric, str) or not metric.isidentifier() or metric in ("loss", "images"):
         raise UsageError(f"--task {name} has the metric {metric!r}, but a word like accuracy was expected")
     return task

@@ -24,6 +24,7 @@ from distconv.nn.fusion import fused
 from distconv.nn.layers import Context, Layer
 from distconv.nn.optimizers import Optimizer
 from distconv.nn.parameters import Parameters
+from distconv.tasks.classify import Classification
 from distconv.tasks.task import Task
 
 Samples = NDArray[np.int64]
@@ -92,8 +93,8 @@ class Replica:
             sums = self.device.replayed((len(samples), global_batch), work, self.agreed if whole else None)
         except MemoryError as error:
             raise DistconvError(
-                f"{self.kernels.name}: too little memory for this rank's share of a step ({error}): use a smaller "
-                f"--batch-size, or more ranks on GPUs of their own"
+                f"{self.kernels.name} has too little memory for this rank's share of a step ({error}): use a smaller "
+                f"--batch-size, or more ranks on hosts or GPUs of their own"
             ) from None
         self.mailbox.collect(step, sums)
         self.begun[step] = self.device.mark()
@@ -115,7 +116,12 @@ class Replica:
         return sums
 
     def _sender(self) -> Callable[[str], None] | None:
-        """What sends off the gradients of a layer of the model, and of those behind it, when they are final."""
+        """What sends off the gradients of a layer of the model, and of those behind it, when they are final.
+
+        Nothing where a task of the user's own may go backward through the model twice.
+        """
+        if not isinstance(self.task, Classification):
+            return None
         send = self.exchange.sender(self.gradient)
         return None if send is None else lambda layer: send(self.parameters.start(layer))
 
