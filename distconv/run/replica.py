@@ -49,6 +49,9 @@ class Replica:
         self.values, self.grads = parameters.nested(self.vector), parameters.nested(self.gradient)
         self.state_there = {slot: self.device.upload(vector) for slot, vector in self.state.items()}
         self.mailbox = kernels.mailbox(len(optimizer.numbers(1)), most_samples, len(task.sums))
+        self.trained = parameters.runs(lambda spec: spec.trained)
+        self.untrained = parameters.runs(lambda spec: not spec.trained)
+        self.decaying = parameters.runs(lambda spec: spec.trained and spec.decay) if optimizer.weight_decay else []
         self.begun: dict[int, Any] = {}  # steps whose results nobody has waited for yet, by their number
 
     def compute(self, step: int, samples: Samples, global_batch: int, following: Samples | None = None) -> list[float]:
@@ -127,15 +130,14 @@ class Replica:
 
     def _finish(self) -> None:
         """What follows when the sums are there."""
-        kernels, mailbox, specs = self.kernels, self.mailbox, self.parameters
+        kernels, mailbox = self.kernels, self.mailbox
         self.exchange.after(self.gradient, mailbox.bad)
-        if self.optimizer.weight_decay:
-            for part in specs.runs(lambda spec: spec.trained and spec.decay):
-                kernels.decay(self.vector[part], mailbox.numbers, mailbox.bad)
-        for part in specs.runs(lambda spec: spec.trained):
+        for part in self.decaying:
+            kernels.decay(self.vector[part], mailbox.numbers, mailbox.bad)
+        for part in self.trained:
             p, g, *state = (vector[part] for vector in (self.vector, self.gradient, *self.state_there.values()))
             kernels.update(self.optimizer, p, g, state, mailbox.numbers, mailbox.bad)
-        for part in specs.runs(lambda spec: not spec.trained):
+        for part in self.untrained:
             kernels.add(self.vector[part], self.gradient[part], mailbox.bad)
 
     def share(self, step: int, samples: Samples, global_batch: int) -> Array:
