@@ -78,7 +78,9 @@ def scores(out: Path, name: str) -> list[float]:
     return [record[name] for record in metrics(out, "epoch")]
 
 
-@pytest.mark.parametrize("name", EXAMPLES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in ("schedule", "siamese"))) for name in EXAMPLES]
+)
 def test_an_example_trains_on_two_ranks_as_on_one(run_of: Any, name: str) -> None:
     one, two = (metrics(run_of(name, ranks), "step")[:12] for ranks in (1, 2))
     assert len({record["train_loss"] for record in one}) == len(one) >= 6

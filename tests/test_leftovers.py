@@ -55,6 +55,7 @@ def test_a_job_that_ends_well_misses_nothing() -> None:
 
 
 @of_mpich
+@pytest.mark.slow
 def test_a_loop_of_aborted_jobs_does_not_fill_a_small_shared_memory() -> None:
     result = in_a_small_shared_memory('for n in $(seq 20); do "$@"; done; true', *job("world.comm.Abort(5)"))
     assert "MiB left" not in result.stderr and result.stderr.count("application called MPI_Abort") >= 20
