@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from distconv.nn.layers import EVALUATION, Affine, Chain, Context, Conv, Dropout, Layer, MaxPool, ReLU
+from distconv.nn.layers import Affine, Chain, Context, Conv, Dropout, Layer, MaxPool, ReLU
 from distconv.nn.networks import deepconvnet, simpleconvnet
 from distconv.nn.parameters import Parameters
 
@@ -204,7 +204,7 @@ def test_dropout_keeps_its_share_in_training_and_scales_in_evaluation(ratio):
     assert kept.mean() == pytest.approx(1 - ratio, abs=five_deviations)
 
     x = images(2, 3, 4, 5)
-    np.testing.assert_allclose(Dropout(ratio).forward(x, {}, EVALUATION)[0], x * (1 - ratio), rtol=1e-15)
+    np.testing.assert_allclose(Dropout(ratio).forward(x, {}, Context(training=False))[0], x * (1 - ratio), rtol=1e-15)
 
 
 def test_dropout_masks_belong_to_the_sample_whoever_holds_it():
@@ -228,7 +228,7 @@ def test_two_dropouts_of_a_chain_draw_different_masks():
 
 def test_a_backward_pass_after_an_evaluation_is_refused():
     _, backward = Chain(Affine(2)).forward(
-        np.ones((3, 4)), {"affine1": {"W": np.ones((4, 2)), "b": np.ones(2)}}, EVALUATION
+        np.ones((3, 4)), {"affine1": {"W": np.ones((4, 2)), "b": np.ones(2)}}, Context(training=False)
     )
     with pytest.raises(RuntimeError, match="training=True"):
         backward(np.ones((3, 2)), {}, True)
@@ -258,7 +258,7 @@ def test_evaluation_keeps_no_activations_and_training_keeps_them_as_long_as_back
     watch = Watch()
     model = Chain(Conv(2), watch, Conv(2, relu=True), Chain(watch, Affine(3)))
     parameters, x = built(model, (6, 6, 1)), images(2, 6, 6, 1)
-    kept = model.forward(x, parameters.values, EVALUATION)
+    kept = model.forward(x, parameters.values, Context(training=False))
     assert [output() for output in watch.outputs] == [None, None]
 
     watch.outputs.clear()

@@ -12,7 +12,7 @@ import pytest
 from distconv.data import mnist
 from distconv.errors import UsageError
 from distconv.kernels.cpu.device import Cpu
-from distconv.nn.layers import EVALUATION, Context
+from distconv.nn.layers import Context
 from distconv.nn.networks import NETWORKS, build_network
 from distconv.nn.parameters import Parameters
 from distconv.tasks.classify import Classification
@@ -128,7 +128,7 @@ def test_scores_in_evaluation_are_those_of_the_loops(name, by_loops):
     model, parameters = initialized(name, np.float64)
     parameters.vector += 0.01 * np.random.default_rng(0).standard_normal(parameters.size)  # biases too
     x = np.random.default_rng(1).random((1, *MNIST))
-    scores, _ = model.forward(x, parameters.values, EVALUATION)
+    scores, _ = model.forward(x, parameters.values, Context(training=False))
     expected = by_loops(x, parameters.values)
     assert scores.shape == (1, 10)
     np.testing.assert_allclose(scores, expected, rtol=0, atol=1e-12 * np.abs(expected).max())
@@ -140,7 +140,7 @@ def test_networks_take_other_images_and_numbers_of_classes(name, shape, classes)
     model, specs = build_network(name, shape, classes, (classes,))
     parameters = Parameters(specs)
     parameters.initialize(0)
-    scores, _ = model.forward(np.ones((3, *shape), np.float32), parameters.values, EVALUATION)
+    scores, _ = model.forward(np.ones((3, *shape), np.float32), parameters.values, Context(training=False))
     assert scores.shape == (3, classes)
     assert scores.dtype == np.float32
 

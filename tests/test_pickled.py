@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 from distconv.errors import BadDataError, MismatchError, MissingInputError
-from distconv.nn.layers import EVALUATION
+from distconv.nn.layers import Context
 from distconv.nn.networks import build_network
 from distconv.nn.parameters import Parameters
 from distconv.run.pickled import from_source, read_pickle
@@ -93,7 +93,9 @@ def test_a_pickle_of_the_source_gives_the_sources_scores(
     from_source(read_pickle(path), model, image_shape, parameters, path)
     x = np.random.default_rng(1).random((2, *image_shape))
     expected = scores(x.transpose(0, 3, 1, 2), arrays)
-    np.testing.assert_allclose(model.forward(x, parameters.values, EVALUATION)[0], expected, rtol=0, atol=1e-10)
+    np.testing.assert_allclose(
+        model.forward(x, parameters.values, Context(training=False))[0], expected, rtol=0, atol=1e-10
+    )
 
 
 def read(tmp_path: Path, content: bytes) -> Arrays:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from distconv.benchmarks.step import GPU_STEPS, Bench, Engine, Parts, Row, evaluate, random_dataset, step_flops
+from distconv.benchmarks.step import GPU_STEPS, Bench, Engine, Parts, Row, random_dataset, step_flops
 from distconv.comm.world import World
 from distconv.config import Config
 from distconv.nn.layers import Chain, Context
@@ -72,7 +72,7 @@ def _engine(name: str, run: Run) -> Engine:
             next(records)
         device.synchronize()  # the step that has begun is the first one of the next turn
 
-    return Engine(name, run.config.wire, turn, lambda: evaluate(run, run.replica.model), GPU_STEPS)
+    return Engine(name, run.config.wire, turn, lambda: run.measure("test"), GPU_STEPS)
 
 
 def layer_rows(replica: Replica, batch_size: int) -> list[LayerRow]:

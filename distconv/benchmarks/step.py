@@ -26,8 +26,6 @@ from distconv.nn.networks import deepconvnet
 from distconv.nn.parameters import Shape, Spec, Specs, Views
 from distconv.run.build import build_run
 from distconv.run.loop import StepRecord, train
-from distconv.run.measure import measure as measure_part
-from distconv.run.run import Run
 
 IMAGE_SHAPE: Shape = (28, 28, 1)
 CLASSES = 10
@@ -130,12 +128,6 @@ def random_dataset(batch_size: int, repeats: int, steps: int = 1) -> Dataset:
     return Dataset("random", images, labels, images[:batch_size], labels[:batch_size], CLASSES)
 
 
-def evaluate(run: Run, model: Layer) -> tuple[float, float]:
-    """The model of a run on its test images; collective."""
-    replica = run.replica
-    return measure_part(run.task, run.data, "test", model, replica.values, replica.kernels, run.world)
-
-
 class Trainer:
     """Our own engine on the CPU, with notes of each step. None of `repeats` steps ends an epoch; made collectively."""
 
@@ -147,12 +139,12 @@ class Trainer:
         self.run, self.watch = run, Stopwatch()
         self.watch.intercept(replica.exchange, "travel", ("exchange", ""))
         self.watch.intercept(replica.optimizer, "step", ("optimizer", ""))
-        self.plain, replica.model = replica.model, TimedChain(replica.model, self.watch)
+        replica.model = TimedChain(replica.model, self.watch)
         self.records = train(run, lambda: False)
         self.notes: list[tuple[float, dict[tuple[str, str], float], int]] = []  # seconds, parts, page faults
 
     def engine(self) -> Engine:
-        return Engine("distconv", self.run.config.wire, self.step, lambda: evaluate(self.run, self.plain))
+        return Engine("distconv", self.run.config.wire, self.step, lambda: self.run.measure("test"))
 
     def step(self) -> None:
         self.watch.parts.clear()

@@ -11,14 +11,14 @@ can be recorded as a graph.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from distconv.comm.choose import choose
 from distconv.comm.exchange import HEADER, Exchange, Flat, Headers, part_size, parts
-from distconv.comm.wire import WIRES, Wire
+from distconv.comm.on_cpu import DeviceExchange
+from distconv.comm.wire import WIRES
 from distconv.comm.world import World, cuda_aware_mpi
 from distconv.errors import UsageError
 from distconv.kernels.gpu.arithmetic import Gpu
@@ -28,41 +28,7 @@ if TYPE_CHECKING:
     from mpi4py import MPI
 
 
-class GpuExchange(Protocol):
-    """Sums vectors of one size, float32, on devices over the ranks."""
-
-    wire: Wire
-    how: str
-    bytes_sent: int  # by this rank in one sum, to other ranks
-    bus_bytes: int  # that cross the bus of this rank's GPU in one sum, both ways
-    needs_no_host: bool  # before and after do everything but the headers
-
-    def before(self, vector: Array, bad: Array) -> None:
-        """Start what comes before travel. bad (2,) int32: where this rank's vector and the sum are first not finite."""
-        ...
-
-    def travel(self, header: Headers) -> Headers:
-        """What the host does, when the device has done what came before. Returns the headers (P,) in rank order.
-
-        header: that of this rank, with the bad_at that was found before.
-        """
-        ...
-
-    def after(self, vector: Array, bad: Array) -> None:
-        """Start what comes after travel: vector becomes the sum, the same bits on each rank."""
-        ...
-
-    @property
-    def waited(self) -> float:
-        """Seconds that this rank has slept in barriers, in all sums together."""
-        return 0.0
-
-    def sender(self, vector: Array) -> Callable[[int | None], None] | None:
-        """What sends off the numbers of the vector from an index on, when they are final; None where nothing can."""
-        return None
-
-
-class Staged(GpuExchange):
+class Staged(DeviceExchange):
     """Through the host, by one of its exchanges."""
 
     needs_no_host = False
@@ -141,7 +107,7 @@ class CudaMpi:
         self.comm.Allgather(self.in_place, gathered)
 
 
-class OneRank(GpuExchange):
+class OneRank(DeviceExchange):
     """A rank that is alone: its gradient becomes what the wire makes of it, to the bits of Flat."""
 
     wire, how = WIRES["float16"], "on the GPUs, one rank"
@@ -161,7 +127,7 @@ class OneRank(GpuExchange):
         pass
 
 
-class OnGpu(GpuExchange):
+class OnGpu(DeviceExchange):
     """Every rank exchanges halves with every rank, and owns a part of the vector, which its GPU adds up."""
 
     wire = WIRES["float16"]
@@ -204,7 +170,7 @@ class OnGpu(GpuExchange):
         self.gpu.launch("wire", "decode", self.size, *arguments)
 
 
-def choose_on_gpu(world: World, gpu: Gpu, size: int, wire: str, kind: str, shared: bool) -> GpuExchange:
+def choose_on_gpu(world: World, gpu: Gpu, size: int, wire: str, kind: str, shared: bool) -> DeviceExchange:
     """The exchange of that kind for vectors (size,) on the ranks' GPUs; collective.
 
     auto: on the GPU where the rank is alone, through NCCL where every rank has a GPU of its own and NCCL has shown here
@@ -269,7 +235,9 @@ def _differs(world: World, gpu: Gpu, size: int, exchange: OnGpu) -> str | None:
         found = gpu.device.download(there)
     except Exception as error:
         problem, found = f"it fails ({error})", np.zeros_like(vector)
-    Flat(world.comm, size, exchange.wire).sum(vector, np.zeros((), HEADER))
+    flat = Flat(world.comm, size, exchange.wire)
+    flat.sum(vector, np.zeros((), HEADER))
+    flat.close()
     wrong = int(np.count_nonzero(found.view(np.uint32) != vector.view(np.uint32)))
     if problem is None and wrong:
         problem = f"{wrong:,} of {size:,} of its sums differ from those of the host"

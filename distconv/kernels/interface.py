@@ -25,7 +25,6 @@ def output_size(size: int, window: int, stride: int, pad: int) -> int:
 class Device(Protocol):
     """Memory, and work that is started in order. On the CPU, what is started is done at once."""
 
-    def zeros(self, shape: Any, dtype: Any) -> Array: ...
     def upload(self, array: Array) -> Array:
         """The array on the device: on the CPU itself, else a copy."""
         ...

@@ -70,9 +70,6 @@ class Context:
         return dropped
 
 
-EVALUATION = Context(training=False)
-
-
 class Layer(Protocol):
     """What a model is made of; a model is a layer itself.
 

@@ -13,8 +13,8 @@ import numpy as np
 
 from distconv.comm.choose import choose
 from distconv.comm.exchange import MOST_SUMS
-from distconv.comm.on_cpu import OnCpu
-from distconv.comm.on_gpu import GpuExchange, choose_on_gpu, first_problem
+from distconv.comm.on_cpu import DeviceExchange, OnCpu
+from distconv.comm.on_gpu import choose_on_gpu, first_problem
 from distconv.comm.placement import Placement, place
 from distconv.comm.probe import WireProbe
 from distconv.comm.wire import WIRES
@@ -176,7 +176,7 @@ def check_for_gpu(settings: Config, optimizer: Optimizer, world: World) -> None:
             raise UsageError(f"the optimizer {kind} has a formula of its own, which only the CPU has: use --device cpu")
 
 
-def choose_exchange(settings: Config, kernels: Kernels, size: int, world: World, shared: bool) -> OnCpu | GpuExchange:
+def choose_exchange(settings: Config, kernels: Kernels, size: int, world: World, shared: bool) -> DeviceExchange:
     """The exchange that the settings name, where the kernels compute; collective. shared: some GPU has several ranks.
 
     Raises UsageError.

@@ -20,7 +20,6 @@ from distconv.data.shard import epoch_order, shard
 from distconv.errors import DistconvError, DivergedError
 from distconv.nn.parameters import Parameters
 from distconv.run import agreement
-from distconv.run.measure import measure
 from distconv.run.run import Run
 
 MOST_SKIPPED = 10  # steps in a row without a finite gradient
@@ -72,15 +71,6 @@ class EpochRecord:
     flushed_share: float
     wire_error: float
     parameters_sha256: str
-
-    @property
-    def train_accuracy(self) -> float:
-        """The score on the training set, whatever the metric is."""
-        return self.scores["train"]
-
-    @property
-    def test_accuracy(self) -> float:
-        return self.scores["test"]
 
 
 @dataclass(frozen=True)
@@ -262,8 +252,7 @@ def _end_of_epoch(run: Run, epoch: int, images_per_second: float) -> EpochRecord
 
 
 def _score(run: Run, part: str) -> float:
-    replica, most = run.replica, run.config.eval_samples
-    score, weight = measure(run.task, run.data, part, replica.model, replica.values, replica.kernels, run.world, most)
+    score, weight = run.measure(part, run.config.eval_samples)
     return score / weight if weight else float("nan")
 
 

@@ -15,8 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distconv.comm.exchange import HEADER, Headers
-from distconv.comm.on_cpu import OnCpu
-from distconv.comm.on_gpu import GpuExchange
+from distconv.comm.on_cpu import DeviceExchange
 from distconv.data.data import Data
 from distconv.errors import DistconvError
 from distconv.kernels.interface import FINITE, Agreed, Array, Kernels
@@ -38,7 +37,7 @@ class Replica:
 
     def __init__(
         self, kernels: Kernels, model: Layer, parameters: Parameters, task: Task, data: Data, optimizer: Optimizer,
-        exchange: OnCpu | GpuExchange, seed: int, most_samples: int, agreed: Agreed
+        exchange: DeviceExchange, seed: int, most_samples: int, agreed: Agreed
     ) -> None:  # fmt: skip
         self.kernels, self.device = kernels, kernels.device
         self.model = fused(model) if kernels.fuses else model
@@ -112,7 +111,15 @@ class Replica:
         if n == 0:
             return ()
         on_final, samples = self._sender() if sends else None, mailbox.samples[:n]
-        context = Context(True, self.seed, mailbox.step, samples, "", on_final, kernels, global_batch)
+        context = Context(
+            training=True,
+            seed=self.seed,
+            step=mailbox.step,
+            samples=samples,
+            on_final=on_final,
+            kernels=kernels,
+            global_batch=global_batch,
+        )
         batch = self.data.batch("train", samples, context)
         sums = self.task.gradient(self.model, self.values, self.grads, batch, context)
         self.device.join()

@@ -13,6 +13,7 @@ from distconv.data.data import Data
 from distconv.data.shard import batches
 from distconv.kernels.interface import Array
 from distconv.nn.parameters import Parameters, digest
+from distconv.run.measure import measure
 from distconv.run.replica import Replica
 from distconv.tasks.task import Task
 
@@ -51,6 +52,11 @@ class Run:
     def steps(self) -> int:
         """Of the whole run."""
         return self.config.epochs * self.steps_per_epoch
+
+    def measure(self, part: str, most: int = 0) -> tuple[float, float]:
+        """The two sums of the task's metric over the first `most` samples of a part (0: all); collective."""
+        replica = self.replica
+        return measure(self.task, self.data, part, replica.model, replica.values, replica.kernels, self.world, most)
 
     def position(self) -> dict[str, Any]:
         epoch, batch = divmod(self.step, self.steps_per_epoch)

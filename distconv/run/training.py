@@ -30,7 +30,6 @@ from distconv.run.loading import load_dataset
 from distconv.run.log import RunLog, describe_steps, read_metrics, write_text
 from distconv.run.loop import EpochRecord, Record, StepRecord, StopRecord
 from distconv.run.loop import train as records
-from distconv.run.measure import measure
 from distconv.run.run import Run
 from distconv.run.stopping import StopRequest
 
@@ -203,10 +202,8 @@ def introduce(run: Run, out: Path, data_name: str, checkpoint: Checkpoint | None
 
 def finish(run: Run, out: Path, log: RunLog) -> int:
     """Final score on the whole test set, curves and DONE; exit code 1 where the target is missed."""
-    replica = run.replica
     run.world.at("evaluate", run.step)
-    sums = measure(run.task, run.data, "test", replica.model, replica.values, replica.kernels, run.world)
-    correct, total = (int(number) if number.is_integer() else number for number in sums)
+    correct, total = (int(number) if number.is_integer() else number for number in run.measure("test"))
     agreement.agree(run)  # nothing has changed while it was evaluated
     score = correct / total if total else float("nan")
     metric = run.task.metric

@@ -16,7 +16,7 @@ from distconv.data.shard import split
 from distconv.errors import DistconvError, ReplicasDifferError
 from distconv.run import loop
 from distconv.run.build import build_run
-from distconv.run.measure import measure, predictions
+from distconv.run.measure import predictions
 from distconv.run.run import Run
 
 SETTINGS = config.Config(data="digits", epochs=1, batch_size=23, limit_train=100, eval_samples=50, device="cpu")
@@ -53,7 +53,7 @@ def test_an_epoch_ends_with_equal_replicas_and_exact_sums(world: World) -> None:
     mean = np.average([step.train_loss for step in steps], weights=weights)
     assert epoch.train_loss == pytest.approx(float(mean), rel=1e-12)
     assert len(set(world.comm.allgather(run.parameters.vector.tobytes()))) == 1
-    assert len(set(world.comm.allgather((epoch.train_loss, epoch.train_accuracy, epoch.test_accuracy)))) == 1
+    assert len(set(world.comm.allgather((epoch.train_loss, epoch.scores["train"], epoch.scores["test"])))) == 1
 
 
 def test_the_accuracy_counts_every_image_once(world: World) -> None:
@@ -63,8 +63,7 @@ def test_the_accuracy_counts_every_image_once(world: World) -> None:
     assert found.shape == labels.shape
     for most in (101, 0):
         count = most or len(labels)
-        sums = measure(run.task, run.data, "test", replica.model, replica.values, replica.kernels, world, most)
-        assert sums == (np.count_nonzero(found[:count] == labels[:count]), count)
+        assert run.measure("test", most) == (np.count_nonzero(found[:count] == labels[:count]), count)
 
 
 def test_a_flipped_bit_on_one_rank_is_found_and_named(world: World) -> None:

@@ -17,9 +17,6 @@ Result = TypeVar("Result")
 class Host:
     """The memory of this process; its work is done when it is started."""
 
-    def zeros(self, shape: int | tuple[int, ...], dtype: DTypeLike) -> Array:
-        return np.zeros(shape, dtype)
-
     def upload(self, array: Array) -> Array:
         return array
 
