@@ -5,11 +5,9 @@ On a GPU a wrong argument or a write outside an array is silent garbage. Here bo
 
 from __future__ import annotations
 
-import atexit
 import ctypes
 import functools
 import hashlib
-import os
 import re
 import shutil
 import subprocess
@@ -177,13 +175,11 @@ def signatures(source: str) -> dict[str, Signature]:
 
 
 @functools.cache
-def own_folder() -> Path:
-    """Where this process keeps what it compiled, until it ends, or EMULATED_KERNELS for what others may use too."""
-    if "EMULATED_KERNELS" in os.environ:
-        return Path(os.environ["EMULATED_KERNELS"])
-    folder = tempfile.mkdtemp(prefix="emulated_kernels_")
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return Path(folder)
+def kernel_folder() -> Path:
+    """Where compiled kernels are kept, in the checkout, for the other processes and for the next run of the tests."""
+    folder = Path(__file__).parent.parent / ".emulated_kernels"
+    folder.mkdir(exist_ok=True)
+    return folder
 
 
 @functools.cache
@@ -235,7 +231,7 @@ class Emulator:
     name = "emulated"
 
     def __init__(self, folder: Path | None = None) -> None:
-        """`folder`: where compiled kernels go, for processes that share them; else own_folder()."""
+        """`folder`: where compiled kernels go, for processes that share them; else kernel_folder()."""
         self.folder = folder
         self.tape: list[Callable[[], None]] | None = None  # that is being recorded
         self.tapes: dict[object, Any] = {}
@@ -291,7 +287,7 @@ class Emulator:
         kernels = signatures(source)
         if name not in kernels:
             raise ValueError(f"no kernel {name!r} in the source, only {sorted(kernels)}")
-        start = launcher(kernels[name], library(source, tuple(defines), self.folder or own_folder()))
+        start = launcher(kernels[name], library(source, tuple(defines), self.folder or kernel_folder()))
         return lambda *arguments: self.do(lambda: start(*arguments))
 
     def beside(self, work: Callable[[], object], *used: NDArray[Any]) -> None:

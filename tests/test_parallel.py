@@ -5,13 +5,12 @@ from __future__ import annotations
 import pytest
 
 from tests import jobs
-from tests.emulator import own_folder
 
 
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("ranks", [*(pytest.param(ranks, marks=pytest.mark.slow) for ranks in (1, 2, 4)), 3])
 def test_the_parallel_tests_pass_on_this_many_ranks(ranks: int) -> None:
     command = ("-m", "mpi4py", "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "tests/parallel")
-    result = jobs.run(ranks, *command, seconds=280, EMULATED_KERNELS=str(own_folder()))
+    result = jobs.run(ranks, *command, seconds=280)
     assert result.returncode == 0, result.stdout + result.stderr
     assert result.stdout.count(" passed") == ranks, result.stdout

@@ -9,7 +9,7 @@ import pytest
 
 from distconv.comm.start import start
 from distconv.comm.world import World
-from tests.emulator import own_folder
+from tests.emulator import kernel_folder
 
 
 @pytest.fixture(scope="session")
@@ -21,5 +21,5 @@ def world() -> Iterator[World]:
 @pytest.fixture(scope="module")
 def folder(world: World) -> Iterator[Path]:
     """One for all ranks: what one has compiled, the others load."""
-    yield world.comm.bcast(own_folder())
+    yield world.comm.bcast(kernel_folder())
     world.comm.Barrier()
