@@ -93,6 +93,7 @@ class Slurm:
 
     def __init__(self, folder: Path, init: psutil.Process) -> None:
         self.folder, self.init = folder, init
+        self.started: list[subprocess.Popen[str]] = []
         self.environment = {**ENVIRONMENT, "SLURM_CONF": str(folder / "slurm.conf")}
         self.environment["PATH"] = (
             f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # as in an activated environment
@@ -105,7 +106,7 @@ class Slurm:
 
     def start(self, *arguments: str | Path) -> subprocess.Popen[str]:
         pipe = subprocess.PIPE
-        return subprocess.Popen(
+        process = subprocess.Popen(
             self.command(*arguments),
             env=self.environment,
             stdin=subprocess.DEVNULL,
@@ -113,6 +114,8 @@ class Slurm:
             stderr=pipe,
             text=True,
         )
+        self.started.append(process)
+        return process
 
     def run(self, *arguments: str | Path, seconds: float = 60) -> subprocess.CompletedProcess[str]:
         process = self.start(*arguments)
@@ -196,12 +199,15 @@ def slurm(folder: Path) -> Iterator[Slurm]:
         stdout=subprocess.PIPE,
         text=True,
     ) as process:
+        cluster = None
         try:
             assert process.stdout and process.stdout.readline() == "ready\n"
             (init,) = psutil.Process(process.pid).children()
-            yield Slurm(folder, init)
+            yield (cluster := Slurm(folder, init))
         finally:
             process.kill()
+            for started in cluster.started if cluster else ():
+                started.communicate()  # their end, as the kernel ends all processes of the cluster
 
 
 def edit(script: Path, *places: str | None) -> str:

@@ -94,10 +94,27 @@ def starts(out: Path) -> int:
     return len(lines(out / "starts"))
 
 
-@pytest.mark.parametrize("code", [2, 65, 66, 69, 73, 75, 78])
+@pytest.mark.parametrize("code", [2, 65, 66, 69, 73, 78])
 def test_what_another_start_would_not_mend_ends_at_once_with_its_code(out: Path, code: int) -> None:
     assert supervise(out, f"sys.exit({code})").finish(20).returncode == code
     assert starts(out) == 1
+
+
+def test_a_stop_that_a_batch_system_asked_of_the_ranks_is_not_undone(out: Path) -> None:
+    assert (
+        supervise(out, "trains(3); note('metrics.jsonl', event='stop', step=3); sys.exit(75)").finish(20).returncode
+        == 75
+    )
+    assert starts(out) == 1
+
+
+@pytest.mark.parametrize("come_so_far", ["", "note('metrics.jsonl', event='start'); ", "trains(3); "])
+def test_ranks_that_a_launcher_ends_as_one_of_them_failed_have_not_stopped_on_request(
+    out: Path, come_so_far: str
+) -> None:
+    result = supervise(out, f"{come_so_far}sys.exit(75) | finishes()").finish(20)
+    assert result.returncode == 0 and "exit code 143 (SIGTERM)" in result.stderr
+    assert starts(out) == 2
 
 
 @pytest.mark.parametrize("code", [0, 1])  # 1: the target accuracy is missed

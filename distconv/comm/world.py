@@ -29,6 +29,7 @@ from distconv.monitor.judge import Judge
 from distconv.monitor.watch import Watch
 from distconv.monitor.whereabouts import Whereabouts
 from distconv.process.launched import GRACE, launched, listed
+from distconv.process.malloc import zeroed_memory
 from distconv.process.voice import claim, write
 
 if TYPE_CHECKING:
@@ -280,7 +281,9 @@ def init_mpi() -> None:
     if call is None:
         MPI.Init_thread(MPI.THREAD_MULTIPLE)
         return
-    if call(None, None, MPI.THREAD_MULTIPLE, ctypes.byref(ctypes.c_int())):
+    with zeroed_memory():
+        failed = call(None, None, MPI.THREAD_MULTIPLE, ctypes.byref(ctypes.c_int()))
+    if failed:
         raise DistconvError("MPI could not be started: run python -m distconv.doctor")
     for comm in (MPI.COMM_WORLD, MPI.COMM_SELF):
         comm.Set_errhandler(MPI.ERRORS_RETURN)  # as mpi4py does, which makes exceptions of them

@@ -146,9 +146,13 @@ class Supervisor:
         end_leftovers()
         if self.asked.count(signal.SIGINT) > 1:
             return code
-        recorded = last_record(self.metrics) != before
+        last = last_record(self.metrics)
+        recorded = last != before
         if code == signal.SIGINT and recorded:
             code += 128  # MPICH's mpirun gives the bare number of a signal; as a usage error, 2 comes before any record
+        if code == errors.STOPPED and not self.asked and not (recorded and last.get("event") == "stop"):
+            # A launcher ends all ranks by SIGTERM where one has failed, and takes the code of those that obey.
+            return 128 + signal.SIGTERM
         unheard = killed_by(code) and not recorded  # asked before the ranks could listen
         if self.asked and (unheard or code == 0) and not self.is_done():
             return errors.STOPPED
