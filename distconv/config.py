@@ -29,11 +29,14 @@ else:
 MODELS = ("deepconvnet", "simpleconvnet")
 CLASSIFY = "classify"
 OPTIMIZERS = ("adam", "sgd", "momentum", "nesterov", "adagrad", "rmsprop")
+SCHEDULES = ("constant", "linear", "cosine", "one-cycle", "step", "exponential")
+LR_RULES = ("none", "linear", "sqrt")
 WIRES = ("float16", "float32", "float64")
 EXCHANGES = ("auto", "flat", "two-level", "buckets", "mpi", "nccl", "cuda-mpi")
 DEVICES = ("auto", "cpu", "cuda")
 PRECISIONS = ("float32", "tf32", "float16", "bfloat16")
 RESUME = ("auto", "never")
+LR_BATCH = 100  # the batch size that --lr is meant for where --scale-lr is given
 LARGEST_TOML = 1 << 14  # bytes: tomllib's time grows with the square of some files' length
 LONGEST_SHOWN = 200  # characters of a wrong value
 
@@ -94,6 +97,50 @@ class Config:
     )
     lr: float = _setting(
         0.001, "learning rate", lambda v: math.isfinite(v) and v > 0, "a finite number above 0, 0.001 say"
+    )
+    schedule: str = _one_of(
+        SCHEDULES,
+        "constant",
+        "how the learning rate goes down over the run: to 0 in a line or a half-wave; up over the first 30 % of the "
+        "steps and then down to 0; to a tenth after half and again after three quarters; to a hundredth",
+    )
+    warmup_epochs: float = _setting(
+        0.0,
+        "epochs in which the learning rate rises to --lr before that",
+        lambda v: 0 <= v < 2**31,
+        "a number of epochs, 0 or more",
+    )
+    scale_lr: str = _one_of(
+        LR_RULES,
+        "none",
+        f"multiply --lr by the batch size over {LR_BATCH}, or by its square root; a batch of k times the size makes a "
+        "k-th of the steps, and takes a larger rate up to some size",
+    )
+    weight_decay: float = _setting(
+        0.0,
+        "before a step, matrices and filters are multiplied by 1 - learning rate x this; with adam, that is AdamW",
+        lambda v: 0 <= v < 1e6,
+        "a number from 0, 0.01 say",
+    )
+    label_smoothing: float = _setting(
+        0.0,
+        "the share of a label that is spread over all classes, 0.1 say",
+        lambda v: 0 <= v < 1,
+        "a fraction from 0 to below 1",
+    )
+    ema: float = _setting(
+        0.0,
+        "keep an average of the weights, in which those of the step before count so much, 0.999 say (less in the first "
+        "steps), and score and save it besides; 0: none",
+        lambda v: 0 <= v < 1,
+        "a fraction from 0 to below 1",
+    )
+    augment: str = _setting(
+        "",
+        "change training images at random: mnist, cifar, a list as rotate=15,shift=0.1,scale=0.1 (also crop, flip, "
+        "brightness, erase), or package.module:function",
+        lambda v: True,
+        "",
     )
     wire: str = _one_of(
         WIRES,

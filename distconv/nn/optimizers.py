@@ -18,6 +18,7 @@ from distconv.kernels.cpu import updates
 from distconv.kernels.interface import Array
 
 PIECE = 1 << 16  # numbers
+EMA = "ema"  # no optimizer's slot, but that of the average of the weights, which stands beside theirs
 EPSILON = 1e-7  # keeps the divisions finite; outside the bias correction, as in the source
 
 

@@ -19,7 +19,8 @@ from distconv.comm.placement import Placement, place
 from distconv.comm.probe import WireProbe
 from distconv.comm.wire import WIRES
 from distconv.comm.world import World
-from distconv.config import CLASSIFY, Config
+from distconv.config import CLASSIFY, LR_BATCH, Config
+from distconv.data.augment import Augmentation, Augmented, named_augmentation
 from distconv.data.data import Data
 from distconv.data.shard import batches
 from distconv.errors import UsageError
@@ -32,8 +33,9 @@ from distconv.kernels.interface import Kernels
 from distconv.nn.checked import checked
 from distconv.nn.layers import Context, Layer, is_ours, kind_of
 from distconv.nn.networks import build_network
-from distconv.nn.optimizers import OPTIMIZERS, Optimizer
+from distconv.nn.optimizers import EMA, OPTIMIZERS, Optimizer
 from distconv.nn.parameters import Parameters, count, is_shape, is_whole, is_within
+from distconv.nn.schedules import LR_RULES, Schedule
 from distconv.run.loop import StepRecord
 from distconv.run.replica import Replica
 from distconv.run.run import Run
@@ -64,10 +66,10 @@ def build_run(
         found = check_data(settings.data, data)
     world.agree("the data set", found, "have the data's sizes and shapes be the same on all ranks")
     with world.together():
-        task = task or named_task(settings.task)
-        optimizer = optimizer or named_optimizer(
-            settings, settings.epochs * batches(data.size("train"), settings.batch_size)
-        )
+        task = task or named_task(settings.task, settings.label_smoothing)
+        optimizer = optimizer or named_optimizer(settings, batches(data.size("train"), settings.batch_size))
+        if settings.augment:
+            data = augmented(data, settings.augment)
     model, parameters = build_model(settings, data, task, world, model)
     if device is None:
         placed = placed or place(world, settings.device, settings.precision)
@@ -87,7 +89,7 @@ def build_run(
     probe = WireProbe(WIRES[settings.wire], parameters.size, lambda size: choose(world, size, exact))
     replica = Replica(
         kernels, model, parameters, task, data, optimizer, exchange, settings.seed, settings.batch_size,
-        lambda problem: first_problem(world, problem),
+        lambda problem: first_problem(world, problem), settings.ema,
     )  # fmt: skip
     run = Run(settings, data, task, replica, world, probe)
     compile_kernels(run)
@@ -112,9 +114,11 @@ def check_data(name: str, data: Data) -> str:
     return f"{sizes}, {data.classes} classes of {data.image_shape}"
 
 
-def named_task(name: str) -> Task:
+def named_task(name: str, label_smoothing: float = 0.0) -> Task:
     """The task that --task names. Raises UsageError."""
-    task: Task = Classification() if name == CLASSIFY else call_factory(name)
+    if name != CLASSIFY and label_smoothing:
+        raise UsageError(f"--label-smoothing is for --task {CLASSIFY}: {name} has a loss of its own")
+    task: Task = Classification(label_smoothing) if name == CLASSIFY else call_factory(name)
     for part in ("sums", "metric", "output_shape", "blind_loss", "gradient", "evaluate"):
         if getattr(task, part, None) is None:
             raise UsageError(f"--task {name} returned a {type(task).__name__}, which has no {part}: see tasks/task.py")
@@ -134,12 +138,20 @@ def named_task(name: str) -> Task:
     return task
 
 
-def named_optimizer(settings: Config, steps: int) -> Optimizer:
-    """The optimizer that --optimizer names, for a run of so many steps. Raises UsageError."""
-    name, lr = settings.optimizer, settings.lr
-    optimizer = OPTIMIZERS[name](lr) if name in OPTIMIZERS else call_factory(name, lr, steps)
+def named_optimizer(settings: Config, steps_per_epoch: int) -> Optimizer:
+    """The optimizer that --optimizer names, with the learning rates of the run. Raises UsageError."""
+    name, steps = settings.optimizer, settings.epochs * steps_per_epoch
+    lr = learning_rate(settings, steps_per_epoch)
+    if name in OPTIMIZERS:
+        optimizer = OPTIMIZERS[name](lr, settings.weight_decay)
+    elif settings.weight_decay:
+        raise UsageError(f"--weight-decay is for the optimizers that are here: {name} must see to its own")
+    else:
+        optimizer = call_factory(name, lr, steps)
     if not isinstance(optimizer, Optimizer):
         raise UsageError(f"--optimizer {name} returned {kind_of(optimizer)}, but an Optimizer was expected")
+    if EMA in optimizer.slots:
+        raise UsageError(f"--optimizer {name} has the slot {EMA}, which is the name of --ema's: use another one")
     rates = [getattr(optimizer, "lr", None) and optimizer.rate(t) for t in (1, steps)]
     if not all(is_within(rate, 0, sys.float_info.max) for rate in rates):
         raise UsageError(
@@ -147,6 +159,31 @@ def named_optimizer(settings: Config, steps: int) -> Optimizer:
             "from 0 were expected"
         )
     return optimizer
+
+
+def learning_rate(settings: Config, steps_per_epoch: int) -> float | Schedule:
+    """A number, or where it changes, what gives it for a step. Raises UsageError."""
+    if settings.warmup_epochs >= settings.epochs:
+        raise UsageError(
+            f"--warmup-epochs {settings.warmup_epochs:g} with --epochs {settings.epochs}: a warm-up that ends before "
+            "the run was expected"
+        )
+    lr = settings.lr * LR_RULES[settings.scale_lr](settings.batch_size / LR_BATCH)
+    warmup = round(settings.warmup_epochs * steps_per_epoch)
+    if settings.schedule == "constant" and not warmup:
+        return lr
+    return Schedule(lr, settings.schedule, settings.epochs * steps_per_epoch, warmup)
+
+
+def augmented(data: Data, name: str) -> Data:
+    """The data with training images changed as --augment names it. Raises UsageError."""
+    change = named_augmentation(name)
+    if isinstance(change, Augmentation) and (shape := getattr(data, "label_shape", None)):
+        raise UsageError(
+            f"--augment {name} would change images and leave their labels of shape {shape} as they are: change both "
+            "in a Data of your own"
+        )
+    return Augmented(data, change)
 
 
 def build_model(
@@ -159,7 +196,7 @@ def build_model(
             parameters = Parameters(specs, WIRES[settings.wire].dtype)  # no use in sums finer than what is summed
         except (MemoryError, ValueError) as error:
             raise UsageError(f"--model {settings.model} has {count(specs):,} parameters: {error}") from None
-    agree_on_code(world, settings.model, settings.data, settings.task, settings.optimizer)
+    agree_on_code(world, settings.model, settings.data, settings.task, settings.optimizer, settings.augment)
     world.agree("the model", parameters.layout(), "give all hosts the same code")
     parameters.initialize(settings.seed)
     world.comm.Bcast(parameters.vector)
@@ -209,9 +246,11 @@ def compile_kernels(run: Run) -> None:
                 at_rest = Context(training=False, samples=np.arange(1), kernels=replica.kernels)
                 batch = run.data.batch("test", at_rest.samples, at_rest)
                 check_sums("evaluate", run.task.evaluate(model, replica.values, batch, at_rest), 2)
-            value, gradient, *state = np.zeros((2 + len(replica.state), 1), replica.vector.dtype)
+            value, gradient, *state = np.zeros((2 + len({*replica.state} - {EMA}), 1), replica.vector.dtype)
             replica.optimizer.step(value, gradient, replica.optimizer.numbers(1), *state)
             replica.checksum()
+            if replica.ema:
+                replica.kernels.average(value, gradient, (0.5,), replica.mailbox.bad)
         else:
             replica.share(0, np.zeros(1, np.int64), 1)
 

@@ -30,7 +30,7 @@ from distconv.errors import (
     UsageError,
 )
 from distconv.kernels.interface import Array
-from distconv.nn.optimizers import OPTIMIZERS
+from distconv.nn.optimizers import EMA, OPTIMIZERS
 from distconv.nn.parameters import Parameters, digest
 from distconv.run.tensorfile import TensorFile, write_tensors
 
@@ -38,7 +38,8 @@ FORMAT = "distconv-1"
 OURS = re.compile(r"step-\d{10,}\.safetensors")  # not a copy that a user made and named
 KEEP = 3  # newest checkpoints that stay
 # Else it would be another run.
-MUST_MATCH = ("model", "task", "batch_size", "optimizer", "seed", "limit_train", "validation")
+MUST_MATCH = ("model", "task", "batch_size", "optimizer", "seed", "limit_train", "validation", "ema")
+CHANGES = ("lr", "schedule", "warmup_epochs", "scale_lr", "weight_decay", "label_smoothing", "augment")  # may differ
 
 
 def _is_count(value: Any) -> bool:
@@ -63,7 +64,12 @@ DESCRIBED: Mapping[str, Mapping[str, Callable[[Any], bool]]] = {
         "image_shape": lambda value: isinstance(value, list) and value != [] and all(map(_is_count, value)),
     },
 }
-SINCE_LATER = {"first_loss": 0.0, "validation": 0, "task": CLASSIFY}  # what older files lack, and what holds for them
+SINCE_LATER = {
+    "first_loss": 0.0,
+    "validation": 0,
+    "task": CLASSIFY,
+    "ema": 0.0,
+}  # what older files lack, and what holds for them
 
 
 @dataclass(frozen=True)
@@ -195,6 +201,7 @@ def _read_about(text: str, names: Iterable[str], state: str, finite: bool, path:
         raise BadDataError(f"{path} cannot be used, as it was made with {str(error)[:200]}") from None
     found, optimizer = set(map(_slot, names)), config["optimizer"]
     slots = {"value", *(OPTIMIZERS[optimizer].slots if optimizer in OPTIMIZERS else found)}
+    slots |= {EMA} if config.get("ema") else set()
     if slots != found or not finite:
         raise BadDataError(f"{path} cannot be used, as it is not {', '.join(sorted(slots))} of finite numbers")
     if about.get("state_sha256", state) != state:  # older files have none
@@ -244,7 +251,7 @@ def check_same_run(checkpoint: Checkpoint, config: Config, data_digest: str) -> 
             f"{checkpoint.path} was made with the data set {checkpoint.data['name']} of SHA-256 "
             f"{checkpoint.data['digest'][:12]}..., not {data_digest[:12]}...: give the same by --data, or another --out"
         )
-    may_differ = ("lr", "wire", "precision", "epochs", "eval_samples")
+    may_differ = (*CHANGES, "wire", "precision", "epochs", "eval_samples")
     return [
         f"{name} is now {want[name]}, was {have[name]}"
         for name in may_differ

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from distconv.comm.exchange import HEADER, MOST_SUMS, Headers
 from distconv.data.shard import epoch_order, shard
 from distconv.errors import DistconvError, DivergedError
+from distconv.nn.optimizers import EMA
 from distconv.nn.parameters import Parameters
 from distconv.run import agreement
 from distconv.run.run import Run
@@ -40,6 +41,7 @@ class StepRecord:
     step: int
     epoch: int
     train_loss: float
+    learning_rate: float
     others: dict[str, float] = field(metadata={"log": False})  # the means of the task's other sums, by name
     images_per_second: float
     compute_seconds: float
@@ -55,7 +57,8 @@ class StepRecord:
 
 @dataclass(frozen=True)
 class EpochRecord:
-    """One epoch. The scores are of the task's metric, without dropout, on the first eval_samples of each part.
+    """One epoch. The scores are of the task's metric, without dropout, on the first eval_samples of each part; those of
+    the average of the weights, where one is kept, are named ema_test and so on.
 
     The wire's health is that of a gradient at the epoch's end: see WireHealth.
     """
@@ -159,6 +162,7 @@ def _step(
         step=run.step,
         epoch=epoch + 1,
         train_loss=float(totals[0]) / global_batch,
+        learning_rate=replica.optimizer.rate(run.step),
         others={name: float(total) / global_batch for name, total in zip(run.task.sums[1:], totals[1:], strict=False)},
         images_per_second=global_batch / (time.perf_counter() - began),
         compute_seconds=ready - began,
@@ -232,6 +236,8 @@ def _who_is_bad(bad_at: NDArray[np.int64], parameters: Parameters) -> str:
 def _end_of_epoch(run: Run, epoch: int, images_per_second: float) -> EpochRecord:
     """Measure the scores, check that all replicas hold the same bits, and begin the sums of the next epoch."""
     scores = {part: _score(run, part) for part in PARTS if run.data.size(part)}
+    if run.replica.ema:
+        scores |= {f"{EMA}_{part}": _score(run, part, True) for part in PARTS[1:] if run.data.size(part)}
     train_loss = run.loss_sum / run.samples if run.samples else float("nan")
     run.loss_sum, run.samples = 0.0, 0
     _probe_the_wire(run, epoch)
@@ -251,8 +257,8 @@ def _end_of_epoch(run: Run, epoch: int, images_per_second: float) -> EpochRecord
     )
 
 
-def _score(run: Run, part: str) -> float:
-    score, weight = run.measure(part, run.config.eval_samples)
+def _score(run: Run, part: str, averaged: bool = False) -> float:
+    score, weight = run.measure(part, run.config.eval_samples, averaged)
     return score / weight if weight else float("nan")
 
 

@@ -21,7 +21,7 @@ from distconv.errors import DistconvError
 from distconv.kernels.interface import FINITE, Agreed, Array, Kernels
 from distconv.nn.fusion import fused
 from distconv.nn.layers import Context, Layer
-from distconv.nn.optimizers import Optimizer
+from distconv.nn.optimizers import EMA, Optimizer
 from distconv.nn.parameters import Parameters
 from distconv.tasks.classify import Classification
 from distconv.tasks.task import Task
@@ -32,22 +32,26 @@ Samples = NDArray[np.int64]
 class Replica:
     """The vectors of a model on a device. Those of `parameters` and `state`, on the host, are up to date after pull().
 
-    most_samples: of this rank in a step. agreed: see Device.replayed; collective.
+    most_samples: of this rank in a step. agreed: see Device.replayed; collective. ema: how much of the average of the
+    weights, which the state then has in the slot EMA, a step leaves; 0: there is none.
     """
 
     def __init__(
         self, kernels: Kernels, model: Layer, parameters: Parameters, task: Task, data: Data, optimizer: Optimizer,
-        exchange: DeviceExchange, seed: int, most_samples: int, agreed: Agreed
+        exchange: DeviceExchange, seed: int, most_samples: int, agreed: Agreed, ema: float = 0.0
     ) -> None:  # fmt: skip
         self.kernels, self.device = kernels, kernels.device
         self.model = fused(model) if kernels.fuses else model
         self.parameters, self.task, self.data, self.optimizer = parameters, task, data, optimizer
-        self.exchange, self.seed, self.agreed = exchange, seed, agreed
+        self.exchange, self.seed, self.agreed, self.ema = exchange, seed, agreed, ema
         self.state = optimizer.new_state(parameters.size, parameters.vector.dtype)
+        if ema:
+            self.state[EMA] = parameters.vector.copy()
         self.vector, self.gradient = self.device.upload(parameters.vector), self.device.upload(parameters.gradient)
         self.values, self.grads = parameters.nested(self.vector), parameters.nested(self.gradient)
         self.state_there = {slot: self.device.upload(vector) for slot, vector in self.state.items()}
-        self.mailbox = kernels.mailbox(len(optimizer.numbers(1)), most_samples, len(task.sums))
+        self.averages = parameters.nested(self.state_there[EMA]) if ema else self.values
+        self.mailbox = kernels.mailbox(len(self._numbers(0)), most_samples, len(task.sums))
         self.trained = parameters.runs(lambda spec: spec.trained)
         self.untrained = parameters.runs(lambda spec: not spec.trained)
         self.decaying = parameters.runs(lambda spec: spec.trained and spec.decay) if optimizer.weight_decay else []
@@ -80,8 +84,16 @@ class Replica:
             self.device.synchronize()
         return self.mailbox.bad_at(step)[1] == FINITE
 
+    def _numbers(self, step: int) -> tuple[float, ...]:
+        """What a step needs besides samples: the optimizer's numbers, and how much the average takes of new weights.
+
+        A young average takes more, or the first weights would stay in it for long.
+        """
+        numbers = self.optimizer.numbers(step + 1)
+        return (*numbers, 1 - min(self.ema, (1 + step) / (10 + step))) if self.ema else numbers
+
     def _begin(self, step: int, samples: Samples, global_batch: int) -> None:
-        self.mailbox.send(step, self.optimizer.numbers(step + 1), samples)
+        self.mailbox.send(step, self._numbers(step), samples)
         whole = self.exchange.needs_no_host
 
         def work() -> Sequence[Any]:
@@ -141,15 +153,19 @@ class Replica:
         self.exchange.after(self.gradient, mailbox.bad)
         for part in self.decaying:
             kernels.decay(self.vector[part], mailbox.numbers, mailbox.bad)
+        slots = [vector for slot, vector in self.state_there.items() if slot != EMA]
+        numbers = mailbox.numbers[:-1] if self.ema else mailbox.numbers
         for part in self.trained:
-            p, g, *state = (vector[part] for vector in (self.vector, self.gradient, *self.state_there.values()))
-            kernels.update(self.optimizer, p, g, state, mailbox.numbers, mailbox.bad)
+            p, g, *state = (vector[part] for vector in (self.vector, self.gradient, *slots))
+            kernels.update(self.optimizer, p, g, state, numbers, mailbox.bad)
         for part in self.untrained:
             kernels.add(self.vector[part], self.gradient[part], mailbox.bad)
+        if self.ema:
+            kernels.average(self.state_there[EMA], self.vector, mailbox.numbers[-1:], mailbox.bad)
 
     def share(self, step: int, samples: Samples, global_batch: int) -> Array:
         """This rank's share of a gradient, on the host until anything else is computed; no step is made."""
-        self.mailbox.send(step, self.optimizer.numbers(step + 1), samples)
+        self.mailbox.send(step, self._numbers(step), samples)
         self._differentiate(len(samples), global_batch, sends=False)
         gradient: Array = self.device.download(self.gradient)
         return gradient

@@ -53,10 +53,14 @@ class Run:
         """Of the whole run."""
         return self.config.epochs * self.steps_per_epoch
 
-    def measure(self, part: str, most: int = 0) -> tuple[float, float]:
-        """The two sums of the task's metric over the first `most` samples of a part (0: all); collective."""
+    def measure(self, part: str, most: int = 0, averaged: bool = False) -> tuple[float, float]:
+        """The two sums of the task's metric over the first `most` samples of a part (0: all); collective.
+
+        averaged: of the average of the weights, see Replica.
+        """
         replica = self.replica
-        return measure(self.task, self.data, part, replica.model, replica.values, replica.kernels, self.world, most)
+        values = replica.averages if averaged else replica.values
+        return measure(self.task, self.data, part, replica.model, values, replica.kernels, self.world, most)
 
     def position(self) -> dict[str, Any]:
         epoch, batch = divmod(self.step, self.steps_per_epoch)
@@ -65,7 +69,7 @@ class Run:
         return {**moving, "epoch": epoch, "cursor": cursor}
 
     def vectors(self) -> dict[str, Array]:
-        """The state, which checkpoints hold and all ranks share: parameters and optimizer's vectors, by slot."""
+        """The state, which checkpoints hold and all ranks share: parameters, optimizer's vectors, average, by slot."""
         return {"value": self.parameters.vector, **self.replica.state}
 
     def digest(self) -> str:

@@ -21,6 +21,7 @@ from distconv.comm.placement import place
 from distconv.comm.world import World, blas_threads
 from distconv.config import Config
 from distconv.kernels.compiled import CACHE
+from distconv.nn.optimizers import EMA
 from distconv.run import agreement
 from distconv.run import checkpoint as files
 from distconv.run.build import build_run
@@ -34,7 +35,7 @@ from distconv.run.run import Run
 from distconv.run.stopping import StopRequest
 
 COST = 100  # times as much training as saving
-SHOWN = {"train": "training"}  # to people
+SHOWN = {"train": "training", "ema_test": "test (averaged)", "ema_validation": "validation (averaged)"}  # to people
 
 
 def train(settings: Config, world: World, stop: StopRequest) -> int:
@@ -204,10 +205,13 @@ def finish(run: Run, out: Path, log: RunLog) -> int:
     """Final score on the whole test set, curves and DONE; exit code 1 where the target is missed."""
     run.world.at("evaluate", run.step)
     correct, total = (int(number) if number.is_integer() else number for number in run.measure("test"))
+    averaged = run.measure("test", averaged=True)[0] if run.replica.ema else None
     agreement.agree(run)  # nothing has changed while it was evaluated
     score = correct / total if total else float("nan")
     metric = run.task.metric
     final = {"step": run.step, "metric": metric, f"test_{metric}": score, "correct": correct, "total": total}
+    if averaged is not None:
+        final[f"{EMA}_test_{metric}"] = averaged / total if total else float("nan")
     log.write("final", **final, parameters_sha256=run.parameters.digest())
     log.close()
     run.world.at("end")
@@ -222,13 +226,15 @@ def finish(run: Run, out: Path, log: RunLog) -> int:
 
 
 def conclude(final: Mapping[str, Any], settings: Config, out: Path, log: RunLog) -> int:
-    """Say how good the model of a finished run is; exit code 1 where the target is missed."""
+    """Say how good the model of a finished run is; exit code 1 where it, averaged if it is, misses the target."""
     metric = final.get("metric", "accuracy")  # older runs tell no other
-    score = final[f"test_{metric}"]
+    score, averaged = final[f"test_{metric}"], final.get(f"{EMA}_test_{metric}")
     log.say(
-        f"test {metric} {score:.2%} ({final['correct']:,} of {final['total']:,}); "
-        f"model, metrics and curves are in {out}"
+        f"test {metric} {score:.2%} ({final['correct']:,} of {final['total']:,})"
+        + (f", with averaged weights {averaged:.2%}" if averaged is not None else "")
+        + f"; model, metrics and curves are in {out}"
     )
+    score = score if averaged is None else averaged
     missed = score < settings.target_accuracy
     if missed:
         log.say(f"the target {metric} {settings.target_accuracy:.2%} was missed")

@@ -14,10 +14,16 @@ from distconv.nn.parameters import Views
 
 
 class Classification:
-    """The model gives a score for each class (N, classes); labels (N,) say which should be largest."""
+    """The model gives a score for each class (N, classes); labels (N,) say which should be largest.
+
+    label_smoothing: see kernels/cpu/arithmetic.py; the scores of an epoch do not know of it.
+    """
 
     sums: ClassVar[Sequence[str]] = ("loss",)
     metric: ClassVar[str] = "accuracy"
+
+    def __init__(self, label_smoothing: float = 0.0) -> None:
+        self.label_smoothing = label_smoothing
 
     def output_shape(self, data: Any) -> tuple[int, ...] | None:
         """See Task."""
@@ -37,7 +43,9 @@ class Classification:
         scores, backward = model.forward(x, values, context)
         if context.kernels.name == "cpu":  # compiled code trusts labels, and those of a user's own Data may be any
             _check_labels(labels, *scores.shape)
-        loss, dscores = context.kernels.softmax_cross_entropy(scores, labels, context.global_batch)
+        loss, dscores = context.kernels.softmax_cross_entropy(
+            scores, labels, context.global_batch, self.label_smoothing
+        )
         backward(dscores, grads, False)
         return (loss,)
 

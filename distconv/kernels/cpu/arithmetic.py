@@ -10,7 +10,7 @@ multiply them in float32, as tensor cores do, and store halves. A gradient is na
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -223,14 +223,19 @@ def dropout(x: Array, ratio: float, key: tuple[int, int], step: int, samples: ND
     return philox.drop(flat, round(ratio * 2**32), key, step, samples).reshape(x.shape)
 
 
-def softmax_cross_entropy(scores: Array, labels: NDArray[np.integer[Any]], batch: int = 1) -> tuple[float, Array]:
+def softmax_cross_entropy(
+    scores: Array, labels: NDArray[np.integer[Any]], batch: int = 1, smoothing: float = 0.0
+) -> tuple[float, Array]:
     """Sum over the N rows of -log softmax(scores)[label], and its gradient divided by `batch`, dscores (N, F).
 
-    scores (N, F), labels (N,) integers in [0, F). The loss is summed in float64.
+    scores (N, F), labels (N,) integers in [0, F). The loss is summed in float64. smoothing: so much of each label is
+    spread evenly over all F (Szegedy et al. 2016, arXiv 1512.00567).
     """
     dscores = np.empty_like(scores)
     loss = float(
-        compiled_loss(np.ascontiguousarray(scores), labels.astype(np.int64), scores.dtype.type(batch), dscores)
+        compiled_loss(
+            np.ascontiguousarray(scores), labels.astype(np.int64), *map(scores.dtype.type, (batch, smoothing)), dscores
+        )
     )
     return loss, dscores
 
@@ -239,6 +244,18 @@ def uniform(count: int, key: tuple[int, int], step: int, samples: NDArray[np.int
     """Numbers from 0 to 1 of 24 random bits -> (N, count) float32; of a sample, key and step always the same."""
     words = philox.random_words(key, step, samples, count)
     return (words >> np.uint64(8)).astype(np.float32) * np.float32(2**-24)
+
+
+def warp(x: Array, numbers: Array, amounts: Sequence[float]) -> Array:
+    """x (N, H, W, C) with each image turned, shifted and so on, as its random numbers (N, DRAWS) say.
+
+    amounts: the fields of data/augment.py's Augmentation, in their order.
+    """
+    from distconv.kernels.cpu import augmentation
+
+    y = np.empty_like(x)
+    augmentation.warp(np.ascontiguousarray(x), numbers, np.array(amounts, np.float64), y)
+    return y
 
 
 def pixels(images: Array, dtype: DTypeLike) -> Array:

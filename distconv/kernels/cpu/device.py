@@ -79,6 +79,7 @@ class Cpu:
     scale = staticmethod(arithmetic.scale)
     dropout = staticmethod(arithmetic.dropout)
     softmax_cross_entropy = staticmethod(arithmetic.softmax_cross_entropy)
+    warp = staticmethod(arithmetic.warp)
 
     def __init__(self, dtype: DTypeLike = np.float32) -> None:
         self.dtype = np.dtype(dtype)
@@ -114,6 +115,10 @@ class Cpu:
     def add(self, p: Array, g: Array, bad: Array) -> None:
         if bad[1] == FINITE:
             p += g
+
+    def average(self, ema: Array, p: Array, share: Sequence[float], bad: Array) -> None:
+        if bad[1] == FINITE:
+            updates.average(ema, p, p.dtype.type(share[0]))
 
     def decay(self, p: Array, numbers: Any, bad: Array) -> None:
         if bad[1] == FINITE:

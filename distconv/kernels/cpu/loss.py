@@ -9,10 +9,10 @@ from distconv.kernels.compiled import compiled
 
 
 @compiled
-def softmax_cross_entropy(scores: Any, labels: Any, batch: Any, dscores: Any) -> float:
-    """The sum over the rows of scores (N, F) of -log softmax(scores)[label], in float64; see kernels/cpu/arithmetic.py.
+def softmax_cross_entropy(scores: Any, labels: Any, batch: Any, smoothing: Any, dscores: Any) -> float:
+    """The sum over the rows of scores (N, F) of the loss, in float64; see kernels/cpu/arithmetic.py.
 
-    Writes the gradient divided by `batch`, a number of the same dtype, into dscores (N, F).
+    Writes the gradient divided by `batch` into dscores (N, F); batch and smoothing are numbers of the same dtype.
     """
     loss = 0.0
     for n in range(scores.shape[0]):
@@ -27,4 +27,11 @@ def softmax_cross_entropy(scores: Any, labels: Any, batch: Any, dscores: Any) ->
         for f in range(row.size):
             gradient[f] = (gradient[f] / total - (f == labels[n])) / batch
         loss += math.log(total) - (row[labels[n]] - largest)
+        if smoothing > 0:
+            share = smoothing / row.size
+            rest = row[0] - row[0]
+            for f in range(row.size):
+                gradient[f] += (smoothing * (f == labels[n]) - share) / batch
+                rest += row[labels[n]] - row[f]
+            loss += share * rest
     return loss

@@ -23,6 +23,13 @@ def adam(p: Any, g: Any, m: Any, v: Any, gain1: Any, gain2: Any, rate: Any, epsi
 
 
 @compiled
+def average(ema: Any, p: Any, share: Any) -> None:
+    """ema += share (p - ema), on vectors (n,) of the dtype of share."""
+    for i in range(p.size):
+        ema[i] += share * (p[i] - ema[i])
+
+
+@compiled
 def checksum(words: Any) -> Any:
     """The sum of unsigned 32-bit words (n,): another value of any one of them makes another sum."""
     total = np.uint64(0)

@@ -272,13 +272,22 @@ class Gpu:
         write(y)
         return y
 
-    def softmax_cross_entropy(self, scores: Array, labels: Array, batch: int = 1) -> tuple[Array, Array]:
+    def softmax_cross_entropy(
+        self, scores: Array, labels: Array, batch: int = 1, smoothing: float = 0.0
+    ) -> tuple[Array, Array]:
         """As on the CPU, labels (N,) int32; the loss is an array (1,) of float64."""
         n, classes = scores.shape
         dscores, loss = self.device.empty(scores.shape, np.float32), self.device.empty(1, np.float64)
-        arguments = scores, labels, dscores, loss, float(batch), n, classes
+        arguments = scores, labels, dscores, loss, float(batch), float(smoothing), n, classes
         self.launch("layers", "softmax_cross_entropy", 1, *arguments)  # one block
         return loss, dscores
+
+    def warp(self, x: Array, numbers: Array, amounts: Sequence[float]) -> Array:
+        """As on the CPU."""
+        sizes = map(int, (x.size, *x.shape[1:]))
+        return self._like(
+            x, lambda y: self.launch("augmentation", "warp", x.size, x, numbers, y, *sizes, *map(float, amounts))
+        )
 
     def mailbox(self, numbers: int, samples: int, sums: int) -> GpuMailbox:
         return GpuMailbox(self.device, numbers, samples, sums)
@@ -310,6 +319,9 @@ class Gpu:
 
     def decay(self, p: Array, numbers: Array, bad: Array) -> None:
         self.launch("updates", "decay", p.size, p, numbers, bad[1:], p.size)
+
+    def average(self, ema: Array, p: Array, share: Array, bad: Array) -> None:
+        self.launch("updates", "average", p.size, ema, p, share, bad[1:], p.size)
 
     def checksum(self, vectors: Sequence[Array]) -> int:
         return 0  # the memory of a GPU in a cluster corrects itself (ECC); agree() compares what ranks hold

@@ -112,8 +112,9 @@ extern "C" __global__ void max_pool_backward(const float *dy, const int *winner,
 constexpr int LOSS_THREADS = 256;
 
 // loss = the sum over n rows of -log softmax(scores)[label]; dscores (n, classes) = its gradient / batch. One block.
+// smoothing: so much of each label is spread over all classes.
 extern "C" __global__ void __launch_bounds__(LOSS_THREADS) softmax_cross_entropy(
-    const float *scores, const int *labels, float *dscores, double *loss, float batch, int n, int classes) {
+    const float *scores, const int *labels, float *dscores, double *loss, float batch, float smoothing, int n, int classes) {
     __shared__ double sums[LOSS_THREADS];
     double mine = 0;
     for (int row = threadIdx.x; row < n; row += LOSS_THREADS) {
@@ -124,6 +125,14 @@ extern "C" __global__ void __launch_bounds__(LOSS_THREADS) softmax_cross_entropy
         for (int f = 0; f < classes; f++)
             gradient[f] = (expf(score[f] - largest) / total - (f == labels[row] ? 1 : 0)) / batch;
         mine += logf(total) - (score[labels[row]] - largest);
+        if (smoothing > 0) {
+            float share = smoothing / classes, rest = 0;
+            for (int f = 0; f < classes; f++) {
+                gradient[f] += ((f == labels[row] ? smoothing : 0) - share) / batch;
+                rest += score[labels[row]] - score[f];
+            }
+            mine += share * rest;
+        }
     }
     sums[threadIdx.x] = mine;
     for (int half = LOSS_THREADS / 2; half > 0; half /= 2) {  // the same order in every run

@@ -49,6 +49,12 @@ extern "C" __global__ void add(float *p, const float *g, const int *bad_sum, int
     p[i] += g[i];
 }
 
+// The average of the weights.
+extern "C" __global__ void average(float *ema, const float *p, const float *share, const int *bad_sum, int n) {
+    FOR_EACH_PARAMETER
+    ema[i] += *share * (p[i] - ema[i]);
+}
+
 // Weight decay: keep is 1 - rate decay.
 extern "C" __global__ void decay(float *p, const float *keep, const int *bad_sum, int n) {
     FOR_EACH_PARAMETER
