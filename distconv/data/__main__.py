@@ -1,31 +1,77 @@
-"""`python -m distconv.data fetch mnist`: bring a data set here, as compute nodes often have no network."""
+"""`python -m distconv.data fetch mnist`: bring a data set here. `... show mnist`: draw what --augment makes of it."""
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Sequence
+from pathlib import Path
 
 from distconv.comm.start import run_command
 from distconv.config import Parser
+from distconv.errors import CannotCreateError, UsageError
 
 SETS = ("mnist",)
+SIDE = 8  # of the grid that `show` draws
 
 
 def main(argv: Sequence[str]) -> int:
     parser = Parser(
         prog="python -m distconv.data",
-        description="Fetch a data set on a node that has a network, and say where it lies. It is verified; what "
-        "is there is not fetched again. It goes into DISTCONV_DATA_DIR if that is set, else into the user's cache.",
+        description="fetch: bring a data set to a node that has a network, and say where it lies. It is verified; what "
+        "is there is not\nfetched again. It goes into DISTCONV_DATA_DIR if that is set, else into the user's cache.\n"
+        "show: draw eight training images, and what --augment may make of each.",
         epilog="examples:\n"
         "  python -m distconv.data fetch mnist\n"
-        "  DISTCONV_DATA_DIR=$SCRATCH/mnist python -m distconv.data fetch mnist    # and set it in the job, too",
+        "  DISTCONV_DATA_DIR=$SCRATCH/mnist python -m distconv.data fetch mnist    # and set it in the job, too\n"
+        "  python -m distconv.data show digits --augment rotate=20,erase=0.3 --png digits.png",
     )
-    parser.add_argument("action", choices=("fetch",), metavar="fetch", help="the one thing to do")
-    parser.add_argument("name", choices=SETS, metavar="NAME", help=", ".join(SETS))
+    parser.add_argument("action", choices=("fetch", "show"), metavar="fetch|show", help="what to do")
+    parser.add_argument("name", metavar="NAME", help=f"to fetch: {', '.join(SETS)}; to show: as train's --data")
+    parser.add_argument("--augment", default="mnist", help="as in distconv.train (default: mnist)")
+    parser.add_argument("--seed", type=int, default=0, help="(default: 0)")
+    parser.add_argument(
+        "--png", type=Path, default=Path("augmented.png"), metavar="FILE", help="(default: augmented.png)"
+    )
     flags = parser.parse_args(argv)
+    if flags.action == "show":
+        return show(flags)
+    if flags.name not in SETS:
+        parser.error(f"argument NAME: invalid choice: '{flags.name}' (choose from {', '.join(SETS)})")
 
     from distconv.data import mnist
 
     print(f"{flags.name} is in {mnist.fetch()}")
+    return 0
+
+
+def show(flags: argparse.Namespace) -> int:
+    import numpy as np
+
+    from distconv import data
+    from distconv.data.augment import named_augmentation
+    from distconv.data.dataset import Dataset
+    from distconv.kernels.cpu.device import Cpu
+    from distconv.nn.layers import Context
+    from distconv.run.plots import draw_augmented
+
+    name, note = data.prepare(flags.name)
+    if note:
+        print(note)
+    dataset, change = data.load(name, print), named_augmentation(flags.augment)
+    if not isinstance(dataset, Dataset):
+        raise UsageError(f"{name} draws its own samples: nothing to show here")
+    samples, rows = np.arange(min(SIDE, dataset.size("train"))), []
+    for step in range(SIDE):
+        context = Context(training=True, seed=flags.seed, step=step, samples=samples, kernels=Cpu()).within("augment")
+        x, _ = dataset.batch("train", samples, context)
+        rows.append(change(x, context) if step else x)
+    try:
+        draw_augmented(
+            list(zip(*rows, strict=True)), f"{name}, --augment {flags.augment}; left: as they are", flags.png
+        )
+    except OSError as error:
+        raise CannotCreateError(f"--png {flags.png} cannot be written: {error.strerror}") from None
+    print(f"drawn in {flags.png}")
     return 0
 
 

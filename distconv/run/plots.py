@@ -11,7 +11,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from distconv.data.dataset import Bytes
+from distconv.data.dataset import Bytes, Images
 
 matplotlib.rcdefaults()  # a user's own settings may need what is not there, as LaTeX
 
@@ -50,6 +50,23 @@ def draw_mistakes(images: Bytes, pairs: Sequence[tuple[int, int]], title: str, p
     for axes, image, pair in zip(grid, images, pairs, strict=False):
         axes.imshow(image[..., 0] if image.shape[-1] == 1 else image[..., :3], cmap="gray_r")
         axes.set_title(f"{pair}", fontsize=11)
+    _save(figure, path)
+
+
+def draw_augmented(rows: Sequence[Sequence[Images]], title: str, path: Path) -> None:
+    """A grid of images (H, W, C) from 0 to 1, of which each row begins with one that was not changed, as a PNG."""
+    height, width = rows[0][0].shape[:2]
+    figure = Figure(figsize=(0.9 * len(rows[0]), 0.9 * len(rows) * height / width + 0.5), layout="constrained")
+    figure.suptitle(title, fontsize=10)
+    grid = figure.subplots(len(rows), len(rows[0]), squeeze=False)
+    for row, images in zip(grid, rows, strict=True):
+        for axes, image in zip(row, images, strict=True):
+            axes.imshow(
+                image[..., 0] if image.shape[-1] == 1 else image[..., :3].clip(0, 1), cmap="gray_r", vmin=0, vmax=1
+            )
+            axes.set(xticks=[], yticks=[])
+            axes.spines[:].set_color("tab:blue" if axes is row[0] else "lightgray")
+            axes.spines[:].set_linewidth(2 if axes is row[0] else 0.5)
     _save(figure, path)
 
 
