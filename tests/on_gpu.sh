@@ -30,7 +30,7 @@ python3 -c "import xdist" 2> /dev/null && many="-n 8" || many=
 step="python3 -m distconv.bench step --device cuda --against torch --repeats 40"
 
 stage machine 60 python3 -m distconv.doctor
-stage kernels 100 $tests $many -m gpu tests/test_gpu_kernels.py
+stage kernels 100 $tests $many -m gpu tests/test_gpu_*.py
 stage learn 60 python3 -m tests.time_to_accuracy
 TAIL=40 stage step-float32 60 $step --evaluate
 TAIL=40 stage step-tf32 60 $step --precision tf32

@@ -32,7 +32,7 @@ SETTINGS = Config(epochs=1, batch_size=64)  # 5 steps of 64 images and one of 30
 # Of the first gradient, relative to its norm. Rounded factors bring some numbers to the other side of ReLU's bend, or
 # past a neighbour in a pool. One costs some 5e-5; on this data all of them cost 1.7e-2 in tf32 and float16 and 5.3e-2
 # in bfloat16, though the kernels are right. float32 moves one in some batches, too. The last bits of the products are
-# held in test_gpu_kernels.py, where such decisions are given.
+# held in test_gpu_convolution.py, where such decisions are given.
 BOUNDS = {"float32": 1e-3, "tf32": 5e-2, "float16": 5e-2, "bfloat16": 0.15}
 
 

@@ -3,95 +3,13 @@
 from __future__ import annotations
 
 import json
-import shlex
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
-import psutil
 import pytest
 
-from distconv.supervise import supervisor
 from distconv.supervise.supervisor import last_record, useful_seconds
 from tests import jobs
-
-# Stands for mpirun and its job. Each start does what the next part of PLAY says; the last one is repeated.
-JOB = """
-import json, os, pathlib, signal, subprocess, sys, time
-out = pathlib.Path(sys.argv[sys.argv.index("--out") + 1])
-for folder in (out, out / "checkpoints", out / "errors"):
-    folder.mkdir(exist_ok=True)
-
-def note(name, **fields):
-    with (out / name).open("a") as file:
-        file.write(json.dumps(fields) + chr(10))
-
-def trains(step):
-    note("metrics.jsonl", event="start")
-    note("metrics.jsonl", event="step", step=step)
-
-def saves(step):
-    trains(step)
-    (out / f"checkpoints/step-{step:010d}.safetensors").touch()
-
-def fails(error, code=1):
-    report = {"rank": 1, "host": "n1", "error": error, "exit_code": code}
-    (out / "errors/rank-1.json").write_text(json.dumps(report))
-    sys.exit(code)
-
-def finishes(code=0):
-    note("metrics.jsonl", event="final", step=99)
-    (out / "DONE").touch()
-    sys.exit(code)
-
-def killed(number=9):
-    signal.pthread_sigmask(signal.SIG_SETMASK, [])
-    os.kill(os.getpid(), number)
-
-def waits():
-    "For signals, and a little longer for more of them; to the launcher's own process, not to its group."
-    numbers = [signal.SIGUSR1, signal.SIGINT, signal.SIGTERM]
-    signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
-    note("waits")
-    got = signal.sigtimedwait(numbers, 30)
-    while got:
-        note("signals", number=got.si_signo)
-        got = signal.sigtimedwait(numbers, 0.25)
-
-def leaves():
-    "A process that no signal to this one, its group or its session reaches."
-    code = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(60)"
-    child = subprocess.Popen([sys.executable, "-c", code], start_new_session=True)
-    note("left", pid=child.pid)
-
-note("starts", arguments=sys.argv[1:])
-plays = os.environ["PLAY"].split(" | ")
-number = len((out / "starts").read_text().splitlines())
-exec(plays[min(number, len(plays)) - 1])
-"""
-
-
-@pytest.fixture
-def out(tmp_path: Path) -> Path:
-    (tmp_path / "job.py").write_text(JOB)
-    return tmp_path / "run"
-
-
-def supervise(out: Path, play: str, *flags: str, train: tuple[str, ...] = ()) -> jobs.Job:
-    """distconv.launch with a stand-in for mpirun and its job."""
-    starter = shlex.join([sys.executable, str(out.parent / "job.py")])
-    arguments = ["-m", "distconv.launch", "-n", "2", "--mpirun", starter, *flags, "--", "--out", out, *train]
-    return jobs.Job(0, arguments, PLAY=play)
-
-
-def lines(path: Path) -> list[dict[str, object]]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
-def starts(out: Path) -> int:
-    return len(lines(out / "starts"))
+from tests.stand_in import lines, starts, supervise
 
 
 @pytest.mark.parametrize("code", [2, 65, 66, 69, 73, 78])
@@ -195,72 +113,10 @@ def test_restarts_in_vain_are_counted_and_a_checkpoint_resets_them(out: Path) ->
     ]
 
 
-REQUESTS = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]
-
-
-def waiting(out: Path, play: str) -> jobs.Job:
-    """A supervisor whose job waits for signals."""
-    job = supervise(out, play)
-    jobs.wait_until((out / "waits").exists, job)
-    return job
-
-
-ENDS = [
-    ("sys.exit(75)", 75),
-    ("finishes()", 0),
-    ("sys.exit(0)", 75),  # not done, whatever it says
-    ("killed(10)", 75),  # before it could listen
-    ("trains(3); killed(11)", 139),
-]
-
-
-@pytest.mark.parametrize(
-    ("number", "end", "code"),
-    [(number, *ENDS[0]) for number in REQUESTS] + [(signal.SIGTERM, end, code) for end, code in ENDS[1:]],
-)
-def test_a_request_to_stop_reaches_the_job_once_and_is_no_accident(
-    out: Path, number: signal.Signals, end: str, code: int
-) -> None:
-    job = waiting(out, f"waits(); {end}")
-    job.process.send_signal(number)
-    if number != signal.SIGINT:  # batch systems repeat themselves
-        jobs.wait_until((out / "signals").exists, job)
-        job.process.send_signal(number)
-    assert job.finish(20).returncode == code
-    assert starts(out) == 1
-    assert lines(out / "signals") == [{"number": signal.SIGUSR1}]
-
-
-def test_ctrl_c_on_a_terminal_reaches_the_supervisor_only(out: Path) -> None:
-    play = "note('session', own=os.getsid(0) == os.getpid(), stdin=os.path.realpath('/dev/stdin')); finishes()"
-    assert supervise(out, play).finish(20).returncode == 0
-    assert lines(out / "session") == [{"own": True, "stdin": "/dev/null"}]
-
-
-@pytest.mark.slow
-def test_a_second_ctrl_c_ends_the_job_at_once_and_leaves_nothing(out: Path) -> None:
-    job = waiting(out, "leaves(); waits(); time.sleep(60)")
-    job.process.send_signal(signal.SIGINT)
-    jobs.wait_until((out / "signals").exists, job)
-    with pytest.raises(subprocess.TimeoutExpired):
-        job.process.wait(2 * supervisor.ONE_CTRL_C)
-    job.process.send_signal(signal.SIGINT)
-    assert job.finish(20).returncode == 130
-    assert starts(out) == 1 and not psutil.pid_exists(int(str(lines(out / "left")[0]["pid"])))
-
-
 def test_what_a_dead_job_has_left_is_gone_before_the_next_one_starts(out: Path) -> None:
     alive = "note('alive', it_is=psutil.pid_exists(json.loads((out / 'left').read_text())['pid']))"
     result = supervise(out, f"leaves(); killed() | import psutil; {alive}; finishes()").finish(20)
     assert result.returncode == 0 and lines(out / "alive") == [{"it_is": False}]
-
-
-STUCK = """
-import pathlib, sys
-from distconv.supervise import supervisor
-supervisor.LOOK, supervisor.SECONDS_AFTER_A_REPORT = 0.1, 0.3
-print(supervisor.Supervisor(None, pathlib.Path(sys.argv[1]), 0).start([sys.executable, "-c", sys.argv[2]]))
-"""
 
 
 def test_of_all_reports_the_one_that_tells_the_cause_is_said(out: Path) -> None:
@@ -271,82 +127,20 @@ def test_of_all_reports_the_one_that_tells_the_cause_is_said(out: Path) -> None:
     assert result.returncode == 0 and "rank 1 did not come on, after step 0; restart 1" in result.stderr
 
 
+STUCK = """
+import pathlib, sys
+from distconv.supervise import supervisor
+supervisor.LOOK, supervisor.SECONDS_AFTER_A_REPORT = 0.1, 0.3
+print(supervisor.Supervisor(None, pathlib.Path(sys.argv[1]), 0).start([sys.executable, "-c", sys.argv[2]]))
+"""
+
+
 def test_a_launcher_that_does_not_end_after_a_failure_is_ended(out: Path) -> None:
     (out / "errors").mkdir(parents=True)
     report = json.dumps({"rank": 1, "host": "n1", "error": "the host is gone", "exit_code": 76})
     reports = f"import pathlib, time; pathlib.Path({str(out / 'errors' / 'rank-1.json')!r}).write_text({report!r})"
     result = jobs.run(0, "-c", STUCK, out, f"{reports}; time.sleep(60)", seconds=30)
     assert result.stdout == "76\n", result.stderr
-
-
-@pytest.mark.slow
-def test_a_supervisor_that_is_suspended_and_goes_on_has_asked_for_nothing(out: Path) -> None:
-    """As by Ctrl-Z and fg, for longer than the time between two of its looks."""
-    job = waiting(out, "waits(); finishes()")
-    job.process.send_signal(signal.SIGSTOP)
-    time.sleep(supervisor.LOOK + 1)
-    job.process.send_signal(signal.SIGCONT)
-    jobs.wait_until(lambda: psutil.Process(job.process.pid).status() == psutil.STATUS_SLEEPING, job)
-    assert lines(out / "signals") == []
-    (child,) = psutil.Process(job.process.pid).children()
-    child.send_signal(signal.SIGUSR1)  # has it finish
-    result = job.finish(20)
-    assert result.returncode == 0 and "asked to stop" not in result.stderr
-
-
-@pytest.mark.slow
-def test_a_request_to_stop_during_a_pause_acts_at_once(out: Path) -> None:
-    job = supervise(out, "killed()")
-    assert job.process.stderr is not None
-    assert any("in 4 s" in line for line in job.process.stderr)
-    job.process.send_signal(signal.SIGTERM)
-    assert job.finish(3).returncode == 75
-    assert starts(out) == 4
-
-
-@pytest.mark.parametrize(("asked", "then"), [("auto", []), ("never", ["--resume", "auto"])])
-def test_a_restart_goes_on_whatever_the_first_start_was_told(out: Path, asked: str, then: list[str]) -> None:
-    supervise(out, "killed() | saves(4); killed() | finishes()", train=("--resume", asked)).finish(20)
-    common = f"-n 2 {sys.executable} -m distconv.train --out {out} --resume {asked} --out {out}".split()
-    expected = [common, [*common, *then], [*common, "--resume", "auto"]]
-    assert [start["arguments"] for start in lines(out / "starts")] == expected
-
-
-def test_a_command_that_cannot_be_started_is_one_sentence(out: Path) -> None:
-    broken = out.parent / "mpirun"
-    broken.write_text("no program")
-    broken.chmod(0o755)
-    result = jobs.run(0, "-m", "distconv.launch", "-n", "2", "--mpirun", broken, "--", "--out", out)
-    assert result.returncode == 1 and result.stderr == f"distconv: {broken} cannot be started: Exec format error\n"
-
-
-@pytest.mark.parametrize(
-    ("arguments", "said"),
-    [
-        (["--", "--epochs", "3"], "-n/--ranks"),
-        (["-n", "2", "--restarts", "-1"], "--restarts -1"),
-        (["-n", "2", "--epochs", "3"], "the flags of distconv.train stand behind --"),
-        (["-n", "2", "--", "--bach-size", "3"], "did you mean --batch-size?"),
-        (["-n", "2", "--mpirun", "no-such-mpirun"], "there is no such command"),
-    ],
-)
-def test_a_wrong_flag_of_either_is_one_sentence_and_no_start(arguments: list[str], said: str, tmp_path: Path) -> None:
-    result = jobs.run(0, "-m", "distconv.launch", *arguments, PLAY="sys.exit(0)")
-    (line,) = result.stderr.splitlines()
-    assert result.returncode == 2 and line.startswith("distconv: ") and said in line
-
-
-def test_what_train_only_prints_needs_no_ranks() -> None:
-    for flag in ("--help", "--print-config"):
-        arguments = ("--epochs", "7", flag)
-        result = jobs.run(0, "-m", "distconv.launch", "-n", "2", "--", *arguments)
-        assert result.returncode == 0
-        assert result.stdout == jobs.run(0, "-m", "distconv.train", *arguments).stdout
-
-
-def test_it_is_not_started_by_an_mpirun() -> None:
-    result = jobs.run(2, "-m", "distconv.launch", "-n", "2")
-    assert result.returncode == 1 and "run it without mpirun" in result.stderr
 
 
 RECORDS = [
@@ -373,14 +167,3 @@ def test_the_last_record_is_found_behind_what_a_kill_has_torn(torn: str, tmp_pat
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"event": "step", "step": 8}\n' * 5_000 + torn)
     assert last_record(path)["event"] == "step" and last_record(tmp_path / "none") == {}
-
-
-def test_without_a_folder_all_starts_share_a_new_one(tmp_path: Path) -> None:
-    play = "note('metrics.jsonl', event='step', step=1); killed() | finishes()"
-    (tmp_path / "job.py").write_text(JOB)
-    starter = shlex.join([sys.executable, str(tmp_path / "job.py")])
-    script = f"cd {tmp_path}; exec {sys.executable} -m distconv.launch -n 2 --mpirun {shlex.quote(starter)}"
-    result = jobs.run(None, "bash", "-c", script, PLAY=play, PYTHONPATH=str(jobs.ROOT))
-    assert result.returncode == 0
-    (folder,) = (tmp_path / "runs").iterdir()
-    assert starts(folder) == 2

@@ -1,0 +1,123 @@
+"""The layers without filters, losses and batches on a GPU, emulated or real (`pytest -m gpu`), against the CPU's."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from distconv.kernels.cpu import arithmetic as cpu
+from distconv.kernels.gpu.arithmetic import Gpu
+from distconv.kernels.interface import FINITE
+from tests.gpu import bits, normal, random, whole
+
+
+@pytest.mark.parametrize(
+    ("K", "stride", "pad"), [(2, 2, 0), (3, 2, 1), (3, 1, 1), (5, 3, 2), (2, 3, 0), (3, 1, 0), (1, 2, 0), (17, 1, 16)]
+)
+def test_max_pooling_and_its_gradient(gpu: Gpu, K: int, stride: int, pad: int) -> None:
+    device, rng = gpu.device, random(4)
+    x = whole(rng, 2, 7, 9, 3) - 10  # below the padding, if that were of zeros
+    if not pad and K < 7:
+        x[0, 0, 0, 0] = x[0, 3, 4, 1] = np.nan
+        x[1, 2:5, 2:5] = -np.inf
+    if K > 9:
+        x = whole(rng, 1, 18, 3, 1)
+    y, winner = cpu.max_pool_forward(x, K, stride, pad)
+    dy = normal(rng, *y.shape)
+    found_y, found_winner = gpu.max_pool_forward(device.upload(x), K, stride, pad)
+    found_dx = gpu.max_pool_backward(device.upload(dy), found_winner, K, stride, pad, x.shape)
+    np.testing.assert_array_equal(bits(device.download(found_y)), bits(y))
+    np.testing.assert_array_equal(device.download(found_winner), winner)
+    dx = cpu.max_pool_backward(dy, winner, K, stride, pad, x.shape)
+    np.testing.assert_array_equal(device.download(found_dx), dx)
+
+
+def test_relu_and_scale(gpu: Gpu) -> None:
+    device = gpu.device
+    x, dy = np.append(normal(random(5), 400), [0, -0.0, np.inf, -np.inf]).astype(np.float32), normal(random(6), 405)
+    x = np.append(x, np.float32(np.nan))
+    there = device.upload(x)
+    np.testing.assert_array_equal(device.download(gpu.relu(there)), cpu.relu(x))
+    np.testing.assert_array_equal(bits(device.download(gpu.scale(there, 0.3))), bits(cpu.scale(x, np.float32(0.3))))
+    found = gpu.relu_backward(device.upload(dy[:404]), device.upload(x[:404]))
+    np.testing.assert_array_equal(device.download(found), cpu.relu_backward(dy[:404], x[:404]))
+
+
+@pytest.mark.parametrize(
+    ("ratio", "key", "step"),
+    [
+        (0.5, (0, 0), 0),
+        (0.3, (1, 2**32 - 1), 2**32 + 5),
+        (0.9, (2**32 - 1, 7), 2**63 - 1),
+        (0, (1, 2), 3),
+        (1, (1, 2), 3),
+    ],
+)
+@pytest.mark.parametrize("shape", [(3, 5, 5, 7), (301, 1)])
+def test_dropout_drops_the_same_numbers(
+    gpu: Gpu, shape: tuple[int, ...], ratio: float, key: tuple[int, int], step: int
+) -> None:
+    x, samples = normal(random(7), *shape), random(8).integers(0, 2**31, shape[0])
+    words = np.array([step % 2**32, step >> 32], np.uint32)
+    upload = gpu.device.upload
+    found = gpu.dropout(upload(x), ratio, key, upload(words), upload(samples.astype(np.int32)))
+    expected = cpu.dropout(x, ratio, key, step, samples)
+    np.testing.assert_array_equal(bits(gpu.device.download(found)), bits(expected))
+
+
+@pytest.mark.parametrize(("N", "classes", "scale"), [(1, 10, 1), (10, 3, 1e4), (300, 10, 5), (257, 1, 1), (0, 10, 1)])
+def test_loss_and_its_gradient(gpu: Gpu, N: int, classes: int, scale: float) -> None:
+    device, rng = gpu.device, random(9)
+    scores, labels = normal(rng, N, classes) * np.float32(scale), rng.integers(0, classes, N)
+    arguments = device.upload(scores), device.upload(labels.astype(np.int32)), 64
+    (loss, dscores), (again, _) = (map(device.download, gpu.softmax_cross_entropy(*arguments)) for _ in range(2))
+    expected_loss, expected = cpu.softmax_cross_entropy(scores.astype(np.float64), labels, 64)
+    assert loss.dtype == np.float64 and loss.shape == (1,) and loss == again
+    np.testing.assert_allclose(loss[0], expected_loss, rtol=1e-6)
+    np.testing.assert_allclose(dscores * 64, expected * 64, rtol=0, atol=1e-6)
+
+
+def test_the_loss_of_scores_that_are_not_numbers_is_none(gpu: Gpu) -> None:
+    scores = normal(random(10), 4, 5)
+    scores[1, 3], scores[3, 0] = np.nan, np.inf
+    loss, dscores = map(
+        gpu.device.download, gpu.softmax_cross_entropy(gpu.device.upload(scores), gpu.device.zeros(4, np.int32))
+    )
+    assert np.isnan(loss).all()
+    assert np.isnan(dscores).any(axis=1).tolist() == [False, True, False, True]
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.float32])
+def test_a_batch_has_the_images_and_labels_of_its_samples(gpu: Gpu, dtype: type) -> None:
+    device, rng = gpu.device, random(11)
+    images, labels = rng.integers(0, 256, (9, 5, 3, 2)).astype(dtype), rng.integers(0, 2**31, (9, 3)).astype(np.int64)
+    numbers = images / np.float32(255) if dtype == np.uint8 else images
+    for samples in np.int32([8, 0, 3, 3, 5, 1, 7, 2, 6, 4, 8]), np.int32([]):  # a rank's share can be empty
+        there = device.upload(samples)
+        x, chosen = gpu.gather(device.upload(images), there), gpu.gather_labels(gpu.upload_labels(labels), there)
+        np.testing.assert_array_equal(bits(device.download(x)), bits(numbers[samples]))
+        np.testing.assert_array_equal(device.download(chosen), labels[samples])
+
+
+def test_a_step_begins_without_gradient_and_without_a_bad_number(gpu: Gpu) -> None:
+    gradient, bad = gpu.device.upload(np.full(5, np.nan, np.float32)), gpu.device.zeros(2, np.int32)
+    gpu.begin_step(gradient, bad)
+    assert gpu.device.download(gradient).tolist() == [0] * 5
+    assert gpu.device.download(bad).tolist() == [FINITE, FINITE]
+
+
+def test_random_numbers_are_those_of_the_cpu(gpu: Gpu) -> None:
+    samples, key = np.int32([5, 0, 59_999]), (3, 0xDEADBEEF)
+    step = gpu.device.upload(np.uint32([7, 1]))
+    found = gpu.device.download(gpu.uniform(9, key, step, gpu.device.upload(samples)))
+    np.testing.assert_array_equal(found, cpu.uniform(9, key, (1 << 32) + 7, samples))
+    assert found.min() >= 0 and found.max() < 1
+
+
+def test_the_class_of_the_largest_score(gpu: Gpu) -> None:
+    scores = whole(random(12), 300, 6)  # ties
+    scores[random(13).random(scores.shape) < 0.1] = np.nan
+    scores[0], scores[1], scores[2, 3:5] = np.nan, -np.inf, np.inf
+    found = gpu.argmax(gpu.device.upload(scores))
+    assert found.dtype == np.int64
+    np.testing.assert_array_equal(found, scores.argmax(axis=1))
