@@ -29,7 +29,7 @@ else:
 
 MODELS = ("deepconvnet", "simpleconvnet")
 CLASSIFY = "classify"
-OPTIMIZERS = ("adam", "sgd", "momentum", "nesterov", "adagrad", "rmsprop")
+OPTIMIZERS = ("adam", "sgd", "momentum", "nesterov", "adagrad", "rmsprop", "lars", "lamb")
 SCHEDULES = ("constant", "linear", "cosine", "one-cycle", "step", "exponential")
 LR_RULES = ("none", "linear", "sqrt")
 WIRES = ("float16", "float32", "float64")
@@ -90,6 +90,12 @@ class Config:
     )
     epochs: int = _at_least(1, 20, "how often the training set is visited")
     batch_size: int = _at_least(1, 100, "images in a minibatch of the whole job, shared out among the ranks")
+    accumulate: int = _at_least(
+        1,
+        1,
+        "make a step of so many times --batch-size images, whose gradients a rank computes one part after the other: a "
+        "large batch in the memory of a small one",
+    )
     optimizer: str = _setting(
         "adam",
         f"rule of the update: {', '.join(OPTIMIZERS)}, or package.module:function, called with --lr and the number of "
@@ -123,6 +129,12 @@ class Config:
         "before a step, matrices and filters are multiplied by 1 - learning rate x this; with adam, that is AdamW",
         lambda v: 0 <= v < 1e6,
         "a number from 0, 0.01 say",
+    )
+    clip_norm: float = _setting(
+        0.0,
+        "make the gradient of the whole batch shorter where its length (L2 norm) is more than this; 0: never",
+        lambda v: math.isfinite(v) and v >= 0,
+        "a finite number, 0 or more",
     )
     label_smoothing: float = _setting(
         0.0,
@@ -219,6 +231,11 @@ class Config:
                     value = "with a number of more than 64 bits"  # Python shows no number of thousands of digits
                 shown = str(value)[:LONGEST_SHOWN]
                 raise UsageError(f"{flag(field.name)} {shown}: expected {expected}{_nearest(value, expected)}")
+
+    @property
+    def step_size(self) -> int:
+        """Images of a step, of all ranks."""
+        return self.batch_size * self.accumulate
 
     def toml(self) -> str:
         """The settings as a TOML file that --config reads."""

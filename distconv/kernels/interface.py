@@ -134,6 +134,10 @@ class Kernels(Protocol):
         """p += g, unless bad[1] says that g is not finite."""
         ...
 
+    def clip(self, gradients: Sequence[Array], most: float, bad: Array) -> None:
+        """Make vectors shorter, all by the same factor, where together they are longer than `most` (L2 norm)."""
+        ...
+
     def average(self, ema: Array, p: Array, share: Any, bad: Array) -> None:
         """ema += share[0] (p - ema), unless bad[1] says that the gradient was not finite."""
         ...

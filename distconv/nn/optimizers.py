@@ -1,4 +1,4 @@
-"""Six optimizers, each for one flat vector. They know no layers.
+"""The optimizers, each for one flat vector. They know no layers, but for the two of layerwise.py.
 
 In the formulas p is the vector of parameters, g its gradient, t the number of this step, counted from 1; all is
 element-wise. The vectors v, h or m are the optimizer's state, all zero at the start; checkpoints keep them besides p.
@@ -16,6 +16,7 @@ from numpy.typing import DTypeLike
 
 from distconv.kernels.cpu import updates
 from distconv.kernels.interface import Array
+from distconv.nn.parameters import Spec
 
 PIECE = 1 << 16  # numbers
 EMA = "ema"  # no optimizer's slot, but that of the average of the weights, which stands beside theirs
@@ -30,6 +31,7 @@ class Optimizer:
     """
 
     slots: ClassVar[tuple[str, ...]] = ()
+    layerwise: ClassVar[bool] = False  # whether `step` wants the arrays of a model one by one
 
     def __init__(self, lr: float | Callable[[int], float], weight_decay: float = 0.0) -> None:
         self.lr, self.weight_decay = lr, weight_decay
@@ -38,6 +40,10 @@ class Optimizer:
     def kernel(self) -> str | None:
         """The name of the formula on a GPU; None where a subclass has one of its own."""
         return next((name for name, kind in OPTIMIZERS.items() if kind.update is type(self).update), None)
+
+    def rules(self) -> list[tuple[Optimizer, Callable[[Spec], bool]]]:
+        """What makes the steps of which arrays."""
+        return [(self, lambda spec: spec.trained)]
 
     def rate(self, t: int) -> float:
         """The learning rate of step t."""

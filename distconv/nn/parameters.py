@@ -143,13 +143,13 @@ class Parameters:
                 if self.specs[name].mean:
                     piece += self.specs[name].mean
 
-    def runs(self, of: Callable[[Spec], bool]) -> list[slice]:
-        """The parts of the vectors whose arrays are of a kind, neighbours as one."""
+    def runs(self, of: Callable[[Spec], bool], apart: bool = False) -> list[slice]:
+        """The parts of the vectors whose arrays are of a kind, neighbours as one, or each array apart."""
         found: list[slice] = []
         for name, start in self.starts.items():
             stop = start + math.prod(self.specs[name].shape)
             if of(self.specs[name]):
-                joins = found and found[-1].stop == start
+                joins = found and found[-1].stop == start and not apart
                 found[-1:] = [slice(found[-1].start, stop)] if joins else [*found[-1:], slice(start, stop)]
         return found
 

@@ -32,8 +32,9 @@ from distconv.kernels.gpu.device import Cuda
 from distconv.kernels.interface import Kernels
 from distconv.nn.checked import checked
 from distconv.nn.layers import Context, Layer, is_ours, kind_of
+from distconv.nn.layerwise import ALL_OPTIMIZERS
 from distconv.nn.networks import build_network
-from distconv.nn.optimizers import EMA, OPTIMIZERS, Optimizer
+from distconv.nn.optimizers import EMA, Optimizer
 from distconv.nn.parameters import Parameters, count, is_shape, is_whole, is_within
 from distconv.nn.schedules import LR_RULES, Schedule
 from distconv.run.loop import StepRecord
@@ -67,7 +68,7 @@ def build_run(
     world.agree("the data set", found, "have the data's sizes and shapes be the same on all ranks")
     with world.together():
         task = task or named_task(settings.task, settings.label_smoothing)
-        optimizer = optimizer or named_optimizer(settings, batches(data.size("train"), settings.batch_size))
+        optimizer = optimizer or named_optimizer(settings, batches(data.size("train"), settings.step_size))
         if settings.augment:
             data = augmented(data, settings.augment)
     model, parameters = build_model(settings, data, task, world, model)
@@ -88,8 +89,8 @@ def build_run(
     exact = "float64" if settings.wire == "float64" else "float32"
     probe = WireProbe(WIRES[settings.wire], parameters.size, lambda size: choose(world, size, exact))
     replica = Replica(
-        kernels, model, parameters, task, data, optimizer, exchange, settings.seed, settings.batch_size,
-        lambda problem: first_problem(world, problem), settings.ema,
+        kernels, model, parameters, task, data, optimizer, exchange, settings,
+        lambda problem: first_problem(world, problem),
     )  # fmt: skip
     run = Run(settings, data, task, replica, world, probe)
     compile_kernels(run)
@@ -142,8 +143,8 @@ def named_optimizer(settings: Config, steps_per_epoch: int) -> Optimizer:
     """The optimizer that --optimizer names, with the learning rates of the run. Raises UsageError."""
     name, steps = settings.optimizer, settings.epochs * steps_per_epoch
     lr = learning_rate(settings, steps_per_epoch)
-    if name in OPTIMIZERS:
-        optimizer = OPTIMIZERS[name](lr, settings.weight_decay)
+    if name in ALL_OPTIMIZERS:
+        optimizer = ALL_OPTIMIZERS[name](lr, settings.weight_decay)
     elif settings.weight_decay:
         raise UsageError(f"--weight-decay is for the optimizers that are here: {name} must see to its own")
     else:
@@ -168,7 +169,7 @@ def learning_rate(settings: Config, steps_per_epoch: int) -> float | Schedule:
             f"--warmup-epochs {settings.warmup_epochs:g} with --epochs {settings.epochs}: a warm-up that ends before "
             "the run was expected"
         )
-    lr = settings.lr * LR_RULES[settings.scale_lr](settings.batch_size / LR_BATCH)
+    lr = settings.lr * LR_RULES[settings.scale_lr](settings.step_size / LR_BATCH)
     warmup = round(settings.warmup_epochs * steps_per_epoch)
     if settings.schedule == "constant" and not warmup:
         return lr
@@ -249,7 +250,8 @@ def compile_kernels(run: Run) -> None:
             value, gradient, *state = np.zeros((2 + len({*replica.state} - {EMA}), 1), replica.vector.dtype)
             replica.optimizer.step(value, gradient, replica.optimizer.numbers(1), *state)
             replica.checksum()
-            if replica.ema:
+            replica.kernels.clip([gradient], 1.0, replica.mailbox.bad)
+            if run.config.ema:
                 replica.kernels.average(value, gradient, (0.5,), replica.mailbox.bad)
         else:
             replica.share(0, np.zeros(1, np.int64), 1)

@@ -30,7 +30,8 @@ from distconv.errors import (
     UsageError,
 )
 from distconv.kernels.interface import Array
-from distconv.nn.optimizers import EMA, OPTIMIZERS
+from distconv.nn.layerwise import ALL_OPTIMIZERS
+from distconv.nn.optimizers import EMA
 from distconv.nn.parameters import Parameters, digest
 from distconv.run.tensorfile import TensorFile, write_tensors
 
@@ -39,7 +40,7 @@ OURS = re.compile(r"step-\d{10,}\.safetensors")  # not a copy that a user made a
 KEEP = 3  # newest checkpoints that stay
 # Else it would be another run.
 MUST_MATCH = ("model", "task", "batch_size", "optimizer", "seed", "limit_train", "validation", "ema")
-CHANGES = ("lr", "schedule", "warmup_epochs", "scale_lr", "weight_decay", "label_smoothing", "augment")  # may differ
+CHANGES = ("lr", "schedule", "warmup_epochs", "scale_lr", "weight_decay", "clip_norm", "label_smoothing", "augment")
 
 
 def _is_count(value: Any) -> bool:
@@ -64,12 +65,8 @@ DESCRIBED: Mapping[str, Mapping[str, Callable[[Any], bool]]] = {
         "image_shape": lambda value: isinstance(value, list) and value != [] and all(map(_is_count, value)),
     },
 }
-SINCE_LATER = {
-    "first_loss": 0.0,
-    "validation": 0,
-    "task": CLASSIFY,
-    "ema": 0.0,
-}  # what older files lack, and what holds for them
+# What older files lack, and what holds for them.
+SINCE_LATER = {"first_loss": 0.0, "validation": 0, "task": CLASSIFY, "ema": 0.0}
 
 
 @dataclass(frozen=True)
@@ -200,7 +197,7 @@ def _read_about(text: str, names: Iterable[str], state: str, finite: bool, path:
     except UsageError as error:
         raise BadDataError(f"{path} cannot be used, as it was made with {str(error)[:200]}") from None
     found, optimizer = set(map(_slot, names)), config["optimizer"]
-    slots = {"value", *(OPTIMIZERS[optimizer].slots if optimizer in OPTIMIZERS else found)}
+    slots = {"value", *(ALL_OPTIMIZERS[optimizer].slots if optimizer in ALL_OPTIMIZERS else found)}
     slots |= {EMA} if config.get("ema") else set()
     if slots != found or not finite:
         raise BadDataError(f"{path} cannot be used, as it is not {', '.join(sorted(slots))} of finite numbers")
@@ -239,7 +236,9 @@ def newest_good(folder: Path) -> tuple[Checkpoint | None, list[str]]:
 
 def check_same_run(checkpoint: Checkpoint, config: Config, data_digest: str) -> list[str]:
     """Raise MismatchError where going on would not be the same run; return a line for each setting that may differ."""
-    have, want = checkpoint.config, dataclasses.asdict(config)
+    have, want = dict(checkpoint.config), dataclasses.asdict(config)
+    have["batch_size"] *= have.get("accumulate", 1)  # in how many parts a step is computed does not matter
+    want["batch_size"] = config.step_size
     for name in MUST_MATCH:
         if (was := have.get(name, SINCE_LATER.get(name))) != want[name]:
             raise MismatchError(

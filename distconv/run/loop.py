@@ -112,7 +112,7 @@ def train(
             began = time.perf_counter()
             record, stopping = _step(run, order, epoch, batch, stop_requested(), save_requested(), ahead)
             seconds += time.perf_counter() - began
-            images += len(order[batch * run.config.batch_size : (batch + 1) * run.config.batch_size])
+            images += len(order[batch * run.config.step_size : (batch + 1) * run.config.step_size])
             yield record
             if stopping and not record.last_of_epoch:
                 break
@@ -128,7 +128,7 @@ def _step(
     run: Run, order: NDArray[np.int64], epoch: int, batch: int, stop: bool, save: bool, ahead: bool
 ) -> tuple[StepRecord, bool]:
     """One synchronous step of all ranks: its record, and whether any rank was asked to stop."""
-    world, replica, step, batch_size = run.world, run.replica, run.step, run.config.batch_size
+    world, replica, step, batch_size = run.world, run.replica, run.step, run.config.step_size
     mine = shard(order, batch, batch_size, world.size, world.rank)
     global_batch = len(order[batch * batch_size : (batch + 1) * batch_size])
     last_of_epoch = batch + 1 == run.steps_per_epoch
@@ -236,7 +236,7 @@ def _who_is_bad(bad_at: NDArray[np.int64], parameters: Parameters) -> str:
 def _end_of_epoch(run: Run, epoch: int, images_per_second: float) -> EpochRecord:
     """Measure the scores, check that all replicas hold the same bits, and begin the sums of the next epoch."""
     scores = {part: _score(run, part) for part in PARTS if run.data.size(part)}
-    if run.replica.ema:
+    if run.config.ema:
         scores |= {f"{EMA}_{part}": _score(run, part, True) for part in PARTS[1:] if run.data.size(part)}
     train_loss = run.loss_sum / run.samples if run.samples else float("nan")
     run.loss_sum, run.samples = 0.0, 0
@@ -265,6 +265,6 @@ def _score(run: Run, part: str, averaged: bool = False) -> float:
 def _probe_the_wire(run: Run, epoch: int) -> None:
     """Look at what the wire makes of a gradient: that of the epoch's first batch at the weights of its end."""
     order = epoch_order(run.config.seed, epoch, run.data.size("train"))
-    mine = shard(order, 0, run.config.batch_size, run.world.size, run.world.rank)
-    share = run.probe.sample(run.replica.share(run.step, mine, len(order[: run.config.batch_size])))
+    mine = shard(order, 0, run.config.step_size, run.world.size, run.world.rank)
+    share = run.probe.sample(run.replica.share(run.step, mine, len(order[: run.config.step_size])))
     run.probe.compare(share, run.replica.sum_shares())

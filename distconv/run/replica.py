@@ -16,7 +16,9 @@ from numpy.typing import NDArray
 
 from distconv.comm.exchange import HEADER, Headers
 from distconv.comm.on_cpu import DeviceExchange
+from distconv.config import Config
 from distconv.data.data import Data
+from distconv.data.shard import split
 from distconv.errors import DistconvError
 from distconv.kernels.interface import FINITE, Agreed, Array, Kernels
 from distconv.nn.fusion import fused
@@ -32,29 +34,32 @@ Samples = NDArray[np.int64]
 class Replica:
     """The vectors of a model on a device. Those of `parameters` and `state`, on the host, are up to date after pull().
 
-    most_samples: of this rank in a step. agreed: see Device.replayed; collective. ema: how much of the average of the
-    weights, which the state then has in the slot EMA, a step leaves; 0: there is none.
+    Of the settings it takes seed, step_size, accumulate, ema and clip_norm. With ema, the state has the average of the
+    weights besides, in the slot EMA. agreed: see Device.replayed; collective.
     """
 
     def __init__(
         self, kernels: Kernels, model: Layer, parameters: Parameters, task: Task, data: Data, optimizer: Optimizer,
-        exchange: DeviceExchange, seed: int, most_samples: int, agreed: Agreed, ema: float = 0.0
+        exchange: DeviceExchange, settings: Config, agreed: Agreed
     ) -> None:  # fmt: skip
         self.kernels, self.device = kernels, kernels.device
         self.model = fused(model) if kernels.fuses else model
         self.parameters, self.task, self.data, self.optimizer = parameters, task, data, optimizer
-        self.exchange, self.seed, self.agreed, self.ema = exchange, seed, agreed, ema
+        self.exchange, self.settings, self.agreed = exchange, settings, agreed
         self.state = optimizer.new_state(parameters.size, parameters.vector.dtype)
-        if ema:
+        if settings.ema:
             self.state[EMA] = parameters.vector.copy()
         self.vector, self.gradient = self.device.upload(parameters.vector), self.device.upload(parameters.gradient)
         self.values, self.grads = parameters.nested(self.vector), parameters.nested(self.gradient)
         self.state_there = {slot: self.device.upload(vector) for slot, vector in self.state.items()}
-        self.averages = parameters.nested(self.state_there[EMA]) if ema else self.values
-        self.mailbox = kernels.mailbox(len(self._numbers(0)), most_samples, len(task.sums))
-        self.trained = parameters.runs(lambda spec: spec.trained)
+        self.averages = parameters.nested(self.state_there[EMA]) if settings.ema else self.values
+        self.mailbox = kernels.mailbox(len(self._numbers(0)), settings.step_size, len(task.sums) * settings.accumulate)
+        self.trained = [
+            (part, rule) for rule, of in optimizer.rules() for part in parameters.runs(of, apart=optimizer.layerwise)
+        ]
         self.untrained = parameters.runs(lambda spec: not spec.trained)
-        self.decaying = parameters.runs(lambda spec: spec.trained and spec.decay) if optimizer.weight_decay else []
+        decays = optimizer.weight_decay and not optimizer.layerwise
+        self.decaying = parameters.runs(lambda spec: spec.trained and spec.decay) if decays else []
         self.begun: dict[int, Any] = {}  # steps whose results nobody has waited for yet, by their number
 
     def compute(self, step: int, samples: Samples, global_batch: int, following: Samples | None = None) -> list[float]:
@@ -68,7 +73,9 @@ class Replica:
         if following is not None and self.exchange.needs_no_host:
             self._begin(step + 1, following, global_batch)
         self.device.wait(self.begun.pop(step))
-        return [float(number) for number in self.mailbox.sums(step)] if len(samples) else [0.0] * len(self.task.sums)
+        count, parts = len(self.task.sums), len(self._parts(len(samples)))
+        found = np.array(self.mailbox.sums(step)[: parts * count], np.float64).reshape(parts, count)
+        return [float(total) for total in found.sum(axis=0)]
 
     def sum(self, step: int, header: Headers) -> Headers:
         """Sum the gradient over the ranks; see Exchange."""
@@ -90,7 +97,7 @@ class Replica:
         A young average takes more, or the first weights would stay in it for long.
         """
         numbers = self.optimizer.numbers(step + 1)
-        return (*numbers, 1 - min(self.ema, (1 + step) / (10 + step))) if self.ema else numbers
+        return (*numbers, 1 - min(self.settings.ema, (1 + step) / (10 + step))) if self.settings.ema else numbers
 
     def _begin(self, step: int, samples: Samples, global_batch: int) -> None:
         self.mailbox.send(step, self._numbers(step), samples)
@@ -120,22 +127,26 @@ class Replica:
         """
         kernels, mailbox = self.kernels, self.mailbox
         kernels.begin_step(self.gradient, mailbox.bad)
-        if n == 0:
-            return ()
-        on_final, samples = self._sender() if sends else None, mailbox.samples[:n]
-        context = Context(
-            training=True,
-            seed=self.seed,
-            step=mailbox.step,
-            samples=samples,
-            on_final=on_final,
-            kernels=kernels,
-            global_batch=global_batch,
-        )
-        batch = self.data.batch("train", samples, context)
-        sums = self.task.gradient(self.model, self.values, self.grads, batch, context)
-        self.device.join()
+        sums: list[Any] = []
+        for part in self._parts(n):
+            samples, last = mailbox.samples[part], part.stop == n
+            context = Context(
+                training=True,
+                seed=self.settings.seed,
+                step=mailbox.step,
+                samples=samples,
+                on_final=self._sender() if sends and last else None,
+                kernels=kernels,
+                global_batch=global_batch,
+            )
+            batch = self.data.batch("train", samples, context)
+            sums += self.task.gradient(self.model, self.values, self.grads, batch, context)
+            self.device.join()
         return sums
+
+    def _parts(self, n: int) -> list[slice]:
+        """The parts of n samples, one after the other; none is empty."""
+        return [split(n, self.settings.accumulate, i) for i in range(min(n, self.settings.accumulate))]
 
     def _sender(self) -> Callable[[str], None] | None:
         """What sends off the gradients of a layer of the model, and of those behind it, when they are final.
@@ -154,13 +165,15 @@ class Replica:
         for part in self.decaying:
             kernels.decay(self.vector[part], mailbox.numbers, mailbox.bad)
         slots = [vector for slot, vector in self.state_there.items() if slot != EMA]
-        numbers = mailbox.numbers[:-1] if self.ema else mailbox.numbers
-        for part in self.trained:
+        numbers = mailbox.numbers[:-1] if self.settings.ema else mailbox.numbers
+        if self.settings.clip_norm:
+            kernels.clip([self.gradient[part] for part, _ in self.trained], self.settings.clip_norm, mailbox.bad)
+        for part, rule in self.trained:
             p, g, *state = (vector[part] for vector in (self.vector, self.gradient, *slots))
-            kernels.update(self.optimizer, p, g, state, numbers, mailbox.bad)
+            kernels.update(rule, p, g, state, numbers, mailbox.bad)
         for part in self.untrained:
             kernels.add(self.vector[part], self.gradient[part], mailbox.bad)
-        if self.ema:
+        if self.settings.ema:
             kernels.average(self.state_there[EMA], self.vector, mailbox.numbers[-1:], mailbox.bad)
 
     def share(self, step: int, samples: Samples, global_batch: int) -> Array:

@@ -46,7 +46,7 @@ class Run:
 
     @property
     def steps_per_epoch(self) -> int:
-        return batches(self.data.size("train"), self.config.batch_size)
+        return batches(self.data.size("train"), self.config.step_size)
 
     @property
     def steps(self) -> int:
@@ -64,7 +64,7 @@ class Run:
 
     def position(self) -> dict[str, Any]:
         epoch, batch = divmod(self.step, self.steps_per_epoch)
-        cursor = batch * self.config.batch_size
+        cursor = batch * self.config.step_size
         moving = {name: getattr(self, name) for name in ("step", "loss_sum", "samples", "skipped", "first_loss")}
         return {**moving, "epoch": epoch, "cursor": cursor}
 

@@ -123,7 +123,7 @@ def logged(record: Record) -> dict[str, Any]:
 
 def check_settings(settings: Config, world: World) -> None:
     """What can be known only with the ranks and the machine at hand. Raises UsageError."""
-    if settings.batch_size < world.size:
+    if settings.step_size < world.size:
         raise errors.UsageError(
             f"--batch-size {settings.batch_size} with {world.size} ranks: every rank needs at least one image of the "
             f"global batch; use --batch-size {world.size} or more, or fewer ranks"
@@ -205,7 +205,7 @@ def finish(run: Run, out: Path, log: RunLog) -> int:
     """Final score on the whole test set, curves and DONE; exit code 1 where the target is missed."""
     run.world.at("evaluate", run.step)
     correct, total = (int(number) if number.is_integer() else number for number in run.measure("test"))
-    averaged = run.measure("test", averaged=True)[0] if run.replica.ema else None
+    averaged = run.measure("test", averaged=True)[0] if run.config.ema else None
     agreement.agree(run)  # nothing has changed while it was evaluated
     score = correct / total if total else float("nan")
     metric = run.task.metric

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -115,6 +116,11 @@ class Cpu:
     def add(self, p: Array, g: Array, bad: Array) -> None:
         if bad[1] == FINITE:
             p += g
+
+    def clip(self, gradients: Sequence[Array], most: float, bad: Array) -> None:
+        if bad[1] == FINITE and (length := math.hypot(*map(updates.norm, gradients))) > most:
+            for g in gradients:
+                g *= g.dtype.type(most / length)
 
     def average(self, ema: Array, p: Array, share: Sequence[float], bad: Array) -> None:
         if bad[1] == FINITE:

@@ -23,6 +23,26 @@ def adam(p: Any, g: Any, m: Any, v: Any, gain1: Any, gain2: Any, rate: Any, epsi
 
 
 @compiled
+def adam_direction(g: Any, m: Any, v: Any, gain1: Any, gain2: Any, scale1: Any, scale2: Any, epsilon: Any) -> Any:
+    """m and v as in `adam`; returns scale1 m / (scale2 sqrt(v) + epsilon) (n,)."""
+    u = np.empty_like(g)
+    for i in range(g.size):
+        m[i] += gain1 * (g[i] - m[i])
+        v[i] += gain2 * (g[i] * g[i] - v[i])
+        u[i] = scale1 * m[i] / (scale2 * math.sqrt(v[i]) + epsilon)
+    return u
+
+
+@compiled
+def norm(x: Any) -> float:
+    """The length of a vector (n,), summed up in float64 and in order."""
+    total = 0.0
+    for i in range(x.size):
+        total += float(x[i]) * float(x[i])
+    return math.sqrt(total)
+
+
+@compiled
 def average(ema: Any, p: Any, share: Any) -> None:
     """ema += share (p - ema), on vectors (n,) of the dtype of share."""
     for i in range(p.size):

@@ -320,6 +320,15 @@ class Gpu:
     def decay(self, p: Array, numbers: Array, bad: Array) -> None:
         self.launch("updates", "decay", p.size, p, numbers, bad[1:], p.size)
 
+    def clip(self, gradients: Sequence[Array], most: float, bad: Array) -> None:
+        """As on the CPU; the sums are of blocks of threads, and then of these."""
+        blocks = [-(-g.size // THREADS) for g in gradients]
+        squares = self.device.empty(sum(blocks), np.float64)
+        for i, g in enumerate(gradients):
+            self.launch("updates", "squares", g.size, g, squares[sum(blocks[:i]) :], g.size)
+        for g in gradients:
+            self.launch("updates", "clip", g.size, g, squares, sum(blocks), float(most), bad[1:], g.size)
+
     def average(self, ema: Array, p: Array, share: Array, bad: Array) -> None:
         self.launch("updates", "average", p.size, ema, p, share, bad[1:], p.size)
 

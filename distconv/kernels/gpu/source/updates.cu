@@ -49,6 +49,34 @@ extern "C" __global__ void add(float *p, const float *g, const int *bad_sum, int
     p[i] += g[i];
 }
 
+// totals: of each block of 256 numbers of g (n,), the sum of their squares.
+extern "C" __global__ void __launch_bounds__(256) squares(const float *g, double *totals, int n) {
+    __shared__ double sums[256];
+    int i = blockIdx.x * blockDim.x + threadIdx.x;
+    sums[threadIdx.x] = i < n ? (double)g[i] * g[i] : 0;
+    for (int half = 128; half > 0; half /= 2) {  // the same order in every run
+        __syncthreads();
+        if (threadIdx.x < half) sums[threadIdx.x] += sums[threadIdx.x + half];
+    }
+    if (threadIdx.x == 0) totals[blockIdx.x] = sums[0];
+}
+
+// g times most / length, where the length, the root of the sum of all squares, is more than that.
+extern "C" __global__ void __launch_bounds__(256) clip(float *g, const double *totals, int count, float most,
+                                                       const int *bad_sum, int n) {
+    __shared__ double sums[256];
+    sums[threadIdx.x] = 0;
+    for (int block = threadIdx.x; block < count; block += 256) sums[threadIdx.x] += totals[block];
+    for (int half = 128; half > 0; half /= 2) {
+        __syncthreads();
+        if (threadIdx.x < half) sums[threadIdx.x] += sums[threadIdx.x + half];
+    }
+    __syncthreads();
+    double length = sqrt(sums[0]);
+    FOR_EACH_PARAMETER
+    if (length > most) g[i] *= (float)(most / length);
+}
+
 // The average of the weights.
 extern "C" __global__ void average(float *ema, const float *p, const float *share, const int *bad_sum, int n) {
     FOR_EACH_PARAMETER
