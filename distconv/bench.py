@@ -1,15 +1,24 @@
-"""`python -m distconv.bench step|exchange|scaling|predict`: what a machine gives. Flags -> wiring -> printing."""
+"""`python -m distconv.bench step|exchange|scaling|accuracy|predict`: what a machine gives. Flags -> call -> print."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import os
+import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from distconv.benchmarks.flags import check_png, exchange_flags, predict_flags, scaling_flags, step_flags
+from distconv import config
+from distconv.benchmarks.flags import (
+    accuracy_flags,
+    check_png,
+    exchange_flags,
+    predict_flags,
+    scaling_flags,
+    step_flags,
+)
 from distconv.comm.start import run_command, start
 from distconv.comm.world import BLAS_THREADS, blas_threads
 from distconv.config import Config, Parser
@@ -28,6 +37,7 @@ def main(argv: Sequence[str]) -> int:
         "  python -m distconv.bench step                     # one training step: how fast, and where the time goes\n"
         "  mpirun -n 2 python -m distconv.bench exchange     # the sum of the gradients over the ranks, and MPI's own\n"
         "  python -m distconv.bench scaling                  # training on 1, 2 and 4 ranks, and where the time goes\n"
+        "  python -m distconv.bench accuracy --help          # seconds to an accuracy, over several seeds\n"
         "  python -m distconv.bench predict --help           # training on up to 4096 ranks of another machine",
     )
     parser.add_argument("benchmark", choices=tuple(BENCHMARKS), metavar="BENCHMARK", help=", ".join(BENCHMARKS))
@@ -167,6 +177,27 @@ def scaling(argv: Sequence[str]) -> int:
     return int(len(rungs) < len(flags.numbers))
 
 
+def accuracy(argv: Sequence[str]) -> int:
+    """Starts jobs of distconv.train."""
+    flags, train = accuracy_flags(argv)
+    config.from_command_line(train)  # raises for a flag that cannot be before anything is started
+    refuse_to_nest("bench accuracy")
+    starter = job_starter(flags.mpirun)
+    end_on_sigterm()
+    from distconv.benchmarks.accuracy import measure, table
+    from distconv.run.log import RunLog
+
+    runs = []
+    for run in measure(starter, flags.ranks, train, flags.seeds, flags.targets, RunLog(True).say_aside):
+        runs.append(run)
+        if flags.json:
+            print(json.dumps(asdict(run)), flush=True)
+    if not flags.json:
+        print(f"{shlex.join(train) or 'distconv.train'} on {flags.ranks} rank{'s' * (flags.ranks > 1)}")
+        print(table(runs, flags.targets))
+    return 0
+
+
 def predict(argv: Sequence[str]) -> int:
     """Arithmetic: starts no MPI."""
     flags = predict_flags(argv)
@@ -209,6 +240,7 @@ BENCHMARKS: dict[str, Callable[[Sequence[str]], int]] = {
     "step": step,
     "exchange": exchange,
     "scaling": scaling,
+    "accuracy": accuracy,
     "predict": predict,
 }
 

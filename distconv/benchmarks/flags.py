@@ -128,6 +128,40 @@ def scaling_flags(argv: Sequence[str]) -> argparse.Namespace:
     return flags
 
 
+def accuracy_flags(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """This benchmark's own flags, and those of distconv.train behind --."""
+    parser = Parser(
+        prog="python -m distconv.bench accuracy",
+        usage="python -m distconv.bench accuracy [FLAGS] -- FLAGS OF distconv.train",
+        description="Train with several seeds, one job after the other, and show how long it takes to test accuracies "
+        "(looked at\nafter each epoch, on the whole test set), and what comes out at the last epoch. Starts mpirun by "
+        "itself.",
+        epilog="examples:\n"
+        "  python -m distconv.bench accuracy --ranks 2 --seeds 10 -- --recipe mnist-fast\n"
+        "  python -m distconv.bench accuracy --targets 0.99,0.995 -- --data mnist --epochs 10 --schedule cosine\n\n"
+        "--json: seed ranks accuracy training_seconds total_seconds targets (of each reached: seconds of training and "
+        "in all).",
+    )
+    parser.add_argument("--ranks", type=int, default=2, metavar="P", help="(default: 2)")
+    parser.add_argument("--seeds", type=int, default=5, metavar="N", help="0 to N - 1 (default: 5)")
+    parser.add_argument(
+        "--targets", default="0.98,0.99,0.994,0.996", metavar="A,...", help="(default: 0.98,0.99,0.994,0.996)"
+    )
+    parser.add_argument("--mpirun", metavar="COMMAND", help="what starts ranks, as 'srun --mpi=pmi2' (default: mpirun)")
+    parser.add_argument("--json", action="store_true", help="one JSON object a line")
+    dashes = list(argv).index("--") if "--" in argv else len(argv)
+    flags = parser.parse_args(argv[:dashes])
+    at_least_1("--ranks", flags.ranks)
+    at_least_1("--seeds", flags.seeds)
+    try:
+        flags.targets = sorted({float(word) for word in flags.targets.split(",")})
+    except ValueError:
+        flags.targets = []
+    if not flags.targets or not all(0 < target <= 1 for target in flags.targets):
+        raise UsageError("--targets: expected fractions above 0 and up to 1, such as 0.98,0.99")
+    return flags, list(argv[dashes + 1 :])
+
+
 def predict_flags(argv: Sequence[str]) -> argparse.Namespace:
     parser = Parser(
         prog="python -m distconv.bench predict",

@@ -189,6 +189,7 @@ def introduce(run: Run, out: Path, data_name: str, checkpoint: Checkpoint | None
         data=data_name,
         data_sha256=data.digest,
         train_images=data.size("train"),
+        batch_size=settings.step_size,
         test_images=data.size("test"),
         steps=run.steps,
         out=str(out),
