@@ -188,6 +188,12 @@ class Config:
         "which takes the first of those that are left; 0: none, but for a validation set that comes with the data",
     )
     eval_samples: int = _at_least(0, 1000, "training and test images for the accuracies of each epoch; 0: all")
+    patience: int = _at_least(
+        0,
+        0,
+        "stop after so many epochs in a row without a better score on the validation set; 0: never. The state of the "
+        "epoch that was best on such a set is kept in best.safetensors",
+    )
     out: str = _setting("", "folder for everything the run writes (default: runs/<time>-<model>)", lambda v: True, "")
     resume: str = _setting(
         "auto",

@@ -69,6 +69,11 @@ def build_run(
     with world.together():
         task = task or named_task(settings.task, settings.label_smoothing)
         optimizer = optimizer or named_optimizer(settings, batches(data.size("train"), settings.step_size))
+        if settings.patience and not data.size("validation"):
+            raise UsageError(
+                "--patience needs a validation set, as the test set must not decide when to stop: hold one out by "
+                "--validation 5000, say"
+            )
         if settings.augment:
             data = augmented(data, settings.augment)
     model, parameters = build_model(settings, data, task, world, model)

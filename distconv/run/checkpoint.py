@@ -14,6 +14,7 @@ import json
 import math
 import os
 import re
+import shutil
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,7 +41,17 @@ OURS = re.compile(r"step-\d{10,}\.safetensors")  # not a copy that a user made a
 KEEP = 3  # newest checkpoints that stay
 # Else it would be another run.
 MUST_MATCH = ("model", "task", "batch_size", "optimizer", "seed", "limit_train", "validation", "ema")
-CHANGES = ("lr", "schedule", "warmup_epochs", "scale_lr", "weight_decay", "clip_norm", "label_smoothing", "augment")
+CHANGES = (
+    "lr",
+    "schedule",
+    "warmup_epochs",
+    "scale_lr",
+    "weight_decay",
+    "clip_norm",
+    "label_smoothing",
+    "augment",
+    "patience",
+)
 
 
 def _is_count(value: Any) -> bool:
@@ -54,8 +65,10 @@ def _is_text(value: Any) -> bool:
 # What must be in each part of a file's description, and what it can be. config is held against Config besides.
 DESCRIBED: Mapping[str, Mapping[str, Callable[[Any], bool]]] = {
     "position": {
-        **dict.fromkeys(("step", "epoch", "cursor", "samples", "skipped"), _is_count),
-        **dict.fromkeys(("loss_sum", "first_loss"), lambda value: type(value) is float and not math.isnan(value)),
+        **dict.fromkeys(("step", "epoch", "cursor", "samples", "skipped", "best_epoch"), _is_count),
+        **dict.fromkeys(
+            ("loss_sum", "first_loss", "best_score"), lambda value: type(value) is float and not math.isnan(value)
+        ),
     },
     "config": dict.fromkeys(MUST_MATCH, lambda value: value is not None),
     "data": {
@@ -66,7 +79,14 @@ DESCRIBED: Mapping[str, Mapping[str, Callable[[Any], bool]]] = {
     },
 }
 # What older files lack, and what holds for them.
-SINCE_LATER = {"first_loss": 0.0, "validation": 0, "task": CLASSIFY, "ema": 0.0}
+SINCE_LATER = {
+    "first_loss": 0.0,
+    "best_score": -math.inf,
+    "best_epoch": 0,
+    "validation": 0,
+    "task": CLASSIFY,
+    "ema": 0.0,
+}
 
 
 @dataclass(frozen=True)
@@ -149,6 +169,16 @@ def save_checkpoint(
             temporary.unlink(missing_ok=True)
         raise StorageError(f"checkpoint {path} cannot be written: {error}; earlier ones are untouched") from None
     return path
+
+
+def keep_copy(path: Path, copy: Path) -> None:
+    """Write the same file at another place, whole or not at all. Raises StorageError."""
+    temporary = copy.with_name(f".{copy.name}.{os.getpid()}.tmp")
+    try:
+        shutil.copyfile(path, temporary)
+        temporary.replace(copy)
+    except OSError as error:
+        raise StorageError(f"{copy} cannot be written: {error}") from None
 
 
 def load_checkpoint(path: Path) -> Checkpoint:

@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 
 LOCK = ".distconv-lock"  # stays, and so marks the folder as ours
 PATIENCE = 10.0  # seconds for the job that holds the folder to go; one that was killed may still be dying
-REWRITTEN = ("config.toml", "metrics.jsonl", "curves.png", "DONE", "errors")  # what a run writes over, or deletes
+BEST = "best.safetensors"  # the state of the epoch that was best on the validation set
+REWRITTEN = ("config.toml", "metrics.jsonl", "curves.png", BEST, "DONE", "errors")  # what a run writes over, or deletes
 REPORT = re.compile(r"rank-\d+\.json")
 
 
@@ -202,12 +203,18 @@ def _finished(out: Path, settings: Config) -> Mapping[str, Any] | None:
     if not known or None in (last[0].get(name) for name in (_score_of(last[0]), "correct", "total")):
         return None
     found, _ = newest_good(out / "checkpoints")
-    if found is None or found.position["step"] != last[0].get("step") or settings.epochs > found.position["epoch"]:
+    if found is None or found.position["step"] != last[0].get("step") or not _is_over(found, settings):
         return None
     if settings.data != found.config["data"]:
         return None  # it may be the same under another name, which only the data can tell
     _refuse_vain_changes(found, settings)
     return last[0]
+
+
+def _is_over(found: Checkpoint, settings: Config) -> bool:
+    from distconv.run.run import is_out_of_patience
+
+    return settings.epochs <= found.position["epoch"] or is_out_of_patience(settings, found.position)
 
 
 def _score_of(final: Mapping[str, Any]) -> str:

@@ -104,7 +104,7 @@ def train(
     run.checksum, run.good_until, stopping = run.replica.checksum(), run.step - 1, False
     if run.step < run.steps:
         run.probe.time()
-    while run.step < run.steps and not stopping:
+    while run.step < run.steps and not stopping and not run.out_of_patience:
         epoch, first = divmod(run.step, run.steps_per_epoch)
         order = epoch_order(run.config.seed, epoch, run.data.size("train"))
         seconds, images = 0.0, 0
@@ -238,6 +238,9 @@ def _end_of_epoch(run: Run, epoch: int, images_per_second: float) -> EpochRecord
     scores = {part: _score(run, part) for part in PARTS if run.data.size(part)}
     if run.config.ema:
         scores |= {f"{EMA}_{part}": _score(run, part, True) for part in PARTS[1:] if run.data.size(part)}
+    best = scores.get(f"{EMA}_validation", scores.get("validation", -math.inf))
+    if best > run.best_score:
+        run.best_score, run.best_epoch = best, epoch + 1
     train_loss = run.loss_sum / run.samples if run.samples else float("nan")
     run.loss_sum, run.samples = 0.0, 0
     _probe_the_wire(run, epoch)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,6 +35,10 @@ class Run:
     samples: int = 0  # in loss_sum
     skipped: int = 0  # steps in a row whose gradient was not finite
     first_loss: float = 0.0  # of the run's first step; 0 before it
+    best_score: float = (
+        -math.inf
+    )  # on the validation set, at the end of epoch best_epoch, counted from 1; 0: of none yet
+    best_epoch: int = 0
     diverging: int = 0  # updates in a row after a loss that was not finite or far above the first
     good_until: int = 0  # the step whose state last gave a loss that was neither
     checksum: int = 0  # after the last update; see Replica
@@ -53,6 +59,11 @@ class Run:
         """Of the whole run."""
         return self.config.epochs * self.steps_per_epoch
 
+    @property
+    def out_of_patience(self) -> bool:
+        """Whether the validation score has not become better for so long that the run is over."""
+        return is_out_of_patience(self.config, self.position())
+
     def measure(self, part: str, most: int = 0, averaged: bool = False) -> tuple[float, float]:
         """The two sums of the task's metric over the first `most` samples of a part (0: all); collective.
 
@@ -65,7 +76,8 @@ class Run:
     def position(self) -> dict[str, Any]:
         epoch, batch = divmod(self.step, self.steps_per_epoch)
         cursor = batch * self.config.step_size
-        moving = {name: getattr(self, name) for name in ("step", "loss_sum", "samples", "skipped", "first_loss")}
+        names = ("step", "loss_sum", "samples", "skipped", "first_loss", "best_score", "best_epoch")
+        moving = {name: getattr(self, name) for name in names}
         return {**moving, "epoch": epoch, "cursor": cursor}
 
     def vectors(self) -> dict[str, Array]:
@@ -80,7 +92,13 @@ class Run:
         """Go to the position of a checkpoint."""
         self.step, self.loss_sum = position["step"], position["loss_sum"]
         self.samples, self.skipped = position["samples"], position["skipped"]
-        self.first_loss = position.get("first_loss", 0.0)  # older checkpoints have none
+        for name in ("first_loss", "best_score", "best_epoch"):  # older checkpoints have none
+            setattr(self, name, position.get(name, getattr(self, name)))
         for slot, vector in self.vectors().items():
             vector[...] = vectors[slot]
         self.replica.push()
+
+
+def is_out_of_patience(config: Config, position: Mapping[str, Any]) -> bool:
+    """See Run.out_of_patience; position: of a run or a checkpoint."""
+    return 0 < config.patience <= int(position["epoch"] - position.get("best_epoch", 0))

@@ -26,7 +26,7 @@ from distconv.run import agreement
 from distconv.run import checkpoint as files
 from distconv.run.build import build_run
 from distconv.run.checkpoint import Checkpoint
-from distconv.run.folder import LOCK, check_folder, held_folder, lock_file, make_ready
+from distconv.run.folder import BEST, LOCK, check_folder, held_folder, lock_file, make_ready
 from distconv.run.loading import load_dataset
 from distconv.run.log import RunLog, describe_steps, read_metrics, write_text
 from distconv.run.loop import EpochRecord, Record, StepRecord, StopRecord
@@ -205,6 +205,14 @@ def introduce(run: Run, out: Path, data_name: str, checkpoint: Checkpoint | None
 def finish(run: Run, out: Path, log: RunLog) -> int:
     """Final score on the whole test set, curves and DONE; exit code 1 where the target is missed."""
     run.world.at("evaluate", run.step)
+    if run.best_epoch:
+        early = (
+            f"stopped early, after {run.config.patience} epochs without a better one; " if run.out_of_patience else ""
+        )
+        log.say(
+            f"{early}best on the validation set: epoch {run.best_epoch}, {run.task.metric} {run.best_score:.2%}, kept "
+            f"in {out / BEST}"
+        )
     correct, total = (int(number) if number.is_integer() else number for number in run.measure("test"))
     averaged = run.measure("test", averaged=True)[0] if run.config.ema else None
     agreement.agree(run)  # nothing has changed while it was evaluated
@@ -292,9 +300,11 @@ class Saver:
                     f"{self.folder.parent / LOCK} is not the file that this job has locked: somebody has removed it, "
                     "and another job may have the folder; see to it that none has, and start again"
                 )
-            files.save_checkpoint(
+            path = files.save_checkpoint(
                 self.folder, run.parameters, run.replica.state, run.position(), run.config, self.data, run.agreed_sha256
             )
+            if run.best_epoch and run.best_epoch * run.steps_per_epoch == run.step:
+                files.keep_copy(path, self.folder.parent / BEST)
             self.saved_at = run.step
             now, asked = time.monotonic(), run.config.checkpoint_seconds
             self.due = now + (max(asked, COST * (now - began)) if asked else 0)
