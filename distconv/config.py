@@ -188,6 +188,12 @@ class Config:
         "which takes the first of those that are left; 0: none, but for a validation set that comes with the data",
     )
     eval_samples: int = _at_least(0, 1000, "training and test images for the accuracies of each epoch; 0: all")
+    ensemble: int = _at_least(
+        1,
+        1,
+        "train so many runs at once, with --seed and the numbers after it, each by a part of the ranks, into "
+        "OUT/member-0 and so on; evaluate takes them all together",
+    )
     patience: int = _at_least(
         0,
         0,

@@ -23,6 +23,8 @@ def main(argv: Sequence[str]) -> int:
         print(settings.toml(), end="")
         return 0
     refuse_to_nest("launch")
+    if settings.ensemble > 1:
+        raise UsageError("--ensemble: start one launch for each run, with a --seed and an --out of its own")
     starter = job_starter(flags.mpirun)
     try:
         out = Path(settings.out) if settings.out else new_folder(settings.model)

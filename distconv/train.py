@@ -19,9 +19,11 @@ def main(argv: Sequence[str]) -> int:
     stop = StopRequest()
     with start() as world:
         world.watch.set_limits(settings.hang_seconds)
-        from distconv.run.training import train  # NumPy and the compiler, once it is known how many threads they take
+        # NumPy and the compiler, once it is known how many threads they take.
+        from distconv.run.ensemble import train_ensemble
+        from distconv.run.training import train
 
-        code = train(settings, world, stop)
+        code = (train_ensemble if settings.ensemble > 1 else train)(settings, world, stop)
         stop.over()
     return code
 

@@ -36,13 +36,16 @@ SECONDS_BETWEEN_LINES = 10.0  # of progress, where there is no terminal
 
 
 class RunLog:
-    """The voice of a run. On a silent rank every method does nothing."""
+    """The voice of a run. On a silent rank every method does nothing.
 
-    def __init__(self, speaks: bool) -> None:
-        self.speaks = speaks
+    prefix: what each line begins with, where several runs speak; then there is no bar.
+    """
+
+    def __init__(self, speaks: bool, prefix: str = "") -> None:
+        self.speaks, self.prefix = speaks, prefix
         self.file: IO[str] | None = None
         self.bar: Any = None
-        self.draws = speaks and on_a_terminal()
+        self.draws = speaks and not prefix and on_a_terminal()
         self.last_line = time.monotonic()
 
     def say(self, text: str) -> None:
@@ -50,7 +53,7 @@ class RunLog:
         if self.speaks:
             try:
                 with tqdm.external_write_mode(file=sys.stdout):
-                    print(text, flush=True)
+                    print(self.prefix + text, flush=True)
             except BrokenPipeError:  # nobody listens any more, but the run goes on
                 lead_nowhere(sys.stdout.fileno())
             except OSError as error:

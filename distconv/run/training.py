@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from distconv import __version__, config, errors
-from distconv.comm.placement import place
+from distconv.comm.placement import Placement, place
 from distconv.comm.world import World, blas_threads
 from distconv.config import Config
 from distconv.kernels.compiled import CACHE
@@ -38,17 +38,19 @@ COST = 100  # times as much training as saving
 SHOWN = {"train": "training", "ema_test": "test (averaged)", "ema_validation": "validation (averaged)"}  # to people
 
 
-def train(settings: Config, world: World, stop: StopRequest) -> int:
-    """The whole run on this rank; returns the exit code."""
+def train(
+    settings: Config, world: World, stop: StopRequest, log: RunLog | None = None, placed: Placement | None = None
+) -> int:
+    """The whole run on this rank; returns the exit code. placed: where it computes, if that is known already."""
 
     world.agree("the command line or the version", f"{__version__} {settings.toml()}", "start all ranks alike")
     with world.together():
         check_settings(settings, world)
-    log = RunLog(world.rank == 0)
+    log = log or RunLog(world.rank == 0)
     if final := check_folder(settings, world):  # before anything is fetched or compiled
         log.say("this run is finished: nothing is left to do, and nothing was changed")
         return conclude(final, settings, Path(settings.out), log)
-    placed = place(world, settings.device, settings.precision)
+    placed = placed or place(world, settings.device, settings.precision)
     CACHE.say = log.say
     dataset, data_name = load_dataset(settings.data, world, log.say, settings.limit_train, settings.validation)
     world.at("compile")

@@ -1,0 +1,68 @@
+"""Several runs at once, which differ in their seed alone: the ranks of a job divided into groups, a run for each.
+
+Each run has a folder of its own, and is a run like any other: it goes on where it stopped, and `evaluate` takes them
+all together. With fewer ranks than runs, each rank is a group, and trains its runs one after the other.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from distconv.comm.placement import place
+from distconv.comm.world import World
+from distconv.config import Config
+from distconv.data.shard import split
+from distconv.errors import STOPPED, DistconvError, UsageError
+from distconv.run.folder import cannot_be_written, new_folder
+from distconv.run.log import RunLog
+from distconv.run.stopping import StopRequest
+from distconv.run.training import train
+
+FOR_EVER = 1e9  # seconds
+
+
+def train_ensemble(settings: Config, world: World, stop: StopRequest) -> int:
+    """Train the runs, this rank that of its group; returns the exit code, the largest of all."""
+    groups = min(settings.ensemble, world.size)
+    group = next(g for g in range(groups) if world.rank in range(world.size)[split(world.size, groups, g)])
+    with world.together():
+        if settings.resume not in ("auto", "never"):
+            raise UsageError(f"--resume {settings.resume} with --ensemble: each run goes on from its own folder")
+        out = folder(settings) if world.rank == 0 else Path()
+    out = world.comm.bcast(out)
+    placed = place(world, settings.device, settings.precision)
+    world.watch.set_limits(FOR_EVER)  # each group watches itself
+    code = 0
+    try:
+        with World(world.comm.Split(group, world.rank), world.library) as mine:
+            mine.watch.set_limits(settings.hang_seconds)
+            for member in range(group, settings.ensemble, groups):
+                of_member = dataclasses.replace(
+                    settings, ensemble=1, seed=(settings.seed + member) % 2**32, out=str(out / f"member-{member}")
+                )
+                log = RunLog(mine.rank == 0, f"member {member}: ")
+                code = max(code, train(of_member, mine, stop, log, placed))
+                if code == STOPPED:
+                    break
+    except DistconvError as error:
+        error.everywhere = False  # the other groups do not know of it
+        raise
+    world.wait()
+    code = int(max(world.comm.allgather(code)))
+    if code < STOPPED:
+        members = " ".join(str(out / f"member-{member}") for member in range(settings.ensemble))
+        RunLog(world.rank == 0).say(f"together: python -m distconv.evaluate {members}")
+    return code
+
+
+def folder(settings: Config) -> Path:
+    """Raises CannotCreateError."""
+    out = Path(settings.out)
+    try:
+        if not settings.out:
+            return new_folder(settings.model)
+        out.mkdir(parents=True, exist_ok=True)
+    except (OSError, ValueError) as error:
+        raise cannot_be_written(out, error) from None
+    return out
