@@ -8,7 +8,7 @@ from typing import NoReturn
 
 from distconv import __version__
 from distconv.comm.start import run_command
-from distconv.config import Parser
+from distconv.command_line import Parser
 from distconv.process.launched import launcher_rank
 
 COMMANDS = {  # each a module of this package, with a main of its own

@@ -21,7 +21,8 @@ from distconv.benchmarks.flags import (
 )
 from distconv.comm.start import run_command, start
 from distconv.comm.world import BLAS_THREADS, blas_threads
-from distconv.config import Config, Parser
+from distconv.command_line import Parser
+from distconv.config import Config
 from distconv.errors import CannotCreateError, UsageError
 from distconv.supervise.launcher import end_on_sigterm, job_starter, refuse_to_nest
 

@@ -8,19 +8,17 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import difflib
 import json
 import math
-import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
+from distconv.command_line import Parser, nearest
 from distconv.errors import MissingInputError, UsageError
 from distconv.factory import is_factory
-from distconv.process.launched import launcher_rank
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -242,7 +240,7 @@ class Config:
                 if isinstance(value, int) and abs(value) >= 2**64:
                     value = "with a number of more than 64 bits"  # Python shows no number of thousands of digits
                 shown = str(value)[:LONGEST_SHOWN]
-                raise UsageError(f"{flag(field.name)} {shown}: expected {expected}{_nearest(value, expected)}")
+                raise UsageError(f"{flag(field.name)} {shown}: expected {expected}{nearest(value, expected)}")
 
     @property
     def step_size(self) -> int:
@@ -283,8 +281,8 @@ def read_toml(path: Path) -> dict[str, Any]:
     names = [field.name for field in dataclasses.fields(Config)]
     for name in settings:
         if name not in names:
-            nearest = _nearest(name, " ".join(names))
-            raise UsageError(f"--config {path} sets {name[:LONGEST_SHOWN]}, which is no setting{nearest}")
+            meant = nearest(name, " ".join(names))
+            raise UsageError(f"--config {path} sets {name[:LONGEST_SHOWN]}, which is no setting{meant}")
     return settings
 
 
@@ -325,36 +323,3 @@ def from_command_line(argv: Sequence[str]) -> tuple[Config, bool]:
     settings |= read_toml(flags["config"]) if flags["config"] else {}
     settings |= {name: value for name, value in flags.items() if name not in ("recipe", "config", "print_config")}
     return Config(**settings), flags["print_config"]
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse that raises UsageError, names the flag that was perhaps meant, and prints help on one rank only."""
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **options)
-
-    def error(self, message: str) -> NoReturn:
-        known = " ".join(self._option_string_actions)
-        words = [word.rstrip(":") for word in message.split()]
-        wrong = next((word for word in words if word.startswith("--") and word not in known.split()), "")
-        if choice := re.search(r"invalid choice: '(.*)' \(choose from (.*)\)", message):
-            wrong, known = choice[1], choice[2].replace("'", "")
-        raise UsageError(f"{message}{_nearest(wrong, known)}; {self.prog} --help lists the flags")
-
-    def print_help(self, file: Any = None) -> None:
-        if launcher_rank() == 0:
-            super().print_help(file)
-
-
-def add_model_arguments(parser: Parser) -> None:
-    """The arguments of a command that reads a saved model."""
-    parser.add_argument(
-        "file", type=Path, metavar="CHECKPOINT|PARAMS.pkl", help="a checkpoint, or what the source system pickled"
-    )
-    parser.add_argument("--data", default=None, help="as in distconv.train (default: what the model was trained on)")
-    parser.add_argument("--model", default=None, help="of a pickle (default: deepconvnet); a checkpoint knows its own")
-
-
-def _nearest(word: object, choices: str) -> str:
-    close = difflib.get_close_matches(str(word), choices.replace(",", " ").split(), n=1, cutoff=0.7)
-    return f" (did you mean {close[0]}?)" if close else ""

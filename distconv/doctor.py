@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from distconv.comm.start import run_command, start
 from distconv.comm.world import World, end_job
-from distconv.config import Parser
+from distconv.command_line import Parser
 from distconv.process.launched import Launched, launched
 from distconv.process.roll_call import ranks_here, stopped
 from distconv.process.voice import speak

@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 
 from distconv.comm.start import run_command, start
-from distconv.config import Parser, add_model_arguments
+from distconv.command_line import Parser, add_model_arguments
 
 PRECISIONS = ("float64", "float32", "float16")
 

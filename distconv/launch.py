@@ -8,7 +8,7 @@ from pathlib import Path
 
 from distconv import config
 from distconv.comm.start import run_command
-from distconv.config import Parser
+from distconv.command_line import Parser
 from distconv.errors import CannotCreateError, UsageError
 from distconv.process.voice import write
 from distconv.run.folder import new_folder

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from distconv.comm.start import run_command, start
-from distconv.config import Parser, add_model_arguments
+from distconv.command_line import Parser, add_model_arguments
 from distconv.errors import CannotCreateError
 
 SHOWN = 20  # a grid of 4 x 5

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from distconv.benchmarks import rank_list
 from distconv.comm.start import run_command, start
-from distconv.config import DEVICES, MODELS, Config, Parser
+from distconv.command_line import Parser
+from distconv.config import DEVICES, MODELS, Config
 from distconv.errors import UsageError
 from distconv.supervise.launcher import end_on_sigterm, job_starter, refuse_to_nest, rows, run_job
 

@@ -23,6 +23,7 @@ FLOORS = (
     ("supervise",),
     ("run",),
     ("config",),
+    ("command_line",),
     ("tasks",),
     ("nn", "data", "comm"),
     ("monitor",),

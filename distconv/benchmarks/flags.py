@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from distconv.benchmarks import BITS_PER_SECOND, ELEMENTS, SECONDS, at_least_1, quantity, rank_list
-from distconv.config import DEVICES, MODELS, PRECISIONS, WIRES, Parser
+from distconv.command_line import Parser
+from distconv.config import DEVICES, MODELS, PRECISIONS, WIRES
 from distconv.errors import CannotCreateError, UsageError
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from distconv.comm.start import run_command
-from distconv.config import Parser
+from distconv.command_line import Parser
 from distconv.errors import CannotCreateError, UsageError
 
 SETS = ("mnist",)

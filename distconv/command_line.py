@@ -1,0 +1,45 @@
+"""What the command lines of all commands share: one sentence for a wrong flag, and how a saved model is named."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import re
+from pathlib import Path
+from typing import Any, NoReturn
+
+from distconv.errors import UsageError
+from distconv.process.launched import launcher_rank
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse that raises UsageError, names the flag that was perhaps meant, and prints help on one rank only."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **options)
+
+    def error(self, message: str) -> NoReturn:
+        known = " ".join(self._option_string_actions)
+        words = [word.rstrip(":") for word in message.split()]
+        wrong = next((word for word in words if word.startswith("--") and word not in known.split()), "")
+        if choice := re.search(r"invalid choice: '(.*)' \(choose from (.*)\)", message):
+            wrong, known = choice[1], choice[2].replace("'", "")
+        raise UsageError(f"{message}{nearest(wrong, known)}; {self.prog} --help lists the flags")
+
+    def print_help(self, file: Any = None) -> None:
+        if launcher_rank() == 0:
+            super().print_help(file)
+
+
+def add_model_arguments(parser: Parser) -> None:
+    """The arguments of a command that reads a saved model."""
+    parser.add_argument(
+        "file", type=Path, metavar="CHECKPOINT|PARAMS.pkl", help="a checkpoint, or what the source system pickled"
+    )
+    parser.add_argument("--data", default=None, help="as in distconv.train (default: what the model was trained on)")
+    parser.add_argument("--model", default=None, help="of a pickle (default: deepconvnet); a checkpoint knows its own")
+
+
+def nearest(word: object, choices: str) -> str:
+    close = difflib.get_close_matches(str(word), choices.replace(",", " ").split(), n=1, cutoff=0.7)
+    return f" (did you mean {close[0]}?)" if close else ""
