@@ -153,3 +153,23 @@ def test_the_time_asleep_in_the_exchange_is_a_wait(world: World, monkeypatch: py
     monkeypatch.setattr(run.probe.exact, "sum", slow(run.probe.exact.sum))
     run.probe.time()
     assert run.probe.seconds < 0  # the thousand are not in it
+
+
+@pytest.mark.parametrize("exchange", ["flat", "buckets"])
+def test_a_batch_in_parts_is_the_batch(world: World, exchange: str) -> None:
+    """Uneven parts, and more parts than a rank has images in the last batch."""
+    exact = dataclasses.replace(SETTINGS, wire="float64", exchange=exchange)
+    whole, parts = dataclasses.replace(exact, batch_size=42), dataclasses.replace(exact, batch_size=14, accumulate=3)
+    runs = [make_run(world, settings) for settings in (whole, parts)]
+    losses = [[record.train_loss for record in loop.train(run, never) if hasattr(record, "skipped")] for run in runs]
+    assert len(losses[0]) == 3
+    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-12)
+    np.testing.assert_allclose(runs[1].parameters.vector, runs[0].parameters.vector, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("optimizer", ["lars", "lamb"])
+def test_layerwise_optimizers_make_the_same_step_on_all_ranks(world: World, optimizer: str) -> None:
+    settings = dataclasses.replace(SETTINGS, optimizer=optimizer, weight_decay=0.01, clip_norm=0.1)
+    run = make_run(world, settings)
+    records = [record for record in loop.train(run, never) if isinstance(record, loop.EpochRecord)]
+    assert len(set(world.comm.allgather(records[-1].parameters_sha256))) == 1
