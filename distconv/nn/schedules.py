@@ -40,5 +40,5 @@ class Schedule:
     def __call__(self, t: int) -> float:
         up = self.warmup or (round(UP * self.steps) if self.shape == "one-cycle" else 0)
         if t <= up:
-            return self.lr * t / up
+            return self.lr * (t / up)  # at t = up, lr to the last bit
         return self.lr * SHAPES[self.shape](min(1.0, (t - 1 - up) / max(1, self.steps - up)))

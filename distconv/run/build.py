@@ -150,8 +150,9 @@ def named_optimizer(settings: Config, steps_per_epoch: int) -> Optimizer:
     lr = learning_rate(settings, steps_per_epoch)
     if name in ALL_OPTIMIZERS:
         optimizer = ALL_OPTIMIZERS[name](lr, settings.weight_decay)
-    elif settings.weight_decay:
-        raise UsageError(f"--weight-decay is for the optimizers that are here: {name} must see to its own")
+    elif settings.weight_decay or callable(lr):  # it is called with a number, and may multiply it
+        given = "--weight-decay" if settings.weight_decay else "--schedule, or --warmup-epochs,"
+        raise UsageError(f"{given} is for the optimizers that are here: {name} must see to its own")
     else:
         optimizer = call_factory(name, lr, steps)
     if not isinstance(optimizer, Optimizer):
