@@ -78,17 +78,54 @@ def affine_backward(x, w, dy):
     return dx, dw, db
 
 
-def softmax_cross_entropy(scores, labels):
-    """scores (N, F), labels (N,) -> sum of -log softmax(scores)[label], and dscores (N, F)."""
-    loss, dscores = 0.0, np.zeros(scores.shape)
+def softmax_cross_entropy(scores, labels, smoothing=0.0):
+    """scores (N, F), labels (N,) -> sum of -log softmax(scores) weighted by the targets, and dscores (N, F).
+
+    The target of a row is 1 - smoothing for its label, and smoothing / F for each of the F classes besides.
+    """
+    loss, dscores, F = 0.0, np.zeros(scores.shape), scores.shape[1]
     for n, label in enumerate(labels):
         row = [float(score) for score in scores[n]]
         # log(sum(exp(row))), with the largest taken out so that no exp overflows
         log_total = max(row) + math.log(math.fsum(math.exp(score - max(row)) for score in row))
-        loss += log_total - row[label]
         for f, score in enumerate(row):
-            dscores[n, f] = math.exp(score - log_total) - (f == label)
+            target = (1 - smoothing) * (f == label) + smoothing / F
+            loss -= target * (score - log_total)
+            dscores[n, f] = math.exp(score - log_total) - target
     return loss, dscores
+
+
+def warp(x, numbers, amounts):
+    """x (N, H, W, C), numbers (N, 10) from 0 to 1, seven amounts -> y like x, each image changed as its numbers say.
+
+    Forward, in the order of words: about its middle, the image is turned (clockwise, if the angle is above 0) and made
+    larger; it is moved down and to the right; it is mirrored. A pixel of y lies at a place of x that the inverse of all
+    this gives, and a place sees the pixels of x less than 1 away, by tents; outside the image there is nothing.
+    """
+    y, (N, H, W, C) = np.zeros(x.shape), x.shape
+    rotate, shift, scale, crop, flip, brightness, erase = amounts
+    for n in range(N):
+        turn, size, *moves, mirror, light, hole_h, hole_w = map(float, numbers[n])
+        angle, larger = math.radians(rotate * (2 * turn - 1)), 1 + scale * (2 * size - 1)
+        down, right = (
+            shift * side * (2 * part - 1) + [*range(-int(crop), int(crop) + 1)][int(whole * (2 * crop + 1))]
+            for side, part, whole in ((H, moves[0], moves[2]), (W, moves[1], moves[3]))
+        )
+        to_middle, back = np.eye(3), np.eye(3)
+        to_middle[:2, 2], back[:2, 2] = (-(H - 1) / 2, -(W - 1) / 2), ((H - 1) / 2, (W - 1) / 2)
+        turned = larger * np.array([[math.cos(angle), math.sin(angle)], [-math.sin(angle), math.cos(angle)]])
+        changed = np.block([[turned, np.array([[down], [right]])], [np.array([[0.0, 0.0, 1.0]])]])
+        mirrored = np.diag([1.0, -1.0 if flip and mirror < 0.5 else 1.0, 1.0])
+        inverse = np.linalg.inv(back @ mirrored @ changed @ to_middle)
+        for h, w in np.ndindex(H, W):
+            side = erase * min(H, W)
+            if 2 * abs(h + 0.5 - hole_h * H) < side and 2 * abs(w + 0.5 - hole_w * W) < side:
+                continue
+            at_h, at_w, _ = inverse @ (h, w, 1.0)
+            for i, j, c in np.ndindex(H, W, C):
+                tent = max(0.0, 1 - abs(at_h - i)) * max(0.0, 1 - abs(at_w - j))
+                y[n, h, w, c] += (1 + brightness * (2 * light - 1)) * tent * float(x[n, i, j, c])
+    return y
 
 
 def sgd(p: float, gradients: Iterable[float], lr: float) -> Iterator[float]:
@@ -136,6 +173,17 @@ def adam(p: float, gradients: Iterable[float], lr: float) -> Iterator[float]:
         m = 0.9 * m + 0.1 * g
         v = 0.999 * v + 0.001 * g * g
         p = p - lr * math.sqrt(1 - 0.999**t) / (1 - 0.9**t) * m / (math.sqrt(v) + 1e-7)
+        yield p
+
+
+def adamw(p: float, gradients: Iterable[float], rates: Iterable[float], decay: float) -> Iterator[float]:
+    """adam with a rate for each step, by which the parameter first decays."""
+    m = v = 0.0
+    for t, (g, lr) in enumerate(zip(gradients, rates, strict=True), start=1):
+        m = 0.9 * m + 0.1 * g
+        v = 0.999 * v + 0.001 * g * g
+        corrected = lr * math.sqrt(1 - 0.999**t) / (1 - 0.9**t)
+        p = p - lr * decay * p - corrected * m / (math.sqrt(v) + 1e-7)
         yield p
 
 

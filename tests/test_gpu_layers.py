@@ -8,6 +8,7 @@ import pytest
 from distconv.kernels.cpu import arithmetic as cpu
 from distconv.kernels.gpu.arithmetic import Gpu
 from distconv.kernels.interface import FINITE
+from tests import reference
 from tests.gpu import bits, normal, random, whole
 
 
@@ -121,3 +122,30 @@ def test_the_class_of_the_largest_score(gpu: Gpu) -> None:
     found = gpu.argmax(gpu.device.upload(scores))
     assert found.dtype == np.int64
     np.testing.assert_array_equal(found, scores.argmax(axis=1))
+
+
+@pytest.mark.parametrize(("N", "classes", "smoothing"), [(10, 3, 0.1), (300, 10, 0.5), (257, 1, 0.9), (0, 10, 0.1)])
+def test_loss_and_gradient_of_smoothed_labels(gpu: Gpu, N: int, classes: int, smoothing: float) -> None:
+    device, rng = gpu.device, random(9)
+    scores, labels = normal(rng, N, classes) * np.float32(3), rng.integers(0, classes, N)
+    there = device.upload(scores), device.upload(labels.astype(np.int32))
+    loss, dscores = map(device.download, gpu.softmax_cross_entropy(*there, 64, smoothing))
+    expected_loss, expected = reference.softmax_cross_entropy(scores, labels, smoothing)
+    np.testing.assert_allclose(loss[0], expected_loss, rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(dscores * 64, expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(6, 7, 10, 3), (5, 9, 6, 1), (0, 4, 4, 1)])
+@pytest.mark.parametrize(
+    "amounts", [(15, 0.1, 0.1, 0, 0, 0, 0), (0, 0, 0, 2, 1, 0.4, 0.5), (180, 0.5, 0.5, 3, 1, 1, 0.3)]
+)
+def test_images_are_changed_as_numbers_say(gpu: Gpu, shape: tuple[int, ...], amounts: tuple[float, ...]) -> None:
+    rng = random(17)
+    x, numbers = rng.random(shape, np.float32), rng.random((shape[0], 10), np.float32)
+    found = gpu.device.download(gpu.warp(gpu.device.upload(x), gpu.device.upload(numbers), amounts))
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found, reference.warp(x, numbers, amounts), rtol=0, atol=1e-5)
+    if amounts[0] == 0:
+        np.testing.assert_array_equal(found == 0, cpu.warp(x, numbers, amounts) == 0)  # moved by whole pixels
+    same = gpu.device.download(gpu.warp(gpu.device.upload(x), gpu.device.upload(numbers), (0,) * 7))
+    np.testing.assert_array_equal(bits(same), bits(x))

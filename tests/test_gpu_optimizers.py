@@ -36,3 +36,17 @@ def test_what_decays_and_what_is_moved_by_its_layer(gpu: Gpu) -> None:
         gpu.decay(there, numbers, bad)
         gpu.add(there, device.upload(g), bad)
     np.testing.assert_array_equal(device.download(there), p / 2 + 1)
+
+
+def test_the_average_of_the_weights(gpu: Gpu) -> None:
+    device, rng = gpu.device, random(16)
+    ema, p = normal(rng, 700), normal(rng, 700)
+    there, weights = device.upload(ema), device.upload(p)
+    for share in (0.9, 0.25):
+        for bad_sum in (3, FINITE):  # in this order: what is not finite changes nothing
+            bad = device.upload(np.int32([FINITE, bad_sum]))
+            gpu.average(there, weights, device.upload(np.float32([9, share]))[1:], bad)
+            if bad_sum == FINITE:
+                ema = (1 - share) * ema.astype(np.float64) + share * p
+            assert error(device.download(there), ema) < 1e-7
+    np.testing.assert_array_equal(device.download(weights), p)

@@ -187,6 +187,30 @@ def test_softmax_cross_entropy_is_the_loops_even_for_no_sample(dtype, N, F):
 
 
 @either_precision
+@steady
+@given(st.integers(1, 5), st.integers(1, 6), st.sampled_from([0.0, 0.1, 0.5, 0.9]), st.integers(1, 9))
+def test_a_smoothed_label_is_a_mixed_target(dtype, N, F, smoothing, batch):
+    [scores] = normal(dtype, (N, F))
+    labels = read_only(np.random.default_rng(1).integers(0, F, N).astype(np.uint8))
+    loss, dscores = cpu.softmax_cross_entropy(scores, labels, batch, smoothing)
+    expected_loss, expected = reference.softmax_cross_entropy(scores, labels, smoothing)
+    assert loss == pytest.approx(expected_loss, rel=TOLERANCE[dtype], abs=TOLERANCE[dtype])
+    assert dscores.dtype == dtype
+    np.testing.assert_allclose(dscores * dtype(batch), expected, rtol=0, atol=TOLERANCE[dtype])
+
+
+def test_the_gradient_of_smoothed_labels_is_the_slope_of_their_loss():
+    [scores], labels, by = normal(np.float64, (3, 4)), np.array([1, 3, 3]), 1e-5
+    _, dscores = cpu.softmax_cross_entropy(scores, labels, 1, 0.3)
+    for place in np.ndindex(*scores.shape):
+        up, down = scores.copy(), scores.copy()
+        up[place] += by
+        down[place] -= by
+        slope = np.subtract(*(cpu.softmax_cross_entropy(moved, labels, 1, 0.3)[0] for moved in (up, down))) / (2 * by)
+        assert dscores[place] == pytest.approx(slope, abs=1e-8)
+
+
+@either_precision
 def test_softmax_of_huge_scores_does_not_overflow(dtype):
     scores = read_only(np.array([[1e4, -1e4, 0.0], [1e4, 1e4, -1e4]], dtype))
     loss, dscores = cpu.softmax_cross_entropy(scores, read_only(np.array([1, 0])))

@@ -13,7 +13,8 @@ def warp(x: Any, numbers: Any, amounts: Any, y: Any) -> None:
     """y (N, H, W, C) from x, by random numbers (N, 10) from 0 to 1 and the amounts of data/augment.py's Augmentation.
 
     Numbers 0 and 1 are for angle and scale, 2 to 5 for the shifts and the crops down and across, 6 for flip, 7 for
-    brightness, 8 and 9 for the middle of what is erased. Places are in float64, numbers in the dtype of x.
+    brightness, 8 and 9 for the middle of what is erased. An image is turned about its middle, clockwise from 0.5 on,
+    scaled, moved down and to the right, mirrored. Places are in float64, numbers in the dtype of x.
     """
     rotate, shift, scale, crop, flip, brightness, erase = amounts
     N, H, W, C = x.shape
