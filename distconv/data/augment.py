@@ -39,14 +39,18 @@ class Augmentation:
 
     def __post_init__(self) -> None:
         for name, most in MOST.items():
-            amount = getattr(self, name)
-            whole = name not in ("crop", "flip") or amount == int(amount)
-            if not 0 <= amount <= most or not whole:
-                kind = "a number" if name not in ("crop", "flip") else "a whole number"
+            amount, whole = getattr(self, name), name in ("crop", "flip")
+            if not 0 <= amount <= most or (whole and amount % 1):
+                kind = "a whole number" if whole else "a number"
                 raise UsageError(f"--augment {name}={amount:g}: {kind} from 0 to {most:g} was expected")
 
     def __call__(self, x: Any, context: Any) -> Any:
-        """x (N, H, W, C) on the context's device, changed."""
+        """x (N, H, W, C) on the context's device, changed. Raises UsageError where x is no such array of floats."""
+        if getattr(x, "ndim", None) != 4 or x.dtype.kind != "f":
+            given = f"{x.dtype} of shape {x.shape}" if hasattr(x, "dtype") else f"a {type(x).__name__}"
+            raise UsageError(
+                f"--augment changes images, floats of shape (N, H, W, C), but the data gave {given}: leave it out"
+            )
         return context.kernels.warp(x, context.uniform(DRAWS), dataclasses.astuple(self))
 
 
@@ -61,10 +65,14 @@ class Augmented:
         self.data, self.change = data, change
 
     def batch(self, part: str, samples: Any, context: Any) -> Any:
-        """See Data."""
+        """See Data. Raises UsageError where a batch is no pair."""
         batch = self.data.batch(part, samples, context)
         if part != "train" or not context.training:
             return batch
+        if not isinstance(batch, tuple) or len(batch) != 2:
+            raise UsageError(
+                "--augment is for data whose batches are images and labels, but these are not: leave it out"
+            )
         x, labels = batch
         return self.change(x, context.within("augment")), labels
 
@@ -77,14 +85,14 @@ def named_augmentation(text: str) -> Callable[[Any, Any], Any]:
     if is_factory(text):
         return load_factory(text)
     amounts: dict[str, float] = {}
-    for word in PRESETS.get(text, text).split(","):
+    for word in ",".join(PRESETS.get(word.strip(), word) for word in text.split(",")).split(","):
         name, _, amount = word.strip().partition("=")
         if name not in MOST:
             raise UsageError(
-                f"--augment {text}: {name!r} is neither one of {', '.join(PRESETS)} nor of {', '.join(MOST)}"
+                f"--augment {text}: {word.strip()!r} is neither one of {', '.join(PRESETS)} nor of {', '.join(MOST)}"
             )
         try:
-            amounts[name] = float(amount or name == "flip")
+            amounts[name] = float(amount or ("1" if name == "flip" else ""))
         except ValueError:
             raise UsageError(f"--augment {text}: {name} takes a number, but {amount!r} was given") from None
     return Augmentation(**amounts)
