@@ -244,7 +244,7 @@ def test_another_models_checkpoint_is_refused_by_the_name_of_an_array(tmp_path: 
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("batch_size", 50), ("model", "simpleconvnet"), ("task", "mine:task"), ("validation", 9)],
+    [("batch_size", 50), ("model", "simpleconvnet"), ("task", "mine:task"), ("validation", 9), ("ema", 0.5)],
 )
 def test_a_setting_that_makes_it_another_run_is_refused(tmp_path: Path, name: str, value: Any) -> None:
     checkpoint = load_checkpoint(write(tmp_path, 1))
@@ -255,7 +255,20 @@ def test_a_setting_that_makes_it_another_run_is_refused(tmp_path: Path, name: st
         check_same_run(checkpoint, CONFIG, "e" * 64)
 
 
-@pytest.mark.parametrize(("name", "value"), [("lr", 0.5), ("wire", "float32"), ("epochs", 30)])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("lr", 0.5),
+        ("wire", "float32"),
+        ("epochs", 30),
+        ("schedule", "cosine"),
+        ("warmup_epochs", 0.5),
+        ("scale_lr", "sqrt"),
+        ("weight_decay", 0.25),
+        ("label_smoothing", 0.125),
+        ("augment", "mnist"),
+    ],
+)
 def test_a_setting_that_may_change_is_reported_in_a_line(tmp_path: Path, name: str, value: Any) -> None:
     checkpoint = load_checkpoint(write(tmp_path, 1))
     assert check_same_run(checkpoint, CONFIG, DATA["digest"]) == []

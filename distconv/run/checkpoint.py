@@ -282,9 +282,9 @@ def check_same_run(checkpoint: Checkpoint, config: Config, data_digest: str) -> 
         )
     may_differ = (*CHANGES, "wire", "precision", "epochs", "eval_samples")
     return [
-        f"{name} is now {want[name]}, was {have[name]}"
+        f"{name} is now {want[name]}, was {was}"
         for name in may_differ
-        if have.get(name, want[name]) != want[name]
+        if (was := have.get(name, getattr(Config, name))) != want[name]  # older files lack what was as it is by default
     ]
 
 
