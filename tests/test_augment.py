@@ -18,7 +18,7 @@ from distconv.kernels.cpu import arithmetic as cpu
 from distconv.kernels.cpu.device import Cpu
 from distconv.nn.layers import Context
 from distconv.run.build import augmented
-from tests import reference
+from tests import jobs, reference
 from tests.test_failures import QUICK, assert_one_sentence
 from tests.test_same_code import on_two, two_folders
 
@@ -230,3 +230,25 @@ def test_a_function_of_the_users_own_changes_images_and_must_be_the_same_everywh
     (second / "mine.py").write_text(MINE.replace("0.25", "0.24"))
     result = on_two(first, second, *flags, tmp_path / "other")
     assert_one_sentence(result, 78, "the code of mine:darker: rank 1 differs from rank 0")
+
+
+def colours() -> Dataset:
+    """Fewer images than a picture has rows, in colour and not square."""
+    images, labels = np.random.default_rng(0).integers(0, 256, (5, 6, 9, 3), np.uint8), np.uint8([0, 1, 0, 1, 0])
+    return Dataset("colours", images, labels, images, labels, classes=2)
+
+
+@pytest.mark.parametrize("name", ["digits", "tests.test_augment:colours"])
+def test_a_picture_shows_what_is_made_of_images(name: str, tmp_path: Path) -> None:
+    png = tmp_path / "shown.png"
+    result = jobs.Job(0, ["-m", "distconv.data", "show", name, "--augment", "mnist,flip", "--png", png]).finish(60)
+    assert result.returncode == 0, result.stderr
+    assert png.read_bytes().startswith(b"\x89PNG") and str(png) in result.stdout
+
+
+def test_a_picture_that_cannot_be_written_is_one_sentence(tmp_path: Path) -> None:
+    arguments = ["-m", "distconv.data", "show", "digits", "--png", tmp_path / "nowhere" / "shown.png"]
+    result = jobs.Job(0, arguments).finish(60)
+    assert result.returncode == 73
+    (sentence,) = result.stderr.splitlines()
+    assert "shown.png" in sentence

@@ -14,7 +14,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from distconv import train
-from distconv.config import Config, flag, from_command_line, read_toml
+from distconv.config import RECIPES, Config, flag, from_command_line, read_toml
 from distconv.errors import MissingInputError, UsageError
 
 
@@ -239,6 +239,19 @@ def test_print_config_prints_a_file_that_gives_the_same_settings(
     assert parse("--config", toml(tmp_path, printed)) == Config(lr=0.5, out="somewhere")
     assert [line.split(" = ")[0] for line in printed.splitlines()] == [f.name for f in dataclasses.fields(Config)]
     assert not Path("somewhere").exists()
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_is_what_its_file_says_and_can_be_changed(name: str, tmp_path: Path) -> None:
+    found = parse("--recipe", name)
+    assert found == Config(**read_toml(RECIPES[name])) != Config()
+    file = toml(tmp_path, "epochs = 77\nlr = 0.5\n")
+    assert parse("--recipe", name, "--config", file, "--lr", "0.25") == dataclasses.replace(found, epochs=77, lr=0.25)
+
+
+def test_a_recipe_that_is_none_is_one_sentence_with_the_nearest() -> None:
+    with pytest.raises(UsageError, match="did you mean mnist-fast"):
+        parse("--recipe", "mnist-fst")
 
 
 def test_help_names_every_flag_and_every_exit_code(capsys: pytest.CaptureFixture[str]) -> None:
