@@ -31,7 +31,7 @@ READ_AGAIN = (
     "correct",
     "total",
 )
-PARTS = ("train_", "validation_", "test_")  # what the names of a loss and of scores begin with
+PARTS = ("train_", "validation_", "test_", "ema_")  # what the names of a loss and of scores begin with
 SECONDS_BETWEEN_LINES = 10.0  # of progress, where there is no terminal
 
 

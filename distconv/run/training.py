@@ -173,6 +173,12 @@ def introduce(run: Run, out: Path, data_name: str, checkpoint: Checkpoint | None
         f"{settings.model}, {run.parameters.size:,} parameters, {settings.wire} on the wire ({exchange.how}) | "
         f"{data_name}, {data.size('train'):,} training and {data.size('test'):,} test images"
     )
+    if callable(run.replica.optimizer.lr) or settings.scale_lr != "none" or settings.accumulate > 1:
+        rates = [run.replica.optimizer.rate(t) for t in range(1, run.steps + 1)]
+        log.say(
+            f"{run.steps:,} steps of {settings.step_size:,} images; learning rate {rates[0]:.3g} in the first, at most "
+            f"{max(rates):.3g}, {rates[-1]:.3g} in the last"
+        )
     if checkpoint:
         log.say(f"going on from {checkpoint.path}, after step {run.step:,} of {run.steps:,}")
     log.write(
