@@ -14,8 +14,8 @@ from distconv.process.launched import launcher_rank
 COMMANDS = {  # each a module of this package, with a main of its own
     "train": "train a network across MPI ranks",
     "launch": "train, and start again after accidents; starts mpirun itself",
-    "evaluate": "test accuracy of a saved model in three precisions",
-    "misclassified": "draw the test images that a saved model gets wrong",
+    "evaluate": "test accuracy of saved models and their ensemble, and what they confuse",
+    "misclassified": "draw the hardest test images that a saved model gets wrong",
     "prove": "show that N ranks compute what one rank computes",
     "bench": "measure a step, the exchange, the scaling of this machine",
     "doctor": "look for what would go wrong on these hosts",

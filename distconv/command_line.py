@@ -11,6 +11,8 @@ from typing import Any, NoReturn
 from distconv.errors import UsageError
 from distconv.process.launched import launcher_rank
 
+WEIGHTS = ("raw", "averaged")
+
 
 class Parser(argparse.ArgumentParser):
     """argparse that raises UsageError, names the flag that was perhaps meant, and prints help on one rank only."""
@@ -31,10 +33,19 @@ class Parser(argparse.ArgumentParser):
             super().print_help(file)
 
 
-def add_model_arguments(parser: Parser) -> None:
-    """The arguments of a command that reads a saved model."""
+def add_model_arguments(parser: Parser, several: bool) -> None:
+    """The arguments of a command that reads a saved model, or several: `files` is a list of paths."""
     parser.add_argument(
-        "file", type=Path, metavar="CHECKPOINT|PARAMS.pkl", help="a checkpoint, or what the source system pickled"
+        "files",
+        type=Path,
+        nargs="+" if several else 1,
+        metavar="RUN",
+        help="a run's folder, for its newest good checkpoint, a checkpoint, or what the source system pickled",
+    )
+    parser.add_argument(
+        "--weights",
+        choices=WEIGHTS,
+        help="of a run with --ema: those of its last step, or their average (default: the average where there is one)",
     )
     parser.add_argument("--data", default=None, help="as in distconv.train (default: what the model was trained on)")
     parser.add_argument("--model", default=None, help="of a pickle (default: deepconvnet); a checkpoint knows its own")

@@ -1,50 +1,122 @@
-"""`python -m distconv.evaluate CHECKPOINT|PARAMS.pkl`: test accuracy in three precisions."""
+"""`python -m distconv.evaluate RUN ...`: test accuracy of saved models and of their ensemble, and where they err."""
 
 from __future__ import annotations
 
+import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from distconv.comm.start import run_command, start
 from distconv.command_line import Parser, add_model_arguments
 
-PRECISIONS = ("float64", "float32", "float16")
+if TYPE_CHECKING:
+    from distconv.run.answers import Answers
+
+PRECISIONS = ("float32", "float64", "float16")  # the quickest first, as somebody may be waiting
+
+LONGEST_NAME = 50  # characters of a path that a picture has room for
 
 
 def main(argv: Sequence[str]) -> int:
-    parser = Parser(
-        prog="python -m distconv.evaluate",
-        description="Test accuracy of a saved model. The parameters and the images are cast to each precision, and so "
-        "is the output of each layer; sums within a layer are in float32 at least, as tensor cores make them.",
-        epilog="examples:\n"
-        "  python -m distconv.evaluate runs/mine/checkpoints/step-0000012000.safetensors\n"
-        "  mpirun -n 2 python -m distconv.evaluate params.pkl --data mnist --precision float16 --json",
-    )
-    add_model_arguments(parser)
-    parser.add_argument("--precision", choices=PRECISIONS, action="append", help="only this one (default: all three)")
-    parser.add_argument("--json", action="store_true", help="one JSON object a line")
-    arguments = parser.parse_args(argv)
+    arguments = parse(argv)
+    several = len(arguments.files) > 1
+    asked = arguments.precision or PRECISIONS[: 1 if several else None]
+    precisions = [precision for precision in PRECISIONS if precision in asked]
 
     with start() as world:
-        from distconv.kernels.cpu.device import Cpu
-        from distconv.run import loading
+        from distconv.run.answers import judge
+        from distconv.run.loading import open_models
         from distconv.run.log import RunLog
-        from distconv.run.measure import measure
-        from distconv.tasks.classify import Classification
+        from distconv.run.plots import draw_confusion, draw_on_one_rank
 
         world.watch.set_limits(0.0)
         log = RunLog(world.rank == 0)
-        model, parameters, dataset = loading.load_model(arguments, world, log.say_aside)
-        total = len(dataset.test_labels)
+        models, dataset = open_models(arguments, world, log.say_aside)
+        total, last = len(dataset.test_labels), {}
         if not arguments.json:
-            log.say(f"{'precision':<10} {'test accuracy':>13}   correct of {total:,}")
-        for precision in arguments.precision or PRECISIONS:
-            rounded = loading.cast(parameters, precision)
-            kernels = Cpu(precision)
-            correct = int(measure(Classification(), dataset, "test", model, rounded.values, kernels, world)[0])
-            result = {"precision": precision, "test_accuracy": correct / total, "correct": correct, "total": total}
-            log.say(json.dumps(result) if arguments.json else f"{precision:<10} {correct / total:>13.2%}   {correct:,}")
+            log.say(f"{'precision':<10} {'test accuracy':>13}   correct of {total:,}{'   model' * several}")
+        for name, precision, answers in judge(models, dataset, precisions, world):
+            log.say((as_json if arguments.json else as_row)(name if several else "", precision, answers))
+            last[precision] = name, answers  # in the end those of the ensemble, if there is one
+        name, answers = last[precisions[0]]
+        right = f"{answers.correct / total:.2%} of {total:,} test images right in {precisions[0]}"
+        for line in (
+            errors_as_json(answers, arguments.confusion)
+            if arguments.json
+            else errors_as_text(answers, f"{name}: {right}")
+        ):
+            log.say(line)
+        if arguments.png:
+            title = f"{name if len(name) <= LONGEST_NAME else f'...{name[-LONGEST_NAME:]}'}\n{right}"
+            draw_on_one_rank(world, arguments.png, lambda: draw_confusion(answers.confusion(), title, arguments.png))
+            log.say_aside(f"drawn in {arguments.png}")
     return 0
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser = Parser(
+        prog="python -m distconv.evaluate",
+        description="Test accuracy of a saved model, of each class too, and what it takes for what. The parameters and "
+        "the images are cast to each precision, and so is the output of each layer; sums within a layer are in float32 "
+        "at least, as tensor cores make them. Of several models, the ensemble is judged besides, which averages their "
+        "probabilities.",
+        epilog="examples:\n"
+        "  python -m distconv.evaluate runs/mine                        # its newest good checkpoint\n"
+        "  python -m distconv.evaluate runs/mine --png confusion.png\n"
+        "  mpirun -n 2 python -m distconv.evaluate runs/seed0 runs/seed1 runs/seed2\n"
+        "  mpirun -n 2 python -m distconv.evaluate params.pkl --data mnist --precision float16 --json\n\n"
+        "--json gives the keys precision, test_accuracy, correct and total; of several models also model, which is\n"
+        'RUN or, in the last line of a precision, "ensemble". --confusion adds a line with confusion, [[...], ...],\n'
+        "and calibration_error.",
+    )
+    add_model_arguments(parser, several=True)
+    parser.add_argument(
+        "--precision",
+        choices=PRECISIONS,
+        action="append",
+        help="only this one; may be repeated (default: all three, but float32 alone for several models)",
+    )
+    parser.add_argument("--json", action="store_true", help="one JSON object a line")
+    parser.add_argument(
+        "--confusion",
+        action="store_true",
+        help="with --json, a last line: how many images of each label (rows) got each inference (columns), and the "
+        "expected calibration error; people see that anyway. In float32, or else the first precision that is computed",
+    )
+    parser.add_argument(
+        "--png", type=Path, metavar="FILE", help="draw how many images of each label got each inference"
+    )
+    return parser.parse_args(argv)
+
+
+def as_row(name: str, precision: str, answers: Answers) -> str:
+    """A line of the table for people; the name of a model is empty where there is one alone."""
+    total = len(answers.labels)
+    correct = f"{answers.correct:,}".ljust(len(f"correct of {total:,}") + 3) + name
+    return f"{precision:<10} {answers.correct / total:>13.2%}   {correct.rstrip()}"
+
+
+def as_json(name: str, precision: str, answers: Answers) -> str:
+    """The same for programs."""
+    total, correct = len(answers.labels), answers.correct
+    row = {"precision": precision, "test_accuracy": correct / total, "correct": correct, "total": total}
+    return json.dumps({"model": name, **row} if name else row)
+
+
+def errors_as_text(answers: Answers, title: str) -> Iterator[str]:
+    """Where the answers are wrong, for people."""
+    from distconv.run.answers import describe
+
+    yield from ("", title, "", *describe(answers))
+
+
+def errors_as_json(answers: Answers, wanted: bool) -> Iterator[str]:
+    """The same for programs, where they want it."""
+    if wanted:
+        matrix, error = answers.confusion().tolist(), answers.calibration_error()
+        yield json.dumps({"confusion": matrix, "calibration_error": error})
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""`python -m distconv.misclassified CHECKPOINT --png FILE`: the first test images that a saved model gets wrong."""
+"""`python -m distconv.misclassified RUN --png FILE`: test images that a saved model gets wrong, the hardest first."""
 
 from __future__ import annotations
 
@@ -7,50 +7,52 @@ from pathlib import Path
 
 from distconv.comm.start import run_command, start
 from distconv.command_line import Parser, add_model_arguments
-from distconv.errors import CannotCreateError
+from distconv.errors import UsageError
 
-SHOWN = 20  # a grid of 4 x 5
+MOST = 200  # images of a page, which take some ten seconds to draw
 
 
 def main(argv: Sequence[str]) -> int:
     parser = Parser(
         prog="python -m distconv.misclassified",
-        description="Draw the first 20 test images that a saved model gets wrong, each with its (label, inference), "
-        "and print the pairs.",
-        epilog="example:\n"
-        "  python -m distconv.misclassified runs/mine/checkpoints/step-0000012000.safetensors --png wrong.png",
+        description="Draw the test images that a saved model gets wrong, those first whose wrong inference is the "
+        "surest, and print of each how sure it is, its number in the test set and its (label, inference).",
+        epilog="examples:\n"
+        "  python -m distconv.misclassified runs/mine --png wrong.png\n"
+        "  python -m distconv.misclassified runs/mine/checkpoints/step-0000012000.safetensors --most 60",
     )
-    add_model_arguments(parser)
+    add_model_arguments(parser, several=False)
+    parser.add_argument("--most", type=int, default=20, metavar="N", help="images at most (default: 20)")
     parser.add_argument(
         "--png", type=Path, default=Path("misclassified.png"), metavar="FILE", help="(default: misclassified.png)"
     )
     arguments = parser.parse_args(argv)
+    if not 1 <= arguments.most <= MOST:
+        raise UsageError(f"--most {arguments.most}: expected a whole number from 1 to {MOST}")
 
     with start() as world:
-        import numpy as np
-
-        from distconv.run import loading
+        from distconv.run.answers import judge
+        from distconv.run.loading import open_models
         from distconv.run.log import RunLog
-        from distconv.run.measure import predictions
-        from distconv.run.plots import draw_mistakes
+        from distconv.run.plots import draw_mistakes, draw_on_one_rank
 
         world.watch.set_limits(0.0)
         log = RunLog(world.rank == 0)
-        model, parameters, dataset = loading.load_model(arguments, world, log.say_aside)
-        inferences = predictions(dataset, model, loading.cast(parameters, np.float32).values, world)
-        wrong = np.flatnonzero(inferences != dataset.test_labels)
-        shown = wrong[:SHOWN]
-        pairs = [(int(dataset.test_labels[i]), int(inferences[i])) for i in shown]
-        title = f"{len(wrong):,} of {len(inferences):,} test images wrong; the first {len(shown)}: (label, inference)"
+        models, dataset = open_models(arguments, world, log.say_aside)
+        ((_, _, answers),) = judge(models, dataset, ["float32"], world)
+        wrong = answers.hardest()
+        shown = wrong[: arguments.most]
+        rest = f"; the {len(shown)} hardest" * (len(shown) < len(wrong))
+        title = f"{len(wrong):,} of {len(answers.labels):,} test images wrong{rest}"
         log.say(title)
-        for i, pair in zip(shown, pairs, strict=True):
-            log.say(f"image {i}: {pair}")
-        with world.together():
-            if world.rank == 0:
-                try:
-                    draw_mistakes(dataset.test_images[shown], pairs, title, arguments.png)
-                except OSError as error:
-                    raise CannotCreateError(f"--png {arguments.png} cannot be written: {error.strerror}") from None
+        captions = []
+        for i in shown:
+            pair, sure = (int(answers.labels[i]), int(answers.inferences[i])), answers.confidences[i]
+            captions.append(f"{pair}\n{sure:.1%}, {i}")
+            log.say(f"{sure:>7.2%}  image {i}: {pair}")
+        page = f"{title}: (label, inference), confidence, number" if captions else title
+        images = dataset.test_images[shown]
+        draw_on_one_rank(world, arguments.png, lambda: draw_mistakes(images, captions, page, arguments.png))
         log.say(f"drawn in {arguments.png}")
     return 0
 

@@ -1,9 +1,12 @@
-"""A data set and a saved model, the same on all ranks: what the commands read before they work."""
+"""A data set and saved models, the same on all ranks: what the commands read before they work."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import DTypeLike
@@ -13,14 +16,17 @@ from distconv.comm.world import World
 from distconv.config import CLASSIFY
 from distconv.data.data import Data
 from distconv.data.dataset import Dataset
-from distconv.errors import MismatchError, UsageError
+from distconv.errors import MismatchError, MissingInputError, UsageError
 from distconv.kernels.compiled import CACHE
+from distconv.kernels.interface import Array
 from distconv.nn.layers import Layer
 from distconv.nn.networks import build_network
-from distconv.nn.parameters import Parameters
-from distconv.run.checkpoint import Checkpoint, load_checkpoint
+from distconv.nn.optimizers import EMA
+from distconv.nn.parameters import Parameters, Shape, Specs
+from distconv.run.checkpoint import Checkpoint, load_checkpoint, newest_good
 from distconv.run.pickled import from_source, read_pickle
 from distconv.run.same_code import agree_on_code
+from distconv.tasks.classify import Classification
 
 CHECKPOINT_ENDING = ".safetensors"
 
@@ -57,39 +63,121 @@ def load_dataset(
     return dataset, name
 
 
-def load_model(
+@dataclass(frozen=True)
+class SavedFile:
+    """A checkpoint, or the arrays of a pickle. network: the name of its model; slot: of its weights."""
+
+    path: Path
+    network: str
+    slot: str
+    checkpoint: Checkpoint | None
+    arrays: dict[str, Array]
+
+
+@dataclass(frozen=True)
+class SavedModel:
+    """A model whose weights are still in its file. name: what the user called it."""
+
+    name: str
+    file: SavedFile
+    model: Layer
+    specs: Specs
+    image_shape: Shape
+
+    def load(self) -> Parameters:
+        """Its weights in float64. Raises MismatchError where the file holds those of another model, StorageError."""
+        parameters = Parameters(self.specs, np.float64)
+        if self.file.checkpoint:
+            self.file.checkpoint.fill(parameters.by_slot({self.file.slot: parameters.vector}))
+        else:
+            from_source(self.file.arrays, self.model, self.image_shape, parameters, self.file.path)
+        return parameters
+
+
+def open_models(
     arguments: argparse.Namespace, world: World, say: Callable[[str], None]
-) -> tuple[Layer, Parameters, Dataset]:
-    """Model, parameters in float64 and data set, on every rank. Raises DistconvError on all of them alike."""
+) -> tuple[Sequence[SavedModel], Dataset]:
+    """The models that a command was given, and the data set that all of them can judge, on every rank.
+
+    say prints a line for the user: of a folder, which checkpoint was taken, and where the weights are averages. All is
+    checked but what SavedModel.load finds. Raises DistconvError on all ranks alike.
+    """
     CACHE.say = say
+    paths = _files(arguments.files, world, say)
     with world.together():
-        checkpoint = load_checkpoint(arguments.file) if arguments.file.suffix == CHECKPOINT_ENDING else None
-        arrays = {} if checkpoint else read_pickle(arguments.file)
-    if checkpoint and not arguments.data:  # must be what the model was trained on
-        parts = {part: checkpoint.config.get(part, 0) for part in ("limit_train", "validation")}
-        dataset, data_name = load_dataset(checkpoint.data["name"], world, say, **parts)
+        files = [_open(path, arguments.model, arguments.weights) for path in paths]
+    for given, file in zip(arguments.files, files, strict=True):
+        if file.slot == EMA:
+            say(f"{given}: the average of the weights (--weights raw takes those of the last step)")
+    checkpoints = [file.checkpoint for file in files if file.checkpoint]
+    if checkpoints and not arguments.data:  # must be what the models were trained on
+        parts = {part: checkpoints[0].config.get(part, 0) for part in ("limit_train", "validation")}
+        dataset, data_name = load_dataset(checkpoints[0].data["name"], world, say, **parts)
     else:
         dataset, data_name = load_dataset(arguments.data or data.AUTO, world, say)
     with world.together():
-        if not isinstance(dataset, Dataset) or (checkpoint and checkpoint.config.get("task", CLASSIFY) != CLASSIFY):
-            raise UsageError(f"{arguments.file} has not learned to classify images of a Dataset: nothing to show here")
-        if checkpoint:
-            check_data(checkpoint, dataset, data_name, chosen=bool(arguments.data))
-        name = arguments.model or (checkpoint.config["model"] if checkpoint else "deepconvnet")
-        model, specs = build_network(name, dataset.image_shape, dataset.classes, (dataset.classes,))
-        parameters = Parameters(specs, np.float64)
-        if checkpoint:
-            checkpoint.fill(parameters.by_slot({"value": parameters.vector}))
-        else:
-            from_source(arrays, model, dataset.image_shape, parameters, arguments.file)
-    agree_on_code(world, name, data_name)
-    return model, parameters, dataset
+        others = [file for file in files if not _classifies(file)]
+        if others or not isinstance(dataset, Dataset):
+            path = (others or files)[0].path
+            raise UsageError(f"{path} has not learned to classify images of a Dataset: nothing to show here")
+        for checkpoint in checkpoints:
+            check_data(checkpoint, dataset, data_name, bool(arguments.data), checkpoints[0])
+        shapes = dataset.image_shape, dataset.classes, Classification().output_shape(dataset)
+        models = [
+            SavedModel(str(given), file, *build_network(file.network, *shapes), dataset.image_shape)
+            for given, file in zip(arguments.files, files, strict=True)
+        ]
+    agree_on_code(world, data_name, *dict.fromkeys(file.network for file in files))
+    return models, dataset
 
 
-def check_data(checkpoint: Checkpoint, dataset: Dataset, name: str, chosen: bool) -> None:
+def _files(given: Sequence[Path], world: World, say: Callable[[str], None]) -> Sequence[Path]:
+    """Of a folder, the newest good checkpoint, as rank 0 sees it: the run may be writing the next one."""
+    found: list[Path] = []
+    with world.together():
+        if world.rank == 0:
+            # pathlib raises where a name is too long, or lies in a folder that may not be entered
+            found = [_newest(path, say) if os.path.isdir(path) else path for path in given]  # noqa: PTH112
+    paths: Sequence[Path] = world.comm.bcast(found)
+    return paths
+
+
+def _newest(folder: Path, say: Callable[[str], None]) -> Path:
+    """The newest good checkpoint of a run. Raises MissingInputError, BadDataError."""
+    checkpoint, passed_over = newest_good(folder / "checkpoints")
+    if checkpoint is None:
+        raise MissingInputError(
+            f"{folder} holds no checkpoints/step-*{CHECKPOINT_ENDING}: the folder of a run was expected"
+        )
+    for why in passed_over:
+        say(why)
+    say(f"{folder}: step {checkpoint.position['step']:,}, {checkpoint.path.name}")
+    return checkpoint.path
+
+
+def _open(path: Path, network: str | None, weights: str | None) -> SavedFile:
+    """Read a file. Raises UsageError where an average is asked for that it does not hold, and what reading raises."""
+    checkpoint = load_checkpoint(path) if path.suffix == CHECKPOINT_ENDING else None
+    arrays = {} if checkpoint else read_pickle(path)
+    has_average = bool(checkpoint and checkpoint.config.get("ema"))
+    if weights == "averaged" and not has_average:
+        raise UsageError(
+            f"{path} holds no average of the weights, which --weights averaged asks for: a run with --ema keeps one; "
+            "leave --weights out"
+        )
+    name = network or (checkpoint.config["model"] if checkpoint else "deepconvnet")
+    return SavedFile(path, name, EMA if has_average and weights != "raw" else "value", checkpoint, arrays)
+
+
+def _classifies(file: SavedFile) -> bool:
+    return file.checkpoint is None or file.checkpoint.config.get("task", CLASSIFY) == CLASSIFY
+
+
+def check_data(checkpoint: Checkpoint, dataset: Dataset, name: str, chosen: bool, first: Checkpoint) -> None:
     """Raise MismatchError for a data set that the model cannot judge, or that nobody has chosen for it.
 
-    chosen: the user has named this one. Else it is what the checkpoint names, and must be what it was trained on still.
+    chosen: the user has named this one. Else it is what the first checkpoint names, and must be what this one was
+    trained on still.
     """
     was = checkpoint.data
     wanted = f"{was['classes']} classes of images of {tuple(was['image_shape'])}"
@@ -98,11 +186,17 @@ def check_data(checkpoint: Checkpoint, dataset: Dataset, name: str, chosen: bool
         raise MismatchError(
             f"{checkpoint.path} was trained on {wanted}, but {name} has {found}: name another data set by --data"
         )
-    if not chosen and dataset.digest != was["digest"]:
+    if chosen or dataset.digest == was["digest"]:
+        return
+    if was["digest"] != first.data["digest"]:
         raise MismatchError(
-            f"{checkpoint.path} was trained on the data set {name} of SHA-256 {was['digest'][:12]}..., which is now "
-            f"{dataset.digest[:12]}...: bring the old one back, or say --data {name} to take the new one"
+            f"{checkpoint.path} was trained on the data set {was['name']} of SHA-256 {was['digest'][:12]}..., but "
+            f"{first.path} on {first.data['name']} of {first.data['digest'][:12]}...: name one for all by --data"
         )
+    raise MismatchError(
+        f"{checkpoint.path} was trained on the data set {name} of SHA-256 {was['digest'][:12]}..., which is now "
+        f"{dataset.digest[:12]}...: bring the old one back, or say --data {name} to take the new one"
+    )
 
 
 def cast(parameters: Parameters, dtype: DTypeLike) -> Parameters:

@@ -5,26 +5,27 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import numpy as np
-from numpy.typing import NDArray
 
 from distconv.comm.world import World
 from distconv.data.data import Data
 from distconv.data.shard import split
 from distconv.kernels.cpu.device import Cpu
-from distconv.kernels.interface import Kernels
+from distconv.kernels.interface import Array, Kernels
 from distconv.nn.layers import Context, Layer
 from distconv.nn.parameters import Views
-from distconv.tasks.classify import predict
 from distconv.tasks.task import Task
 
 
-def predictions(data: Data, model: Layer, values: Views, world: World) -> NDArray[np.int64]:
-    """The class that the model gives each test sample -> (N,); collective, and computed on the CPU."""
-    kernels, found = Cpu(), [np.empty(0, np.int64)]
+def scores(data: Data, model: Layer, values: Views, kernels: Cpu, world: World) -> Array:
+    """What the model gives the test samples of this rank's share -> (share, classes), of the kernels' dtype.
+
+    A share is what `split` says, so those of all ranks one after another are the scores of all samples.
+    """
+    found = []
     for context in _contexts(data.size("test"), kernels, world):
         x, _ = data.batch("test", context.samples, context)
-        found.append(predict(model, values, x, context))
-    return np.concatenate(world.comm.allgather(np.concatenate(found)))
+        found.append(model.forward(x, values, context)[0])
+    return np.concatenate(found) if found else np.empty((0, data.classes), kernels.dtype)
 
 
 def measure(

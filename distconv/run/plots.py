@@ -1,19 +1,37 @@
-"""Pictures: the curves of a run, the grid of mistakes. Drawn without a display, by whoever calls."""
+"""Pictures: the curves of a run, the grid of mistakes, what is taken for what. Drawn without a display."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import matplotlib
+import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
+from numpy.typing import NDArray
 
-from distconv.data.dataset import Bytes, Images
+from distconv.comm.world import World
+from distconv.data.dataset import Images
+from distconv.errors import CannotCreateError
+
+Counts = NDArray[np.int64]
+MOST_COUNTED = 40  # classes of a matrix whose counts can be read
 
 matplotlib.rcdefaults()  # a user's own settings may need what is not there, as LaTeX
+
+
+def draw_on_one_rank(world: World, path: Path, draw: Callable[[], None]) -> None:
+    """Have rank 0 draw what --png asks for; collective. Raises CannotCreateError on all ranks."""
+    with world.together():
+        if world.rank == 0:
+            try:
+                draw()
+            except OSError as error:
+                raise CannotCreateError(f"--png {path} cannot be written: {error.strerror}") from None
 
 
 def draw_curves(records: Sequence[Mapping[str, Any]], title: str, path: Path) -> None:
@@ -45,16 +63,49 @@ def draw_curves(records: Sequence[Mapping[str, Any]], title: str, path: Path) ->
     _save(figure, path)
 
 
-def draw_mistakes(images: Bytes, pairs: Sequence[tuple[int, int]], title: str, path: Path) -> None:
-    """Images (N, H, W, C), at most 20, in a grid of 4 x 5, each with its (label, inference), as a PNG."""
-    figure = Figure(figsize=(8, 7.2), layout="constrained")
-    figure.suptitle(title)
-    grid = figure.subplots(4, 5).ravel()
-    for axes in grid:
+def draw_mistakes(images: Images, captions: Sequence[str], title: str, path: Path) -> None:
+    """Images (N, H, W, C) in a grid, each under its caption, as a PNG; N may be 0."""
+    count = len(images)
+    columns = min(count, max(5, math.ceil(math.sqrt(count)))) or 1
+    rows = math.ceil(count / columns)
+    figure = Figure(figsize=(max(8.0, 1.6 * columns), 0.6 + 1.9 * rows), layout="constrained")
+    figure.suptitle(title, fontsize=11)
+    grid = figure.subplots(rows, columns, squeeze=False) if count else np.empty((0, 0), object)
+    for axes in grid.flat:
         axes.set_axis_off()
-    for axes, image, pair in zip(grid, images, pairs, strict=False):
+    for axes, image, caption in zip(grid.flat, images, captions, strict=False):
         axes.imshow(image[..., 0] if image.shape[-1] == 1 else image[..., :3], cmap="gray_r")
-        axes.set_title(f"{pair}", fontsize=11)
+        axes.set_title(caption, fontsize=10)
+    _save(figure, path)
+
+
+def draw_confusion(matrix: Counts, title: str, path: Path) -> None:
+    """How many images of each label, a row, got each inference, a column (classes, classes), as a PNG.
+
+    The colour goes with the logarithm of the count, or the few errors would be as white as none.
+    """
+    classes = len(matrix)
+    counted = classes <= MOST_COUNTED
+    side = max(4.5, 0.45 * classes) if counted else 9.0
+    figure = Figure(figsize=(side + 0.5, side + 1.0), layout="constrained")
+    figure.suptitle(title, fontsize=11)
+    axes = figure.subplots()
+    shade = np.log1p(matrix) / np.log1p(max(1, matrix.max()))
+    axes.imshow(shade, cmap="Blues", vmin=0, vmax=1)
+    axes.set(xlabel="inference", ylabel="label")
+    axes.tick_params(which="both", length=0)
+    if counted:
+        axes.set(xticks=range(classes), yticks=range(classes))
+        axes.set_xticks(np.arange(classes + 1) - 0.5, minor=True)
+        axes.set_yticks(np.arange(classes + 1) - 0.5, minor=True)
+        axes.grid(which="minor", color="0.85", linewidth=0.5)
+        for label, inference in np.argwhere(matrix):
+            color = "white" if shade[label, inference] > 0.6 else "black"
+            count = matrix[label, inference]
+            axes.text(inference, label, count, ha="center", va="center", color=color, fontsize=9 - 2 * (count > 9999))
+    else:
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     _save(figure, path)
 
 

@@ -14,9 +14,11 @@ from distconv.comm.world import World
 from distconv.data import digits
 from distconv.data.shard import split
 from distconv.errors import DistconvError, ReplicasDifferError
+from distconv.kernels.cpu.device import Cpu
 from distconv.run import loop
+from distconv.run.answers import gather, softmax
 from distconv.run.build import build_run
-from distconv.run.measure import predictions
+from distconv.run.measure import scores
 from distconv.run.run import Run
 
 SETTINGS = config.Config(data="digits", epochs=1, batch_size=23, limit_train=100, eval_samples=50, device="cpu")
@@ -59,7 +61,8 @@ def test_an_epoch_ends_with_equal_replicas_and_exact_sums(world: World) -> None:
 def test_the_accuracy_counts_every_image_once(world: World) -> None:
     run = make_run(world)
     replica, labels = run.replica, run.data.test_labels  # type: ignore[attr-defined]
-    found = predictions(run.data, replica.model, replica.values, world)
+    given = scores(run.data, replica.model, replica.values, Cpu(), world)
+    found = gather(given, softmax(given), labels, world).inferences
     assert found.shape == labels.shape
     for most in (101, 0):
         count = most or len(labels)

@@ -1,0 +1,143 @@
+"""What models answer to the test images, how sure they are, and where they err: numbers, and text for people."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from distconv.comm.world import World
+from distconv.data.dataset import Dataset, Labels
+from distconv.kernels.cpu.device import Cpu
+from distconv.kernels.interface import Array
+from distconv.run.loading import SavedModel, cast
+from distconv.run.measure import scores
+
+ENSEMBLE = "ensemble"  # its name among those of the models
+BINS = 15  # of confidence, as many as Guo et al. have (2017, arXiv 1706.04599)
+MOST_CLASSES = 20  # whose matrix fits on a terminal
+WORST = 10  # classes, and confusions, that are shown of more
+
+
+@dataclass(frozen=True)
+class Answers:
+    """To N samples of so many classes: labels, inferences and confidences (the probability of the inference), (N,)."""
+
+    classes: int
+    labels: NDArray[np.int64]
+    inferences: NDArray[np.int64]
+    confidences: NDArray[np.float64]
+
+    @property
+    def right(self) -> NDArray[np.bool_]:
+        """Whether each inference is the label."""
+        right: NDArray[np.bool_] = self.inferences == self.labels
+        return right
+
+    @property
+    def correct(self) -> int:
+        return int(np.count_nonzero(self.right))
+
+    def hardest(self) -> NDArray[np.int64]:
+        """The samples that were answered wrong: first the one whose wrong answer was the surest."""
+        wrong = np.flatnonzero(~self.right)
+        return wrong[np.argsort(-self.confidences[wrong], kind="stable")]
+
+    def confusion(self) -> NDArray[np.int64]:
+        """How many samples of each label, a row, got each inference, a column -> (classes, classes)."""
+        pairs = self.labels * self.classes + self.inferences
+        return np.bincount(pairs, minlength=self.classes**2).reshape(self.classes, self.classes)
+
+    def calibration_error(self) -> float:
+        """The expected one: how far confidence is from accuracy in each bin, weighted by the samples in it."""
+        bins = np.clip(np.ceil(self.confidences * BINS).astype(np.int64) - 1, 0, BINS - 1)
+        gaps = np.bincount(bins, weights=self.right - self.confidences, minlength=BINS)
+        return float(np.abs(gaps).sum() / len(self.labels))
+
+
+def judge(
+    models: Sequence[SavedModel], dataset: Dataset, precisions: Sequence[str], world: World
+) -> Iterator[tuple[str, str, Answers]]:
+    """(name, precision, answers) of each model in each precision and then, of several models, of their ensemble.
+
+    The ensemble's probabilities are the means of theirs. Collective; one model is in memory at a time, and of the
+    probabilities those of this rank's share. Raises what SavedModel.load does, on all ranks.
+    """
+    sums: dict[str, NDArray[np.float64]] = {}
+    for saved in models:
+        with world.together():
+            parameters = saved.load()
+        for precision in precisions:
+            given = scores(dataset, saved.model, cast(parameters, precision).values, Cpu(precision), world)
+            probabilities = softmax(given)
+            yield saved.name, precision, gather(given, probabilities, dataset.test_labels, world)
+            sums[precision] = sums.get(precision, 0.0) + probabilities
+        del parameters  # before the next ones are loaded
+    for precision, total in sums.items() if len(models) > 1 else ():
+        mean = total / len(models)
+        yield ENSEMBLE, precision, gather(mean, mean, dataset.test_labels, world)
+
+
+def softmax(scores: Array) -> NDArray[np.float64]:
+    """Probabilities (N, classes) from scores, computed in float64.
+
+    float16 may have overflowed to infinity, which counts as the largest float64, and to NaN, which counts as 0.
+    """
+    finite = np.nan_to_num(scores.astype(np.float64))
+    with np.errstate(over="ignore"):  # the largest less the lowest
+        powers = np.exp(finite - finite.max(axis=1, keepdims=True))
+    probabilities: NDArray[np.float64] = powers / powers.sum(axis=1, keepdims=True)
+    return probabilities
+
+
+def gather(ranking: Array, probabilities: Array, labels: Labels, world: World) -> Answers:
+    """The answers to all samples, from each rank's share of rows (share, classes); collective.
+
+    ranking: the class with the largest number is the inference, and so are a model's scores, whose order is exact.
+    """
+    inferences = np.argmax(ranking, axis=1)
+    confidences = probabilities[np.arange(len(inferences)), inferences]
+    mine = inferences.astype(np.int64), confidences.astype(np.float64)
+    shares = zip(*world.comm.allgather(mine), strict=True)
+    return Answers(ranking.shape[1], labels.astype(np.int64), *map(np.concatenate, shares))
+
+
+def describe(answers: Answers) -> list[str]:
+    """Lines that say how well each class is known and what it is taken for; of many classes, the worst alone."""
+    lines = _table(answers) if answers.classes <= MOST_CLASSES else _worst(answers)
+    return [*lines, "", f"expected calibration error: {answers.calibration_error():.2%} ({BINS} bins)"]
+
+
+def _table(answers: Answers) -> list[str]:
+    """A line for each label. Where there is no wrong inference stands a dot, so that the eye finds the others."""
+    matrix = answers.confusion()
+    width = max(3, len(f"{matrix.max():,}"))
+    lines = ["label  accuracy   inferences", " " * 18 + " ".join(f"{m:>{width}}" for m in range(len(matrix)))]
+    for n, row in enumerate(matrix):
+        cells = (f"{count:,}" if count or n == m else "." for m, count in enumerate(row))
+        lines.append(f"{n:>5}  {_percent(row[n], row.sum())}   {' '.join(f'{cell:>{width}}' for cell in cells)}")
+    return lines
+
+
+def _worst(answers: Answers) -> list[str]:
+    """The classes of the lowest accuracy, and the pairs that are taken for each other most often.
+
+    Of very many classes, the whole matrix would not fit in memory.
+    """
+    labels, totals = np.unique(answers.labels, return_counts=True)
+    correct = totals - np.bincount(np.searchsorted(labels, answers.labels[~answers.right]), minlength=len(labels))
+    worst = np.argsort(correct / totals, kind="stable")[:WORST]
+    lines = [f"the worst of {answers.classes:,} classes", "label  accuracy   correct"]
+    lines += [f"{labels[i]:>5}  {_percent(correct[i], totals[i])}   {correct[i]:,} of {totals[i]:,}" for i in worst]
+
+    wrong = np.stack([answers.labels, answers.inferences], axis=1)[~answers.right]
+    pairs, times = np.unique(wrong, axis=0, return_counts=True)
+    most = np.argsort(-times, kind="stable")[:WORST]
+    lines += ["", "the most frequent confusions", "label  inference   times"]
+    return lines + [f"{pairs[i][0]:>5}  {pairs[i][1]:>9}   {times[i]:,}" for i in most]
+
+
+def _percent(part: int, whole: int) -> str:
+    return f"{part / whole:>8.2%}" if whole else f"{'-':>8}"  # no test image may have this label

@@ -1,0 +1,74 @@
+"""What models answer: the numbers against loops, and the text for people."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from distconv.run.answers import Answers, describe, softmax
+
+
+def drawn(classes: int, N: int, seed: int = 0) -> Answers:
+    random = np.random.default_rng(seed)
+    labels, guesses = random.integers(0, classes, (2, N))
+    confidences = np.concatenate([np.arange(16) / 15, random.random(N)])[:N]  # the edges of the bins, too
+    return Answers(classes, labels, np.where(random.random(N) < 0.7, labels, guesses), confidences)
+
+
+def test_the_calibration_error_weighs_what_each_bin_is_off() -> None:
+    answers = drawn(7, 500)
+    error = 0.0
+    for low, high in ((m / 15, (m + 1) / 15) for m in range(15)):
+        inside = (answers.confidences > low if low else answers.confidences >= 0) & (answers.confidences <= high)
+        if inside.any():
+            gap = abs(answers.right[inside].mean() - answers.confidences[inside].mean())
+            error += gap * np.count_nonzero(inside) / 500
+    assert answers.calibration_error() == pytest.approx(error, rel=1e-12)
+
+
+def test_confusions_are_counted_by_label_and_inference() -> None:
+    answers = drawn(5, 300)
+    expected = np.zeros((5, 5), int)
+    for label, inference in zip(answers.labels, answers.inferences, strict=True):
+        expected[label, inference] += 1
+    np.testing.assert_array_equal(answers.confusion(), expected)
+    assert answers.correct == np.trace(expected)
+
+
+def test_the_hardest_are_wrong_and_come_by_confidence() -> None:
+    answers = Answers(3, np.array([0, 1, 2, 0, 1]), np.array([1, 1, 0, 2, 0]), np.array([0.5, 0.9, 0.8, 0.5, 0.7]))
+    assert answers.hardest().tolist() == [2, 4, 0, 3]  # of two that are equally sure, the first in the test set
+
+
+def test_softmax_is_of_float64_and_takes_what_float16_overflows_to() -> None:
+    scores = np.random.default_rng(0).normal(0, 20, (50, 4)).astype(np.float16)
+    powers = np.exp(scores.astype(float))
+    np.testing.assert_allclose(softmax(scores), powers / powers.sum(axis=1, keepdims=True), rtol=1e-12)
+    huge = softmax(np.array([[np.inf, 1, -np.inf], [np.nan, 5e4, 0], [-np.inf, -np.inf, -np.inf]], np.float16))
+    np.testing.assert_allclose(huge, [[1, 0, 0], [0, 1, 0], [1 / 3, 1 / 3, 1 / 3]])
+
+
+def test_of_many_classes_the_ten_worst_are_told() -> None:
+    labels = np.repeat(np.arange(30), 40)  # class c is taken c times for the next one, and class 30 has no image
+    inferences = np.where(np.arange(1200) % 40 < labels, labels + 1, labels)
+    lines = describe(Answers(31, labels, inferences, np.full(1200, 0.5)))
+    worst, confusions = lines[2:12], lines[15:25]
+    assert [line.split() for line in worst] == [
+        [str(c), f"{1 - c / 40:.2%}", str(40 - c), "of", "40"] for c in range(29, 19, -1)
+    ]
+    assert [line.split() for line in confusions] == [[str(c), str(c + 1), str(c)] for c in range(29, 19, -1)]
+    right = describe(Answers(1000, labels, labels, np.ones(1200)))
+    assert right[-1] == "expected calibration error: 0.00% (15 bins)" and len(right) < 20
+
+
+def test_of_few_classes_all_are_told_and_columns_stand_below_one_another() -> None:
+    labels = np.repeat([0, 1, 3], [5, 2000, 3])
+    lines = describe(Answers(4, labels, np.where(np.arange(2008) < 2, 3, labels), np.full(2008, 0.9)))
+    assert lines[:6] == [
+        "label  accuracy   inferences",
+        "                      0     1     2     3",
+        "    0    60.00%       3     .     .     2",
+        "    1   100.00%       . 2,000     .     .",
+        "    2         -       .     .     0     .",
+        "    3   100.00%       .     .     .     3",
+    ]
