@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from distconv.run.answers import Answers
 
 PRECISIONS = ("float32", "float64", "float16")  # the quickest first, as somebody may be waiting
-
 LONGEST_NAME = 50  # characters of a path that a picture has room for
 
 
@@ -42,15 +41,13 @@ def main(argv: Sequence[str]) -> int:
             last[precision] = name, answers  # in the end those of the ensemble, if there is one
         name, answers = last[precisions[0]]
         right = f"{answers.correct / total:.2%} of {total:,} test images right in {precisions[0]}"
-        for line in (
-            errors_as_json(answers, arguments.confusion)
-            if arguments.json
-            else errors_as_text(answers, f"{name}: {right}")
-        ):
+        text, wanted = f"{name}: {right}", arguments.confusion
+        for line in errors_as_json(answers, wanted) if arguments.json else errors_as_text(answers, text):
             log.say(line)
         if arguments.png:
-            title = f"{name if len(name) <= LONGEST_NAME else f'...{name[-LONGEST_NAME:]}'}\n{right}"
-            draw_on_one_rank(world, arguments.png, lambda: draw_confusion(answers.confusion(), title, arguments.png))
+            shown = name if len(name) <= LONGEST_NAME else f"...{name[-LONGEST_NAME:]}"
+            matrix, title = answers.confusion(), f"{shown}\n{right}"
+            draw_on_one_rank(world, arguments.png, lambda: draw_confusion(matrix, title, arguments.png))
             log.say_aside(f"drawn in {arguments.png}")
     return 0
 
