@@ -35,10 +35,8 @@ class Run:
     samples: int = 0  # in loss_sum
     skipped: int = 0  # steps in a row whose gradient was not finite
     first_loss: float = 0.0  # of the run's first step; 0 before it
-    best_score: float = (
-        -math.inf
-    )  # on the validation set, at the end of epoch best_epoch, counted from 1; 0: of none yet
-    best_epoch: int = 0
+    best_score: float = -math.inf  # on the validation set
+    best_epoch: int = 0  # that had it, counted from 1; 0: none yet
     diverging: int = 0  # updates in a row after a loss that was not finite or far above the first
     good_until: int = 0  # the step whose state last gave a loss that was neither
     checksum: int = 0  # after the last update; see Replica
