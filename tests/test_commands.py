@@ -250,6 +250,7 @@ def test_evaluate_reads_the_sources_pickles(tmp_path: Path) -> None:
     assert json.loads(result.stdout)["total"] == 360
 
 
+@pytest.mark.slow
 def test_models_of_other_data_do_not_judge_together(run_folder: Path, trained_on_mine: Path, tmp_path: Path) -> None:
     own = {"PYTHONPATH": str(trained_on_mine.parents[2]), "VALUE": "7", "CLASSES": "3"}
     other = tmp_path / "run"

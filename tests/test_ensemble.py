@@ -34,6 +34,7 @@ def test_each_run_is_that_of_its_seed_on_as_many_ranks(together: Path, tmp_path:
     assert sha(together / f"member-{member}") == sha(alone)
 
 
+@pytest.mark.slow
 def test_with_fewer_ranks_each_trains_its_runs_one_after_the_other(together: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     result = jobs.run(2, *FLAGS, "--seed", "4", "--ensemble", "3", "--out", out, seconds=60)
@@ -42,6 +43,7 @@ def test_with_fewer_ranks_each_trains_its_runs_one_after_the_other(together: Pat
     assert sha(out / "member-2") == sha(together / "member-1")  # seed 6, on one rank
 
 
+@pytest.mark.slow
 def test_runs_that_are_stopped_all_go_on(tmp_path: Path) -> None:
     out = tmp_path / "out"
     flags = [*TRAIN, "--epochs", "20", "--ensemble", "2"]
@@ -65,6 +67,7 @@ def test_a_run_that_fails_ends_the_job_with_its_own_sentence(tmp_path: Path) -> 
     assert [line for line in result.stderr.splitlines() if "member-1" in line and "cannot be written" in line]
 
 
+@pytest.mark.slow
 def test_the_loss_of_a_rank_ends_all_runs(tmp_path: Path) -> None:
     out = tmp_path / "out"
     job = jobs.Job(2, [*FLAGS, "--epochs", "500", "--ensemble", "2", "--out", out])
@@ -73,6 +76,7 @@ def test_the_loss_of_a_rank_ends_all_runs(tmp_path: Path) -> None:
     assert job.finish(30).returncode != 0
 
 
+@pytest.mark.slow
 def test_a_missed_target_of_any_run_is_the_exit_code(tmp_path: Path) -> None:
     out = tmp_path / "out"
     result = jobs.run(2, *FLAGS, "--ensemble", "2", "--target-accuracy", "1", "--out", out, seconds=60)

@@ -53,6 +53,7 @@ def test_a_run_that_stopped_early_is_finished(stopped: Path) -> None:
     assert (stopped / "metrics.jsonl").read_text() == before
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_on_remembers_its_best_epoch(stopped: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     first = str(len(epochs(stopped)) - 1)  # the patience is half spent
