@@ -15,7 +15,7 @@ COMMANDS = {  # each a module of this package, with a main of its own
     "train": "train a network across MPI ranks",
     "launch": "train, and start again after accidents; starts mpirun itself",
     "evaluate": "test accuracy of saved models and their ensemble, and what they confuse",
-    "misclassified": "draw the hardest test images that a saved model gets wrong",
+    "misclassified": "draw the first test images that a saved model gets wrong",
     "prove": "show that N ranks compute what one rank computes",
     "bench": "measure a step, the exchange, the scaling of this machine",
     "doctor": "look for what would go wrong on these hosts",

@@ -8,7 +8,6 @@ import os
 import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from pathlib import Path
 
 from distconv import config
 from distconv.benchmarks.flags import (
@@ -23,7 +22,7 @@ from distconv.comm.start import run_command, start
 from distconv.comm.world import BLAS_THREADS, blas_threads
 from distconv.command_line import Parser
 from distconv.config import Config
-from distconv.errors import CannotCreateError, UsageError
+from distconv.errors import UsageError
 from distconv.supervise.launcher import end_on_sigterm, job_starter, refuse_to_nest
 
 
@@ -98,10 +97,10 @@ def step(argv: Sequence[str]) -> int:
                 log.say(f"\n{text}" + ", PyTorch's among them" * (rival is not None and device == "cpu"))
         with world.together():
             if flags.png and world.rank == 0:
-                from distconv.run.plots import draw_step
+                from distconv.run.plots import draw_png, draw_step
 
                 parts = [(size, part) for size, (part, _) in zip(sizes, results, strict=True)]
-                draw(flags.png, lambda: draw_step(parts, title, flags.png))
+                draw_png(flags.png, lambda: draw_step(parts, title, flags.png))
     return 0
 
 
@@ -172,9 +171,9 @@ def scaling(argv: Sequence[str]) -> int:
     title = f"{flags.model} on {flags.data}, {flags.wire} on the wire: {what}"
     print("\n".join(json.dumps(asdict(rung)) for rung in rungs) if flags.json else f"{title}\n{table(rungs)}")
     if flags.png:
-        from distconv.run.plots import draw_scaling
+        from distconv.run.plots import draw_png, draw_scaling
 
-        draw(flags.png, lambda: draw_scaling([asdict(rung) for rung in rungs], title, flags.png))
+        draw_png(flags.png, lambda: draw_scaling([asdict(rung) for rung in rungs], title, flags.png))
     return int(len(rungs) < len(flags.numbers))
 
 
@@ -220,14 +219,6 @@ def predict(argv: Sequence[str]) -> int:
     if rows[-1].ranks < flags.numbers[-1]:
         print(f"more ranks than images: {flags.batch_size} images do not give every rank one; see --weak")
     return 0
-
-
-def draw(path: Path, picture: Callable[[], None]) -> None:
-    """Raises CannotCreateError."""
-    try:
-        picture()
-    except OSError as error:
-        raise CannotCreateError(f"--png {path} cannot be written: {error.strerror}") from None
 
 
 def one_blas_thread() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -27,6 +28,14 @@ class Parser(argparse.ArgumentParser):
         if choice := re.search(r"invalid choice: '(.*)' \(choose from (.*)\)", message):
             wrong, known = choice[1], choice[2].replace("'", "")
         raise UsageError(f"{message}{nearest(wrong, known)}; {self.prog} --help lists the flags")
+
+    def parse_before_dashes(self, argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+        """The flags before --, and what stands behind it: the flags of distconv.train. Raises UsageError."""
+        dashes = list(argv).index("--") if "--" in argv else len(argv)
+        flags, unknown = self.parse_known_args(argv[:dashes])
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}: the flags of distconv.train stand behind --")
+        return flags, list(argv[dashes + 1 :])
 
     def print_help(self, file: Any = None) -> None:
         if launcher_rank() == 0:

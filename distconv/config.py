@@ -247,6 +247,10 @@ class Config:
         """Images of a step, of all ranks."""
         return self.batch_size * self.accumulate
 
+    def is_out_of_patience(self, epoch: int, best: int) -> bool:
+        """Whether a run is over after this epoch, as no later one than `best` had a better score; counted from 1."""
+        return 0 < self.patience <= epoch - best
+
     def toml(self) -> str:
         """The settings as a TOML file that --config reads."""
         return "".join(f"{name} = {_toml_value(value)}\n" for name, value in dataclasses.asdict(self).items())

@@ -74,15 +74,12 @@ def from_command_line(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str
         metavar="COMMAND",
         help="what starts ranks and passes SIGUSR1 on to them, as 'srun --mpi=pmi2' (default: mpirun)",
     )
-    dashes = list(argv).index("--") if "--" in argv else len(argv)
-    flags, unknown = parser.parse_known_args(argv[:dashes])
-    if unknown:
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}: the flags of distconv.train stand behind --")
+    flags, train = parser.parse_before_dashes(argv)
     if flags.ranks < 1:
         raise UsageError(f"-n {flags.ranks}: expected a number of ranks from 1")
     if flags.restarts < 0:
         raise UsageError(f"--restarts {flags.restarts}: expected a number from 0")
-    return flags, list(argv[dashes + 1 :])
+    return flags, train
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""`python -m distconv.misclassified RUN --png FILE`: test images that a saved model gets wrong, the hardest first."""
+"""`python -m distconv.misclassified RUN --png FILE`: the first test images that a saved model gets wrong."""
 
 from __future__ import annotations
 
@@ -15,13 +15,15 @@ MOST = 200  # images of a page, which take some ten seconds to draw
 def main(argv: Sequence[str]) -> int:
     parser = Parser(
         prog="python -m distconv.misclassified",
-        description="Draw the test images that a saved model gets wrong, those first whose wrong inference is the "
-        "surest, and print of each how sure it is, its number in the test set and its (label, inference).",
+        description="Draw the first test images that a saved model gets wrong, and print of each how sure the wrong "
+        "inference is, its number in the test set and its (label, inference).",
         epilog="examples:\n"
         "  python -m distconv.misclassified runs/mine --png wrong.png\n"
+        "  python -m distconv.misclassified runs/mine --hardest\n"
         "  python -m distconv.misclassified runs/mine/checkpoints/step-0000012000.safetensors --most 60",
     )
     add_model_arguments(parser, several=False)
+    parser.add_argument("--hardest", action="store_true", help="those first whose wrong inference is the surest")
     parser.add_argument("--most", type=int, default=20, metavar="N", help="images at most (default: 20)")
     parser.add_argument(
         "--png", type=Path, default=Path("misclassified.png"), metavar="FILE", help="(default: misclassified.png)"
@@ -40,9 +42,10 @@ def main(argv: Sequence[str]) -> int:
         log = RunLog(world.rank == 0)
         models, dataset = open_models(arguments, world, log.say_aside)
         ((_, _, answers),) = judge(models, dataset, ["float32"], world)
-        wrong = answers.hardest()
+        wrong = answers.hardest() if arguments.hardest else answers.wrong()
         shown = wrong[: arguments.most]
-        rest = f"; the {len(shown)} hardest" * (len(shown) < len(wrong))
+        which = f"the {len(shown)} hardest" if arguments.hardest else f"the first {len(shown)}"
+        rest = f"; {which}" * (len(shown) < len(wrong))
         title = f"{len(wrong):,} of {len(answers.labels):,} test images wrong{rest}"
         log.say(title)
         captions = []

@@ -31,7 +31,7 @@ step="python3 -m distconv.bench step --device cuda --against torch --repeats 40"
 
 stage machine 60 python3 -m distconv.doctor
 stage kernels 100 $tests $many -m gpu tests/test_gpu_*.py
-stage learn 100 python3 -m distconv.bench accuracy --ranks 1 --seeds 10 --targets 0.99 -- --data mnist --device cuda --precision tf32 --epochs 10
+stage learn 60 python3 -m distconv.bench accuracy --ranks 1 --seeds 5 --targets 0.99 -- --recipe mnist-fast --device cuda --precision tf32
 TAIL=40 stage step-float32 60 $step --evaluate
 TAIL=40 stage step-tf32 60 $step --precision tf32
 TAIL=40 stage step-bfloat16 60 $step --precision bfloat16 --batch-size 100 400

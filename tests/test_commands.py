@@ -161,19 +161,24 @@ def test_evaluate_prints_tables_for_people(run_folder: Path, averaged: Path, tmp
     assert result.returncode == 73 and "none/a.png cannot be written" in result.stderr.splitlines()[-1]
 
 
-def test_misclassified_prints_and_draws_the_hardest_images(run_folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("flags", [(), ("--most", "7", "--hardest")])
+def test_misclassified_prints_and_draws_the_first_or_the_hardest_images(
+    run_folder: Path, tmp_path: Path, flags: tuple[str, ...]
+) -> None:
     png = tmp_path / "wrong.png"
-    result = jobs.run(2, "-m", "distconv.misclassified", run_folder, "--png", png, "--most", "7")
+    result = jobs.run(2, "-m", "distconv.misclassified", run_folder, "--png", png, *flags)
     assert result.returncode == 0, result.stderr
     p, labels = probabilities(run_folder), digits.load().test_labels.tolist()
     wrong = [(max(row), i) for i, row in enumerate(p) if np.argmax(row) != labels[i]]
     head, *found, tail = result.stdout.splitlines()
-    assert head == f"{len(wrong)} of 360 test images wrong; the 7 hardest" and str(png) in tail
-    assert found == [
-        f"{sure:>7.2%}  image {i}: {(labels[i], int(np.argmax(p[i])))}"
-        for sure, i in sorted(wrong, key=lambda pair: -pair[0])[:7]
-    ]
+    which = "the 7 hardest" if flags else "the first 20"
+    shown = sorted(wrong, key=lambda pair: -pair[0])[:7] if flags else wrong[:20]
+    assert head == f"{len(wrong)} of 360 test images wrong; {which}" and str(png) in tail
+    assert found == [f"{sure:>7.2%}  image {i}: {(labels[i], int(np.argmax(p[i])))}" for sure, i in shown]
     assert matplotlib.image.imread(png).std() > 0.05
+
+
+def test_misclassified_shows_so_many_at_most(run_folder: Path) -> None:
     result = jobs.run(0, "-m", "distconv.misclassified", run_folder, "--most", "0")
     assert result.returncode == 2 and "from 1 to 200" in result.stderr
 

@@ -43,19 +43,9 @@ def measure(
     for seed in range(seeds):
         with tempfile.TemporaryDirectory() as folder:
             out = Path(folder) / "run"
-            flags = [
-                *train,
-                "--seed",
-                str(seed),
-                "--eval-samples",
-                "0",
-                "--out",
-                str(out),
-                "--checkpoint-seconds",
-                "1e9",
-            ]
+            ours = f"--seed {seed} --eval-samples 0 --checkpoint-seconds 1e9 --out".split()
             began = time.time()
-            run_job(starter, ranks, ["-m", "distconv.train", *flags], SECONDS)
+            run_job(starter, ranks, ["-m", "distconv.train", *train, *ours, str(out)], SECONDS)
             found = reached(read_metrics(out / "metrics.jsonl"), seed, began, targets)
         say(
             f"seed {seed}: {found.accuracy:.2%} after {found.training_seconds:.1f} s of training, "

@@ -150,8 +150,7 @@ def accuracy_flags(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     )
     parser.add_argument("--mpirun", metavar="COMMAND", help="what starts ranks, as 'srun --mpi=pmi2' (default: mpirun)")
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
-    dashes = list(argv).index("--") if "--" in argv else len(argv)
-    flags = parser.parse_args(argv[:dashes])
+    flags, train = parser.parse_before_dashes(argv)
     at_least_1("--ranks", flags.ranks)
     at_least_1("--seeds", flags.seeds)
     try:
@@ -160,7 +159,7 @@ def accuracy_flags(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         flags.targets = []
     if not flags.targets or not all(0 < target <= 1 for target in flags.targets):
         raise UsageError("--targets: expected fractions above 0 and up to 1, such as 0.98,0.99")
-    return flags, list(argv[dashes + 1 :])
+    return flags, train
 
 
 def predict_flags(argv: Sequence[str]) -> argparse.Namespace:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from distconv.comm.start import run_command
 from distconv.command_line import Parser
-from distconv.errors import CannotCreateError, UsageError
+from distconv.errors import UsageError
 
 SETS = ("mnist",)
 SIDE = 8  # of the grid that `show` draws
@@ -52,7 +52,7 @@ def show(flags: argparse.Namespace) -> int:
     from distconv.data.dataset import Dataset
     from distconv.kernels.cpu.device import Cpu
     from distconv.nn.layers import Context
-    from distconv.run.plots import draw_augmented
+    from distconv.run.plots import draw_augmented, draw_png
 
     name, note = data.prepare(flags.name)
     if note:
@@ -65,12 +65,8 @@ def show(flags: argparse.Namespace) -> int:
         context = Context(training=True, seed=flags.seed, step=step, samples=samples, kernels=Cpu()).within("augment")
         x, _ = dataset.batch("train", samples, context)
         rows.append(change(x, context) if step else x)
-    try:
-        draw_augmented(
-            list(zip(*rows, strict=True)), f"{name}, --augment {flags.augment}; left: as they are", flags.png
-        )
-    except OSError as error:
-        raise CannotCreateError(f"--png {flags.png} cannot be written: {error.strerror}") from None
+    title = f"{name}, --augment {flags.augment}; left: as they are"
+    draw_png(flags.png, lambda: draw_augmented(list(zip(*rows, strict=True)), title, flags.png))
     print(f"drawn in {flags.png}")
     return 0
 

@@ -40,9 +40,13 @@ class Answers:
     def correct(self) -> int:
         return int(np.count_nonzero(self.right))
 
+    def wrong(self) -> NDArray[np.int64]:
+        """The samples that were answered wrong, in their order."""
+        return np.flatnonzero(~self.right)
+
     def hardest(self) -> NDArray[np.int64]:
-        """The samples that were answered wrong: first the one whose wrong answer was the surest."""
-        wrong = np.flatnonzero(~self.right)
+        """The same: first the one whose wrong answer was the surest."""
+        wrong = self.wrong()
         return wrong[np.argsort(-self.confidences[wrong], kind="stable")]
 
     def confusion(self) -> NDArray[np.int64]:

@@ -253,7 +253,7 @@ def compile_kernels(run: Run) -> None:
                 at_rest = Context(training=False, samples=np.arange(1), kernels=replica.kernels)
                 batch = run.data.batch("test", at_rest.samples, at_rest)
                 check_sums("evaluate", run.task.evaluate(model, replica.values, batch, at_rest), 2)
-            value, gradient, *state = np.zeros((2 + len({*replica.state} - {EMA}), 1), replica.vector.dtype)
+            value, gradient, *state = np.zeros((2 + len(replica.slots), 1), replica.vector.dtype)
             replica.optimizer.step(value, gradient, replica.optimizer.numbers(1), *state)
             replica.checksum()
             replica.kernels.clip([gradient], 1.0, replica.mailbox.bad)

@@ -17,13 +17,14 @@ from distconv.errors import STOPPED, DistconvError, UsageError
 from distconv.run.folder import cannot_be_written, new_folder
 from distconv.run.log import RunLog
 from distconv.run.stopping import StopRequest
-from distconv.run.training import train
+from distconv.run.training import agree_on_settings, train
 
 FOR_EVER = 1e9  # seconds
 
 
 def train_ensemble(settings: Config, world: World, stop: StopRequest) -> int:
     """Train the runs, this rank that of its group; returns the exit code, the largest of all."""
+    agree_on_settings(settings, world)  # the number of runs too, before the ranks part
     groups = min(settings.ensemble, world.size)
     group = next(g for g in range(groups) if world.rank in range(world.size)[split(world.size, groups, g)])
     with world.together():

@@ -212,9 +212,8 @@ def _finished(out: Path, settings: Config) -> Mapping[str, Any] | None:
 
 
 def _is_over(found: Checkpoint, settings: Config) -> bool:
-    from distconv.run.run import is_out_of_patience
-
-    return settings.epochs <= found.position["epoch"] or is_out_of_patience(settings, found.position)
+    epoch, best = found.position["epoch"], found.position.get("best_epoch", 0)
+    return settings.epochs <= epoch or settings.is_out_of_patience(epoch, best)
 
 
 def _score_of(final: Mapping[str, Any]) -> str:

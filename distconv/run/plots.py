@@ -24,14 +24,19 @@ MOST_COUNTED = 40  # classes of a matrix whose counts can be read
 matplotlib.rcdefaults()  # a user's own settings may need what is not there, as LaTeX
 
 
+def draw_png(path: Path, draw: Callable[[], None]) -> None:
+    """Draw what --png asks for. Raises CannotCreateError."""
+    try:
+        draw()
+    except OSError as error:
+        raise CannotCreateError(f"--png {path} cannot be written: {error.strerror}") from None
+
+
 def draw_on_one_rank(world: World, path: Path, draw: Callable[[], None]) -> None:
     """Have rank 0 draw what --png asks for; collective. Raises CannotCreateError on all ranks."""
     with world.together():
         if world.rank == 0:
-            try:
-                draw()
-            except OSError as error:
-                raise CannotCreateError(f"--png {path} cannot be written: {error.strerror}") from None
+            draw_png(path, draw)
 
 
 def draw_curves(records: Sequence[Mapping[str, Any]], title: str, path: Path) -> None:

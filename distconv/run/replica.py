@@ -47,6 +47,7 @@ class Replica:
         self.parameters, self.task, self.data, self.optimizer = parameters, task, data, optimizer
         self.exchange, self.settings, self.agreed = exchange, settings, agreed
         self.state = optimizer.new_state(parameters.size, parameters.vector.dtype)
+        self.slots = tuple(self.state)  # those of the optimizer
         if settings.ema:
             self.state[EMA] = parameters.vector.copy()
         self.vector, self.gradient = self.device.upload(parameters.vector), self.device.upload(parameters.gradient)
@@ -164,7 +165,7 @@ class Replica:
         self.exchange.after(self.gradient, mailbox.bad)
         for part in self.decaying:
             kernels.decay(self.vector[part], mailbox.numbers, mailbox.bad)
-        slots = [vector for slot, vector in self.state_there.items() if slot != EMA]
+        slots = [self.state_there[slot] for slot in self.slots]
         numbers = mailbox.numbers[:-1] if self.settings.ema else mailbox.numbers
         if self.settings.clip_norm:
             kernels.clip([self.gradient[part] for part, _ in self.trained], self.settings.clip_norm, mailbox.bad)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -60,7 +59,7 @@ class Run:
     @property
     def out_of_patience(self) -> bool:
         """Whether the validation score has not become better for so long that the run is over."""
-        return is_out_of_patience(self.config, self.position())
+        return self.config.is_out_of_patience(self.step // self.steps_per_epoch, self.best_epoch)
 
     def measure(self, part: str, most: int = 0, averaged: bool = False) -> tuple[float, float]:
         """The two sums of the task's metric over the first `most` samples of a part (0: all); collective.
@@ -95,8 +94,3 @@ class Run:
         for slot, vector in self.vectors().items():
             vector[...] = vectors[slot]
         self.replica.push()
-
-
-def is_out_of_patience(config: Config, position: Mapping[str, Any]) -> bool:
-    """See Run.out_of_patience; position: of a run or a checkpoint."""
-    return 0 < config.patience <= int(position["epoch"] - position.get("best_epoch", 0))

@@ -22,6 +22,7 @@ from distconv.comm.world import World, blas_threads
 from distconv.config import Config
 from distconv.kernels.compiled import CACHE
 from distconv.nn.optimizers import EMA
+from distconv.nn.schedules import Schedule
 from distconv.run import agreement
 from distconv.run import checkpoint as files
 from distconv.run.build import build_run
@@ -43,7 +44,7 @@ def train(
 ) -> int:
     """The whole run on this rank; returns the exit code. placed: where it computes, if that is known already."""
 
-    world.agree("the command line or the version", f"{__version__} {settings.toml()}", "start all ranks alike")
+    agree_on_settings(settings, world)
     with world.together():
         check_settings(settings, world)
     log = log or RunLog(world.rank == 0)
@@ -58,6 +59,11 @@ def train(
     world.at("start")
     with held_folder(settings, world, log.say) as out:
         return train_in(out, run, data_name, log, stop)
+
+
+def agree_on_settings(settings: Config, world: World) -> None:
+    """Raise MismatchError on all ranks where they have other settings, or another version, than one another."""
+    world.agree("the command line or the version", f"{__version__} {settings.toml()}", "start all ranks alike")
 
 
 def train_in(out: Path, run: Run, data_name: str, log: RunLog, stop: StopRequest) -> int:
@@ -173,11 +179,12 @@ def introduce(run: Run, out: Path, data_name: str, checkpoint: Checkpoint | None
         f"{settings.model}, {run.parameters.size:,} parameters, {settings.wire} on the wire ({exchange.how}) | "
         f"{data_name}, {data.size('train'):,} training and {data.size('test'):,} test images"
     )
-    if callable(run.replica.optimizer.lr) or settings.scale_lr != "none" or settings.accumulate > 1:
-        rates = [run.replica.optimizer.rate(t) for t in range(1, run.steps + 1)]
+    optimizer = run.replica.optimizer
+    peak = optimizer.lr.lr if isinstance(optimizer.lr, Schedule) else optimizer.rate(1)
+    if isinstance(optimizer.lr, Schedule) or settings.scale_lr != "none" or settings.accumulate > 1:
         log.say(
-            f"{run.steps:,} steps of {settings.step_size:,} images; learning rate {rates[0]:.3g} in the first, at most "
-            f"{max(rates):.3g}, {rates[-1]:.3g} in the last"
+            f"{run.steps:,} steps of {settings.step_size:,} images; learning rate {optimizer.rate(1):.3g} in the "
+            f"first, up to {peak:.3g}, {optimizer.rate(run.steps):.3g} in the last"
         )
     if checkpoint:
         log.say(f"going on from {checkpoint.path}, after step {run.step:,} of {run.steps:,}")

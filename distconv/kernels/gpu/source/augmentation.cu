@@ -1,8 +1,11 @@
-// Images changed at random, one thread for each number of y (count = n H W C). kernels/cpu/augmentation.py says what each
-// of an image's ten random numbers is for, and data/augment.py what the amounts are.
+// Images changed at random, one thread for each number of y (count = n H W C). kernels/cpu/augmentation.py says what
+// each of an image's ten random numbers is for, and data/augment.py what the amounts are.
 
-__device__ __forceinline__ float pixel(const float *x, int n, int h, int w, int c, int H, int W, int C) {
-    return h < 0 || h >= H || w < 0 || w >= W ? 0 : x[((n * H + h) * W + w) * C + c];
+// Of x (n, H, W, C), what lies at w (1 - right) + (w + 1) right in a row; 0 outside.
+__device__ __forceinline__ float between(const float *x, int n, int h, int w, int c, int H, int W, int C, float right) {
+    if (h < 0 || h >= H) return 0;
+    const float *row = x + ((n * H + h) * W) * C + c;
+    return (w < 0 || w >= W ? 0 : (1 - right) * row[w * C]) + (w + 1 < 0 || w + 1 >= W ? 0 : right * row[(w + 1) * C]);
 }
 
 extern "C" __global__ void warp(const float *x, const float *numbers, float *y, int count, int H, int W, int C,
@@ -26,7 +29,6 @@ extern "C" __global__ void warp(const float *x, const float *numbers, float *y, 
     float h0 = cosine * from_h - sine * from_w + middle_h, w0 = sine * from_h + cosine * from_w + middle_w;
     int top = (int)floorf(h0), left = (int)floorf(w0);
     float low = h0 - top, right = w0 - left;
-    float upper = (1 - right) * pixel(x, n, top, left, c, H, W, C) + right * pixel(x, n, top, left + 1, c, H, W, C);
-    float lower = (1 - right) * pixel(x, n, top + 1, left, c, H, W, C) + right * pixel(x, n, top + 1, left + 1, c, H, W, C);
+    float upper = between(x, n, top, left, c, H, W, C, right), lower = between(x, n, top + 1, left, c, H, W, C, right);
     y[i] = (1 + (2 * u[7] - 1) * brightness) * ((1 - low) * upper + low * lower);
 }

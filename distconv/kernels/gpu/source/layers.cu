@@ -114,7 +114,8 @@ constexpr int LOSS_THREADS = 256;
 // loss = the sum over n rows of -log softmax(scores)[label]; dscores (n, classes) = its gradient / batch. One block.
 // smoothing: so much of each label is spread over all classes.
 extern "C" __global__ void __launch_bounds__(LOSS_THREADS) softmax_cross_entropy(
-    const float *scores, const int *labels, float *dscores, double *loss, float batch, float smoothing, int n, int classes) {
+    const float *scores, const int *labels, float *dscores, double *loss, float batch, float smoothing, int n,
+    int classes) {
     __shared__ double sums[LOSS_THREADS];
     double mine = 0;
     for (int row = threadIdx.x; row < n; row += LOSS_THREADS) {
