@@ -13,7 +13,7 @@ from distconv.kernels.gpu.arithmetic import Gpu
 from distconv.kernels.interface import FINITE
 from distconv.nn.layerwise import ALL_OPTIMIZERS, LAMB, LARS, Layerwise
 from distconv.nn.optimizers import OPTIMIZERS
-from distconv.nn.parameters import Spec
+from distconv.nn.parameters import Parameters, Spec
 
 LR, DECAY, STEPS = 0.3, 0.02, 4
 
@@ -68,6 +68,13 @@ def test_what_decays_is_scaled_and_what_does_not_is_not(kind: type[Layerwise]) -
     rules = kind(LR).rules()
     assert [[of(spec) for spec in specs] for _, of in rules] == [[True, False, False], [False, True, False]]
     assert [rule.trusting for rule, _ in rules] == [True, False]  # type: ignore[attr-defined]
+
+
+def test_arrays_that_lie_side_by_side_are_moved_one_by_one() -> None:
+    parameters = Parameters({"layer": {"U": Spec((2, 3)), "W": Spec((4,)), "b": Spec((5,), decay=False)}})
+    (matrices, of), _ = LARS(LR).rules()
+    assert parameters.runs(of, apart=matrices.layerwise) == [slice(0, 6), slice(6, 10)]
+    assert parameters.runs(of) == [slice(0, 10)]
 
 
 def test_without_trust_and_decay_lamb_is_adam_but_for_where_epsilon_stands() -> None:

@@ -159,8 +159,9 @@ def test_the_time_asleep_in_the_exchange_is_a_wait(world: World, monkeypatch: py
 
 
 @pytest.mark.parametrize("exchange", ["flat", "buckets"])
-def test_a_batch_in_parts_is_the_batch(world: World, exchange: str) -> None:
-    """Uneven parts, and more parts than a rank has images in the last batch."""
+def test_a_batch_in_parts_is_the_batch(world: World, exchange: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Uneven parts, and more parts than a rank has images in the last batch; a bucket is sent with the last part."""
+    monkeypatch.setattr(buckets, "BUCKET", 10_000)
     exact = dataclasses.replace(SETTINGS, wire="float64", exchange=exchange)
     whole, parts = dataclasses.replace(exact, batch_size=42), dataclasses.replace(exact, batch_size=14, accumulate=3)
     runs = [make_run(world, settings) for settings in (whole, parts)]
