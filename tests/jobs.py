@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,7 +25,10 @@ ENVIRONMENT = {
     "OMPI_ALLOW_RUN_AS_ROOT": "1",
     "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
     "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
+    # Open MPI's mpirun gives up where one that was killed has had its process id, and has left its folder.
+    "PRTE_MCA_prte_tmpdir_base": tempfile.mkdtemp(prefix="mpirun-"),
 }
+atexit.register(shutil.rmtree, ENVIRONMENT["PRTE_MCA_prte_tmpdir_base"], ignore_errors=True)
 
 
 class Job:
@@ -72,11 +78,7 @@ def run(
     ranks: int | None, *arguments: str | Path, seconds: float = 60, flags: Sequence[str] = (), **environment: str
 ) -> subprocess.CompletedProcess[str]:
     """Run `mpirun flags... python arguments...`; see Job. Returns code and output."""
-    result = Job(ranks, arguments, flags, **environment).finish(seconds)
-    if OPEN_MPI and "listener thread failed to start" in result.stderr:
-        # Another mpirun had this process id, and was killed: this one has found its folder, removed it, and given up.
-        result = Job(ranks, arguments, flags, **environment).finish(seconds)
-    return result
+    return Job(ranks, arguments, flags, **environment).finish(seconds)
 
 
 def pair(bad: int, wrong: Sequence[str], right: Sequence[str]) -> list[str]:
