@@ -30,13 +30,15 @@ CLASSIFY = "classify"
 OPTIMIZERS = ("adam", "sgd", "momentum", "nesterov", "adagrad", "rmsprop", "lars", "lamb")
 SCHEDULES = ("constant", "linear", "cosine", "one-cycle", "step", "exponential")
 LR_RULES = ("none", "linear", "sqrt")
-WIRES = ("float16", "float32", "float64")
+EXACT = ("int16", "int32")  # wires on which a sum does not hang on its order
+WIRES = ("float16", "float32", "float64", *EXACT)
 EXCHANGES = ("auto", "flat", "two-level", "buckets", "mpi", "nccl", "cuda-mpi")
 DEVICES = ("auto", "cpu", "cuda")
 PRECISIONS = ("float32", "tf32", "float16", "bfloat16")
 RESUME = ("auto", "never")
 RECIPES = {path.stem: path for path in sorted((Path(__file__).parent / "recipes").glob("*.toml"))}
 LR_BATCH = 100  # the batch size that --lr is meant for where --scale-lr is given
+MOST_SHARDS = 1024  # 16 bits leave each of them 5
 LARGEST_TOML = 1 << 14  # bytes: tomllib's time grows with the square of some files' length
 LONGEST_SHOWN = 200  # characters of a wrong value
 
@@ -157,7 +159,15 @@ class Config:
     wire: str = _one_of(
         WIRES,
         "float16",
-        "numbers that carry the gradients between ranks; float64 computes in float64 too, to compare runs",
+        "numbers that carry the gradients between ranks; float64 computes in float64 too, to compare runs; int16 and "
+        "int32 are for --shards, which takes int16 where no wire is named",
+    )
+    shards: int = _setting(
+        0,
+        "cut each minibatch into so many shards, of which a rank computes one or more, and add them up in whole "
+        "numbers: then 1 to so many ranks train to the same bits; 0: one a rank, and rounding differs",
+        lambda v: 0 <= v <= MOST_SHARDS,
+        f"a whole number from 0 to {MOST_SHARDS}",
     )
     exchange: str = _one_of(
         EXCHANGES,
@@ -241,6 +251,13 @@ class Config:
                     value = "with a number of more than 64 bits"  # Python shows no number of thousands of digits
                 shown = str(value)[:LONGEST_SHOWN]
                 raise UsageError(f"{flag(field.name)} {shown}: expected {expected}{nearest(value, expected)}")
+        if self.shards and self.wire not in EXACT:
+            raise UsageError(
+                f"--shards {self.shards} with --wire {self.wire}: a sum of floats hangs on the number of ranks; use "
+                f"--wire {' or '.join(EXACT)}"
+            )
+        if self.wire in EXACT and not self.shards:
+            raise UsageError(f"--wire {self.wire} adds up shards: say how many by --shards, 8 say, or use float16")
 
     @property
     def step_size(self) -> int:
@@ -326,4 +343,6 @@ def from_command_line(argv: Sequence[str]) -> tuple[Config, bool]:
     settings = read_toml(RECIPES[flags["recipe"]]) if flags["recipe"] else {}
     settings |= read_toml(flags["config"]) if flags["config"] else {}
     settings |= {name: value for name, value in flags.items() if name not in ("recipe", "config", "print_config")}
+    if settings.get("shards"):
+        settings.setdefault("wire", EXACT[0])
     return Config(**settings), flags["print_config"]

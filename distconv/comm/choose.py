@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from distconv.comm.buckets import BUCKET, Buckets
+from distconv.comm.exact import EXACT_WIRES, Exact
 from distconv.comm.exchange import HEADER, Exchange, Flat, TwoLevel
 from distconv.comm.mpi_allreduce import Library
 from distconv.comm.shared_memory import mpi_of
-from distconv.comm.wire import WIRES
+from distconv.comm.wire import WIRES, Wire
 from distconv.errors import UsageError
 
 if TYPE_CHECKING:
@@ -19,10 +21,12 @@ if TYPE_CHECKING:
     from distconv.comm.world import World
 
 
-def choose(world: World, size: int, wire: str, kind: str = "auto") -> Exchange:
+def choose(
+    world: World, size: int, wire: str, kind: str = "auto", header: np.dtype[Any] = HEADER, contributions: int = 0
+) -> Exchange:
     """The exchange of a training run; see select. Raises UsageError, on all ranks alike, which names the flag."""
     try:
-        return select(world.comm, size, wire, kind)
+        return select(world.comm, size, wire, kind, header, contributions=contributions)
     except ValueError as error:
         raise UsageError(f"--exchange {kind} --wire {wire}: {error}; or use --exchange auto") from None
 
@@ -34,13 +38,24 @@ def select(
     kind: str = "auto",
     header: np.dtype[Any] = HEADER,
     overlaps: bool = True,
+    contributions: int = 0,
 ) -> Exchange:
     """The exchange of that kind for vectors (size,) on a communicator; collective.
 
     auto: two-level where it saves bytes between hosts, else in buckets where these are several and cross a network,
-    else flat. overlaps: parts of the vector will be ready before others, which is what buckets are for. Raises
-    ValueError, on all ranks alike, for a kind that these ranks cannot have.
+    else flat. overlaps: parts of the vector will be ready before others, which is what buckets are for. contributions:
+    vectors of all ranks together, on an exact wire, where that is not one a rank. Raises ValueError, on all ranks
+    alike, for a kind that these ranks cannot have.
     """
+    if wire in EXACT_WIRES:
+        if kind == "buckets":
+            raise ValueError("whole numbers are made of all vectors at once, so no bucket is ready before the others")
+        exact = replace(EXACT_WIRES[wire], contributions=contributions or comm.size)
+        return Exact(comm, size, exact, _select(comm, size, exact.numbers, kind, header, False))
+    return _select(comm, size, WIRES[wire], kind, header, overlaps)
+
+
+def _select(comm: MPI.Comm, size: int, wire: Wire, kind: str, header: np.dtype[Any], overlaps: bool) -> Exchange:
     if kind == "mpi":
         return Library(comm, size, wire, header)
     MPI = mpi_of(comm)
@@ -48,7 +63,7 @@ def select(
     hosts = comm.allreduce(int(local.rank == 0))
     if kind == "two-level" or (kind == "auto" and comm.size > hosts > 1):
         try:
-            return TwoLevel(comm, local, size, WIRES[wire], header)
+            return TwoLevel(comm, local, size, wire, header)
         except ValueError:
             if kind == "two-level":
                 local.Free()
@@ -59,5 +74,5 @@ def select(
         raise ValueError("this MPI does not let a thread send (MPI_THREAD_SERIALIZED)")
     crosses_network = kind == "auto" and hosts > 1 and threads and overlaps
     if kind == "buckets" or (crosses_network and size >= 2 * BUCKET):
-        return Buckets(size, lambda n: Flat(comm, n, WIRES[wire], patient=True, header=header), header)
-    return Flat(comm, size, WIRES[wire], header=header)
+        return Buckets(size, lambda n: Flat(comm, n, wire, patient=True, header=header), header)
+    return Flat(comm, size, wire, header=header)

@@ -35,21 +35,28 @@ if TYPE_CHECKING:
 
 MOST_SUMS = 4
 
-# What a rank tells the others in a training step. A structured NumPy scalar, so that it travels as bytes before the
-# gradient.
-HEADER: np.dtype[Any] = np.dtype(
-    [
-        ("step", np.int64),
-        ("samples", np.int64),
-        ("sums", np.float64, (MOST_SUMS,)),  # of what the task learns, over its samples: the loss first
-        ("bad_at", np.int64),  # where this rank's gradient first holds an infinity or NaN, or -1; filled in by sum
-        ("stop", np.int64),  # 1: this rank was asked to stop
-        ("save", np.int64),  # 1: this rank wants a state that may be saved
-        ("checksum", np.uint64),  # of the parameters and the optimizer's state: all ranks hold the same
-        ("changed", np.int64),  # 1: its parameters or the optimizer's state have changed between updates
-        ("busy_seconds", np.float64),  # since the end of its last exchange: who is slow, and who waits
-    ]
-)
+
+def step_header(shards: int = 1) -> np.dtype[Any]:
+    """What a rank tells the others in a training step, where no rank has more shards of the batch than these.
+
+    A structured NumPy scalar, so that it travels as bytes before the gradient.
+    """
+    return np.dtype(
+        [
+            ("step", np.int64),
+            ("samples", np.int64),
+            ("sums", np.float64, (shards, MOST_SUMS)),  # of what the task learns, over a shard: the loss first
+            ("bad_at", np.int64),  # where this rank's gradient first holds an infinity or NaN, or -1; filled in by sum
+            ("stop", np.int64),  # 1: this rank was asked to stop
+            ("save", np.int64),  # 1: this rank wants a state that may be saved
+            ("checksum", np.uint64),  # of the parameters and the optimizer's state: all ranks hold the same
+            ("changed", np.int64),  # 1: its parameters or the optimizer's state have changed between updates
+            ("busy_seconds", np.float64),  # since the end of its last exchange: who is slow, and who waits
+        ]
+    )
+
+
+HEADER = step_header()
 Headers = NDArray[Any]
 Refusal = Callable[[Headers], bool]
 
@@ -70,8 +77,9 @@ class Exchange(Protocol):
     def sum(self, vector: Array, header: Headers, refused: Refusal | None = None) -> Headers:
         """Replace vector by its sum over all ranks, the same bits on each. Returns the headers (P,) in rank order.
 
-        vector: (size,), contiguous, of the wire's dtype; this is not checked. refused: is given the headers before
-        vector changes, and must say the same on all ranks; where it says so, vector stays as it is.
+        vector: (size,), contiguous, of the wire's dtype; this is not checked. exact.py takes several of them. refused:
+        is given the headers before vector changes, and must say the same on all ranks; where it says so, vector stays
+        as it is.
         """
         ...
 
@@ -139,7 +147,7 @@ class Flat:
             if owner != self.rank:
                 finite &= wire.encode(vector[self.parts[owner]], body)
         if is_own:
-            header["bad_at"] = -1 if finite else wire.first_bad(vector)
+            wire.mark_bad(vector, header, finite)
         for head in self.heads:
             head[...] = header
         transport.scatter()
@@ -206,7 +214,7 @@ class TwoLevel:
         """See Exchange."""
         if not self.owned:
             closed()
-        header["bad_at"] = self.wire.first_bad(vector)
+        self.wire.mark_bad(vector, header)
         self.vectors[self.local_rank] = vector
         barrier = self.space.barrier
         barrier()

@@ -12,13 +12,13 @@ import numpy as np
 
 from distconv.comm.exchange import HEADER, Headers, Refusal, header_bytes
 from distconv.comm.shared_memory import closed
-from distconv.comm.wire import WIRES
+from distconv.comm.wire import Wire
 from distconv.kernels.interface import Array
 
 if TYPE_CHECKING:
     from mpi4py import MPI
 
-SUMMED = ("float16", "float32", "float64")  # what MPI libraries have types for
+SUMMED = ("float16", "float32", "float64", "int16", "int32")  # what MPI libraries have types for
 
 
 class Library:
@@ -28,15 +28,15 @@ class Library:
     how = "mpi, the library's own Allreduce"
     waited = 0.0
 
-    def __init__(self, comm: MPI.Comm, size: int, wire: str, header: np.dtype[Any] = HEADER) -> None:
+    def __init__(self, comm: MPI.Comm, size: int, wire: Wire, header: np.dtype[Any] = HEADER) -> None:
         """Raises ValueError, on all ranks alike, where the library cannot sum the wire's type."""
-        if wire not in SUMMED:
-            raise ValueError(f"MPI has no type for {wire}; use one of {', '.join(SUMMED)} on the wire")
-        if wire == "float16" and (problem := half_problem(comm)):
+        if wire.name not in SUMMED:
+            raise ValueError(f"MPI has no type for {wire.name}; use one of {', '.join(SUMMED)} on the wire")
+        if wire.name == "float16" and (problem := half_problem(comm)):
             raise ValueError(f"{problem}; use another exchange, or float32 on the wire")
         header_bytes(header)
-        self.comm, self.wire, self.header = comm, WIRES[wire], header
-        self.ours, self.sums = np.zeros((2, size), wire)
+        self.comm, self.wire, self.header = comm, wire, header
+        self.ours, self.sums = np.zeros((2, size), wire.name)
         self.bytes_sent = round(2 * (comm.size - 1) / comm.size * self.ours.nbytes)  # what a ring sends, not counted
 
     def close(self) -> None:
@@ -46,7 +46,7 @@ class Library:
         """See Exchange; halves are not scaled, so that what the library does with them can be seen."""
         if vector.size != self.ours.size:
             closed()
-        header["bad_at"] = self.wire.first_bad(vector)
+        self.wire.mark_bad(vector, header)
         gathered = np.zeros((self.comm.size, self.header.itemsize), np.uint8)
         self.comm.Allgather(np.frombuffer(header.tobytes(), np.uint8), gathered)
         headers: Headers = gathered.reshape(-1).view(self.header)

@@ -38,7 +38,10 @@ class WireHealth:
 
 
 class WireProbe:
-    """Sums gradients (size,), or samples of them, once more on a float32 wire, by an exchange that connect(n) makes."""
+    """Sums gradients (size,), or samples of them, once more on a float32 wire, by an exchange that connect(n) makes.
+
+    Of shards, the sum is once more in whole numbers, of 32 bits, so that it has the same bits for any number of ranks.
+    """
 
     def __init__(self, wire: Wire, size: int, connect: Callable[[int], Exchange]) -> None:
         self.wire, self.size, self.exact = wire, size, connect(min(size, SAMPLE))
@@ -46,12 +49,13 @@ class WireProbe:
         self.health = WireHealth(float("nan"), float("nan"), float("nan"))
 
     def sample(self, vector: Array) -> Array:
-        """A copy of what is compared of a gradient (size,): all of it, or SAMPLE numbers in blocks as the wire's."""
-        if vector.size <= SAMPLE:
+        """A copy of what is compared of gradients (..., size): all, or SAMPLE numbers each in blocks as the wire's."""
+        if self.size <= SAMPLE:
             return vector.copy()
-        blocks = vector[: vector.size // BLOCK * BLOCK].reshape(-1, BLOCK)
-        chosen = np.arange(SAMPLE // BLOCK) * len(blocks) // (SAMPLE // BLOCK)
-        return blocks[chosen].reshape(-1)
+        several = vector.shape[:-1]
+        blocks = vector[..., : self.size // BLOCK * BLOCK].reshape(*several, -1, BLOCK)
+        chosen = np.arange(SAMPLE // BLOCK) * blocks.shape[-2] // (SAMPLE // BLOCK)
+        return blocks[..., chosen, :].reshape(*several, -1)
 
     def time(self) -> None:
         """Find out how long the exchange of a gradient takes on a float32 wire; collective.
@@ -64,10 +68,14 @@ class WireProbe:
         self.seconds = statistics.median(tries) * self.size / zeros.size
 
     def compare(self, share: Array, total: Array) -> None:
-        """Measure on the sample of this rank's share, and on the sum (size,) that the run's own exchange made."""
-        arrived, exact = self.wire.there_and_back(share), share.copy()
-        flushed = float(np.count_nonzero((arrived == 0) & (share != 0)) / share.size)
+        """Measure on the sample of this rank's share, and on the sum (size,) that the run's own exchange made.
+
+        share: (m,), or (K, m) where this rank has several shards; the first is what is sent.
+        """
+        exact, first = share.copy(), share.reshape(-1, share.shape[-1])[0]
+        flushed = float(np.count_nonzero((self.wire.there_and_back(first) == 0) & (first != 0)) / first.size)
         self._sum(exact)
+        exact = exact.reshape(-1, share.shape[-1])[0]
         with np.errstate(invalid="ignore", over="ignore"):
             norm = float(np.linalg.norm(exact))
             error = float(np.linalg.norm(self.sample(total) - exact)) / norm if norm else 0.0

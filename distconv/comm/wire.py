@@ -76,6 +76,10 @@ class Wire:
         self.decode(message, numbers)
         self.first_bad(numbers)
 
+    def mark_bad(self, x: Array, header: Any, finite: bool = False) -> None:
+        """Write into a header where x is first not finite, or -1; finite: it is known to be."""
+        header["bad_at"] = -1 if finite else self.first_bad(x)
+
     def first_bad(self, x: Array) -> int:
         """Index of the first infinity or NaN of x, or -1."""
         for piece in _pieces(x.size):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,7 +29,39 @@ def batches(n: int, batch_size: int) -> int:
     return -(-n // batch_size)
 
 
-def shard(order: NDArray[np.int64], batch: int, batch_size: int, size: int, rank: int) -> NDArray[Any]:
-    """The samples of batch number `batch` of an epoch that belong to rank; may be empty in the last batch."""
-    samples = order[batch * batch_size : (batch + 1) * batch_size]
-    return samples[split(len(samples), size, rank)]
+@dataclass(frozen=True)
+class Shards:
+    """How samples are dealt out: in `count` shards, of which a rank among `size` has one or more, side by side.
+
+    Where nobody asks for more, each rank has one. What is computed shard by shard, and added up in their order, does
+    not hang on the number of ranks.
+    """
+
+    count: int
+    size: int
+    rank: int
+
+    @property
+    def own(self) -> range:
+        """The numbers of this rank's."""
+        return range(self.count)[split(self.count, self.size, self.rank)]
+
+    @property
+    def most(self) -> int:
+        """How many a rank has at most."""
+        return -(-self.count // self.size)
+
+    def part(self, n: int) -> slice:
+        """Which of n samples are this rank's; may be none."""
+        return slice(split(n, self.count, self.own.start).start, split(n, self.count, self.own.stop - 1).stop)
+
+    def parts(self, n: int) -> list[slice]:
+        """Which of these are those of each of its shards."""
+        start = self.part(n).start
+        slices = (split(n, self.count, shard) for shard in self.own)
+        return [slice(part.start - start, part.stop - start) for part in slices]
+
+    def samples(self, order: NDArray[np.int64], batch: int, batch_size: int) -> NDArray[np.int64]:
+        """This rank's samples of batch number `batch` of an epoch; may be none in the last batch."""
+        samples = order[batch * batch_size : (batch + 1) * batch_size]
+        return samples[self.part(len(samples))]

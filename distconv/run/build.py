@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from distconv.comm.choose import choose
-from distconv.comm.exchange import MOST_SUMS
+from distconv.comm.exact import EXACT_WIRES
+from distconv.comm.exchange import MOST_SUMS, step_header
 from distconv.comm.on_cpu import DeviceExchange, OnCpu
 from distconv.comm.on_gpu import choose_on_gpu, first_problem
 from distconv.comm.placement import Placement, place
@@ -22,7 +23,7 @@ from distconv.comm.world import World
 from distconv.config import CLASSIFY, LR_BATCH, Config
 from distconv.data.augment import Augmentation, Augmented, named_augmentation
 from distconv.data.data import Data
-from distconv.data.shard import batches
+from distconv.data.shard import Shards, batches
 from distconv.errors import UsageError
 from distconv.factory import call_factory
 from distconv.kernels.compiled import CACHE
@@ -90,14 +91,19 @@ def build_run(
     # A user's layer may look at gradients before the backward pass is over.
     apart = is_ours(model)
     kernels = Cpu(parameters.vector.dtype) if device is None else Gpu(device, settings.precision, apart)
-    exchange = choose_exchange(settings, kernels, parameters.size, world, shared)
-    exact = "float64" if settings.wire == "float64" else "float32"
-    probe = WireProbe(WIRES[settings.wire], parameters.size, lambda size: choose(world, size, exact))
+    shards = Shards(settings.shards or world.size, world.size, world.rank)
+    exchange = choose_exchange(settings, kernels, parameters.size, world, shared, shards)
+    compared = {"float64": "float64"} | dict.fromkeys(EXACT_WIRES, "int32")
+    probe = WireProbe(
+        exchange.wire,
+        parameters.size,
+        lambda size: choose(world, size, compared.get(settings.wire, "float32"), contributions=shards.count),
+    )
     replica = Replica(
-        kernels, model, parameters, task, data, optimizer, exchange, settings,
+        kernels, model, parameters, task, data, optimizer, exchange, settings, shards,
         lambda problem: first_problem(world, problem),
     )  # fmt: skip
-    run = Run(settings, data, task, replica, world, probe)
+    run = Run(settings, data, task, replica, world, probe, shards)
     compile_kernels(run)
     return run
 
@@ -200,7 +206,7 @@ def build_model(
     with world.together():
         model, specs = build_network(settings.model, data.image_shape, data.classes, task.output_shape(data), model)
         try:
-            parameters = Parameters(specs, WIRES[settings.wire].dtype)  # no use in sums finer than what is summed
+            parameters = Parameters(specs, (EXACT_WIRES | WIRES)[settings.wire].dtype)  # no finer than what is summed
         except (MemoryError, ValueError) as error:
             raise UsageError(f"--model {settings.model} has {count(specs):,} parameters: {error}") from None
     agree_on_code(world, settings.model, settings.data, settings.task, settings.optimizer, settings.augment)
@@ -220,7 +226,9 @@ def check_for_gpu(settings: Config, optimizer: Optimizer, world: World) -> None:
             raise UsageError(f"the optimizer {kind} has a formula of its own, which only the CPU has: use --device cpu")
 
 
-def choose_exchange(settings: Config, kernels: Kernels, size: int, world: World, shared: bool) -> DeviceExchange:
+def choose_exchange(
+    settings: Config, kernels: Kernels, size: int, world: World, shared: bool, shards: Shards
+) -> DeviceExchange:
     """The exchange that the settings name, where the kernels compute; collective. shared: some GPU has several ranks.
 
     Raises UsageError.
@@ -228,10 +236,12 @@ def choose_exchange(settings: Config, kernels: Kernels, size: int, world: World,
     with world.together():
         if kernels.name == "cpu" and settings.exchange in ("nccl", "cuda-mpi"):
             raise UsageError(f"--exchange {settings.exchange} joins GPUs, but these ranks compute on the CPU: use auto")
+        if kernels.name != "cpu" and settings.shards:
+            raise UsageError(f"--shards {settings.shards} is for ranks that compute on the CPU: use --device cpu")
     with world.together():  # collective inside too, but where it raises it does so on all ranks
         if isinstance(kernels, Gpu):
             return choose_on_gpu(world, kernels, size, settings.wire, settings.exchange, shared)
-        return OnCpu(choose(world, size, settings.wire, settings.exchange))
+        return OnCpu(choose(world, size, settings.wire, settings.exchange, step_header(shards.most), shards.count))
 
 
 def compile_kernels(run: Run) -> None:

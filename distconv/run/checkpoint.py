@@ -280,7 +280,7 @@ def check_same_run(checkpoint: Checkpoint, config: Config, data_digest: str) -> 
             f"{checkpoint.path} was made with the data set {checkpoint.data['name']} of SHA-256 "
             f"{checkpoint.data['digest'][:12]}..., not {data_digest[:12]}...: give the same by --data, or another --out"
         )
-    may_differ = (*CHANGES, "wire", "precision", "epochs", "eval_samples")
+    may_differ = (*CHANGES, "wire", "shards", "precision", "epochs", "eval_samples")
     return [
         f"{name} is now {want[name]}, was {was}"
         for name in may_differ

@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from distconv.comm.exchange import HEADER, MOST_SUMS, Headers
-from distconv.data.shard import epoch_order, shard
+from distconv.comm.exchange import MOST_SUMS, Headers
+from distconv.data.shard import epoch_order
 from distconv.errors import DistconvError, DivergedError
 from distconv.nn.optimizers import EMA
 from distconv.nn.parameters import Parameters
@@ -129,20 +129,21 @@ def _step(
 ) -> tuple[StepRecord, bool]:
     """One synchronous step of all ranks: its record, and whether any rank was asked to stop."""
     world, replica, step, batch_size = run.world, run.replica, run.step, run.config.step_size
-    mine = shard(order, batch, batch_size, world.size, world.rank)
+    mine = run.shards.samples(order, batch, batch_size)
     global_batch = len(order[batch * batch_size : (batch + 1) * batch_size])
     last_of_epoch = batch + 1 == run.steps_per_epoch
     following = None  # the epoch's last batch may be of another size, and where the run stops, nothing follows
     if ahead and world.size == 1 and not (stop or save) and batch + 2 < run.steps_per_epoch:
-        following = shard(order, batch + 1, batch_size, world.size, world.rank)
+        following = run.shards.samples(order, batch + 1, batch_size)
 
     world.at("compute", step)
     began = time.perf_counter()
     sums = replica.compute(step, mine, global_batch, following)
     world.at("exchange")
     ready = time.perf_counter()
-    told = (step, len(mine), _padded(sums), -1, stop, save, run.checksum, run.corrupted, ready - run.exchanged)
-    header, waited = np.array(told, HEADER), replica.exchange.waited
+    told = (step, len(mine), 0, -1, stop, save, run.checksum, run.corrupted, ready - run.exchanged)
+    header, waited = np.array(told, replica.header), replica.exchange.waited
+    header["sums"][: len(sums), : sums.shape[1]] = sums
     headers = replica.sum(step, header)
     run.exchanged = time.perf_counter()
     wait = max(float(headers["busy_seconds"].max() - header["busy_seconds"]), replica.exchange.waited - waited)
@@ -152,7 +153,7 @@ def _step(
     run.corrupted = replica.checksum() != run.checksum
     good = replica.update(step)
     run.checksum = replica.checksum()
-    totals = headers["sums"].sum(axis=0)
+    totals = headers["sums"].reshape(-1, MOST_SUMS).cumsum(axis=0)[-1]  # shard by shard, so in the same order always
     _note_loss(run, good, float(totals[0]), global_batch, headers)
     stopping, asked = bool(headers["stop"].any()), bool(headers["save"].any())
     agreed = not last_of_epoch and (stopping or asked)
@@ -176,10 +177,6 @@ def _step(
         agreed=agreed,
     )
     return record, stopping
-
-
-def _padded(sums: Sequence[float]) -> list[float]:
-    return [*sums, *[0.0] * (MOST_SUMS - len(sums))]
 
 
 def _check_headers(run: Run, headers: Headers, global_batch: int) -> None:
@@ -268,6 +265,6 @@ def _score(run: Run, part: str, averaged: bool = False) -> float:
 def _probe_the_wire(run: Run, epoch: int) -> None:
     """Look at what the wire makes of a gradient: that of the epoch's first batch at the weights of its end."""
     order = epoch_order(run.config.seed, epoch, run.data.size("train"))
-    mine = shard(order, 0, run.config.step_size, run.world.size, run.world.rank)
+    mine = run.shards.samples(order, 0, run.config.step_size)
     share = run.probe.sample(run.replica.share(run.step, mine, len(order[: run.config.step_size])))
     run.probe.compare(share, run.replica.sum_shares())

@@ -8,7 +8,7 @@ import numpy as np
 
 from distconv.comm.world import World
 from distconv.data.data import Data
-from distconv.data.shard import split
+from distconv.data.shard import Shards
 from distconv.kernels.cpu.device import Cpu
 from distconv.kernels.interface import Array, Kernels
 from distconv.nn.layers import Context, Layer
@@ -22,29 +22,35 @@ def scores(data: Data, model: Layer, values: Views, kernels: Cpu, world: World) 
     A share is what `split` says, so those of all ranks one after another are the scores of all samples.
     """
     found = []
-    for context in _contexts(data.size("test"), kernels, world):
+    share = Shards(world.size, world.size, world.rank).part(data.size("test"))
+    for context in _contexts(share, kernels, world):
         x, _ = data.batch("test", context.samples, context)
         found.append(model.forward(x, values, context)[0])
     return np.concatenate(found) if found else np.empty((0, data.classes), kernels.dtype)
 
 
 def measure(
-    task: Task, data: Data, part: str, model: Layer, values: Views, kernels: Kernels, world: World, most: int = 0
-) -> tuple[float, float]:
+    task: Task, data: Data, part: str, model: Layer, values: Views, kernels: Kernels, world: World, shards: Shards,
+    most: int = 0
+) -> tuple[float, float]:  # fmt: skip
     """The two sums of Task.evaluate over the first `most` samples of a part (0: all), each once; collective.
 
-    The ranks' sums are added up in their order, so all have the same bits.
+    Those of the shards are added up in their order, so all ranks have the same bits.
     """
-    size, sums = data.size(part), np.zeros(2)
-    for context in _contexts(min(most or size, size), kernels, world):
-        sums += task.evaluate(model, values, data.batch(part, context.samples, context), context)
-    score, weight = np.sum(world.comm.allgather(sums), axis=0)
+    size, found = data.size(part), []
+    count = min(most or size, size)
+    start = shards.part(count).start
+    for shard in shards.parts(count):
+        sums = np.zeros(2)
+        for context in _contexts(slice(start + shard.start, start + shard.stop), kernels, world):
+            sums += task.evaluate(model, values, data.batch(part, context.samples, context), context)
+        found.append(sums)
+    score, weight = np.concatenate(world.comm.allgather(found)).cumsum(axis=0)[-1]
     return float(score), float(weight)
 
 
-def _contexts(count: int, kernels: Kernels, world: World) -> Iterator[Context]:
-    """One for each batch of this rank's share of the first `count` samples."""
-    mine = split(count, world.size, world.rank)
+def _contexts(mine: slice, kernels: Kernels, world: World) -> Iterator[Context]:
+    """One for each batch of these samples."""
     for start in range(mine.start, mine.stop, kernels.evaluation_batch):
         world.at("evaluate")
         samples = np.arange(start, min(start + kernels.evaluation_batch, mine.stop), dtype=np.int32)

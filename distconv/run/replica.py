@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from distconv.comm.exchange import HEADER, Headers
+from distconv.comm.exchange import Headers, step_header
 from distconv.comm.on_cpu import DeviceExchange
 from distconv.config import Config
 from distconv.data.data import Data
-from distconv.data.shard import split
+from distconv.data.shard import Shards, split
 from distconv.errors import DistconvError
 from distconv.kernels.interface import FINITE, Agreed, Array, Kernels
 from distconv.nn.fusion import fused
@@ -35,26 +35,36 @@ class Replica:
     """The vectors of a model on a device. Those of `parameters` and `state`, on the host, are up to date after pull().
 
     Of the settings it takes seed, step_size, accumulate, ema and clip_norm. With ema, the state has the average of the
-    weights besides, in the slot EMA. agreed: see Device.replayed; collective.
+    weights besides, in the slot EMA. shards: of which this rank computes its own, one after the other. agreed: see
+    Device.replayed; collective.
     """
 
     def __init__(
         self, kernels: Kernels, model: Layer, parameters: Parameters, task: Task, data: Data, optimizer: Optimizer,
-        exchange: DeviceExchange, settings: Config, agreed: Agreed
+        exchange: DeviceExchange, settings: Config, shards: Shards, agreed: Agreed
     ) -> None:  # fmt: skip
         self.kernels, self.device = kernels, kernels.device
         self.model = fused(model) if kernels.fuses else model
         self.parameters, self.task, self.data, self.optimizer = parameters, task, data, optimizer
-        self.exchange, self.settings, self.agreed = exchange, settings, agreed
+        self.exchange, self.settings, self.shards, self.agreed = exchange, settings, shards, agreed
         self.state = optimizer.new_state(parameters.size, parameters.vector.dtype)
         self.slots = tuple(self.state)  # those of the optimizer
         if settings.ema:
             self.state[EMA] = parameters.vector.copy()
-        self.vector, self.gradient = self.device.upload(parameters.vector), self.device.upload(parameters.gradient)
-        self.values, self.grads = parameters.nested(self.vector), parameters.nested(self.gradient)
+        self.header = step_header(shards.most)
+        # A gradient for each shard. The exchange puts the sum into the first, or into the only one.
+        K = len(shards.own)
+        several = np.zeros((K, parameters.size), parameters.gradient.dtype) if K > 1 else parameters.gradient
+        self.vector, self.shares = self.device.upload(parameters.vector), self.device.upload(several)
+        rows = self.shares.reshape(K, parameters.size)
+        self.gradient, self.values = rows[0], parameters.nested(self.vector)
+        self.grads_by_shard = [parameters.nested(row) for row in rows]
+        self.grads = self.grads_by_shard[0]
         self.state_there = {slot: self.device.upload(vector) for slot, vector in self.state.items()}
         self.averages = parameters.nested(self.state_there[EMA]) if settings.ema else self.values
-        self.mailbox = kernels.mailbox(len(self._numbers(0)), settings.step_size, len(task.sums) * settings.accumulate)
+        self.mailbox = kernels.mailbox(
+            len(self._numbers(0)), settings.step_size, len(task.sums) * settings.accumulate * K
+        )
         self.trained = [
             (part, rule) for rule, of in optimizer.rules() for part in parameters.runs(of, apart=optimizer.layerwise)
         ]
@@ -63,20 +73,23 @@ class Replica:
         self.decaying = parameters.runs(lambda spec: spec.trained and spec.decay) if decays else []
         self.begun: dict[int, Any] = {}  # steps whose results nobody has waited for yet, by their number
 
-    def compute(self, step: int, samples: Samples, global_batch: int, following: Samples | None = None) -> list[float]:
-        """Compute this rank's share of the gradient, and what else of the step needs no host -> the task's sums.
+    def compute(self, step: int, samples: Samples, global_batch: int, following: Samples | None = None) -> Array:
+        """Compute this rank's share of the gradient, and what else of the step needs no host.
 
         samples (N,) are its part of the batch, and may be none. following: those of the next step, which has the same
-        global batch, if it may begin at once.
+        global batch, if it may begin at once. Returns the task's sums over each of its shards, (K, sums) float64.
         """
         if step not in self.begun:
             self._begin(step, samples, global_batch)
         if following is not None and self.exchange.needs_no_host:
             self._begin(step + 1, following, global_batch)
         self.device.wait(self.begun.pop(step))
-        count, parts = len(self.task.sums), len(self._parts(len(samples)))
-        found = np.array(self.mailbox.sums(step)[: parts * count], np.float64).reshape(parts, count)
-        return [float(total) for total in found.sum(axis=0)]
+        count, parts = len(self.task.sums), self._parts(len(samples), global_batch)
+        found = np.array(self.mailbox.sums(step)[: len(parts) * count], np.float64).reshape(-1, count)
+        sums = np.zeros((len(self.grads_by_shard), count))
+        for (k, _), of_part in zip(parts, found, strict=True):
+            sums[k] += of_part
+        return sums
 
     def sum(self, step: int, header: Headers) -> Headers:
         """Sum the gradient over the ranks; see Exchange."""
@@ -106,7 +119,7 @@ class Replica:
 
         def work() -> Sequence[Any]:
             sums = self._differentiate(len(samples), global_batch)
-            self.exchange.before(self.gradient, self.mailbox.bad)
+            self.exchange.before(self.shares, self.mailbox.bad)
             if whole:
                 self._finish()
             return sums
@@ -127,9 +140,9 @@ class Replica:
         sends: an exchange that can may begin with the numbers that are final.
         """
         kernels, mailbox = self.kernels, self.mailbox
-        kernels.begin_step(self.gradient, mailbox.bad)
+        kernels.begin_step(self.shares, mailbox.bad)
         sums: list[Any] = []
-        for part in self._parts(n):
+        for k, part in self._parts(n, global_batch):
             samples, last = mailbox.samples[part], part.stop == n
             context = Context(
                 training=True,
@@ -141,13 +154,19 @@ class Replica:
                 global_batch=global_batch,
             )
             batch = self.data.batch("train", samples, context)
-            sums += self.task.gradient(self.model, self.values, self.grads, batch, context)
+            sums += self.task.gradient(self.model, self.values, self.grads_by_shard[k], batch, context)
             self.device.join()
         return sums
 
-    def _parts(self, n: int) -> list[slice]:
-        """The parts of n samples, one after the other; none is empty."""
-        return [split(n, self.settings.accumulate, i) for i in range(min(n, self.settings.accumulate))]
+    def _parts(self, n: int, global_batch: int) -> list[tuple[int, slice]]:
+        """The parts of n samples, one after the other, each with the number of its shard; none is empty."""
+        parts = []
+        for k, shard in enumerate(self.shards.parts(global_batch) if len(self.grads_by_shard) > 1 else [slice(0, n)]):
+            size = shard.stop - shard.start
+            for i in range(min(size, self.settings.accumulate)):
+                part = split(size, self.settings.accumulate, i)
+                parts.append((k, slice(shard.start + part.start, shard.start + part.stop)))
+        return parts
 
     def _sender(self) -> Callable[[str], None] | None:
         """What sends off the gradients of a layer of the model, and of those behind it, when they are final.
@@ -156,7 +175,7 @@ class Replica:
         """
         if not isinstance(self.task, Classification):
             return None
-        send = self.exchange.sender(self.gradient)
+        send = self.exchange.sender(self.gradient) if len(self.grads_by_shard) == 1 else None
         return None if send is None else lambda layer: send(self.parameters.start(layer))
 
     def _finish(self) -> None:
@@ -178,17 +197,20 @@ class Replica:
             kernels.average(self.state_there[EMA], self.vector, mailbox.numbers[-1:], mailbox.bad)
 
     def share(self, step: int, samples: Samples, global_batch: int) -> Array:
-        """This rank's share of a gradient, on the host until anything else is computed; no step is made."""
+        """This rank's share of a gradient, on the host until anything else is computed; no step is made.
+
+        (size,), or (K, size) where it has K shards.
+        """
         self.mailbox.send(step, self._numbers(step), samples)
         self._differentiate(len(samples), global_batch, sends=False)
-        gradient: Array = self.device.download(self.gradient)
-        return gradient
+        shares: Array = self.device.download(self.shares)
+        return shares
 
     def sum_shares(self) -> Array:
         """The sum of the last shares over the ranks, likewise; collective."""
-        self.exchange.before(self.gradient, self.mailbox.bad)
+        self.exchange.before(self.shares, self.mailbox.bad)
         self.device.synchronize()
-        self.exchange.travel(np.zeros((), HEADER))
+        self.exchange.travel(np.zeros((), self.header))
         self.exchange.after(self.gradient, self.mailbox.bad)
         gradient: Array = self.device.download(self.gradient)
         return gradient

@@ -11,7 +11,7 @@ from distconv.comm.probe import WireProbe
 from distconv.comm.world import World
 from distconv.config import Config
 from distconv.data.data import Data
-from distconv.data.shard import batches
+from distconv.data.shard import Shards, batches
 from distconv.kernels.interface import Array
 from distconv.nn.parameters import Parameters, digest
 from distconv.run.measure import measure
@@ -29,6 +29,7 @@ class Run:
     replica: Replica
     world: World
     probe: WireProbe
+    shards: Shards
     step: int = 0  # steps done since the first epoch began
     loss_sum: float = 0.0  # over the samples of this epoch so far, skipped steps left out
     samples: int = 0  # in loss_sum
@@ -68,7 +69,8 @@ class Run:
         """
         replica = self.replica
         values = replica.averages if averaged else replica.values
-        return measure(self.task, self.data, part, replica.model, values, replica.kernels, self.world, most)
+        kernels, shards = replica.kernels, self.shards
+        return measure(self.task, self.data, part, replica.model, values, kernels, self.world, shards, most)
 
     def position(self) -> dict[str, Any]:
         epoch, batch = divmod(self.step, self.steps_per_epoch)

@@ -136,6 +136,11 @@ def check_settings(settings: Config, world: World) -> None:
             f"--batch-size {settings.batch_size} with {world.size} ranks: every rank needs at least one image of the "
             f"global batch; use --batch-size {world.size} or more, or fewer ranks"
         )
+    if settings.shards and not world.size <= settings.shards <= settings.step_size:
+        raise errors.UsageError(
+            f"--shards {settings.shards} with {world.size} ranks and --batch-size {settings.batch_size}: a number from "
+            "that of the ranks to that of the images of a step was expected"
+        )
 
 
 def resume(run: Run, out: Path, log: RunLog) -> Checkpoint | None:
@@ -170,13 +175,16 @@ def introduce(run: Run, out: Path, data_name: str, checkpoint: Checkpoint | None
         run.world, run.data, run.config, run.replica.exchange, run.replica.kernels.name
     )  # fmt: skip
     threads = blas_threads()
+    wire = f"{settings.wire} on the wire"
+    if settings.shards:
+        wire = f"{settings.shards} shards, which give the same bits on 1 to {settings.shards} ranks, {wire}"
     where = f"{device} in {settings.precision}"
     if device == "cpu":
         where = f"cpu with {threads} BLAS thread{'s' * (threads > 1)} a rank"
     log.say(
         f"distconv {__version__}: {world.size} rank{'s' * (world.size > 1)} on {world.hosts} "
         f"host{'s' * (world.hosts > 1)}, {where}, {world.library} | "
-        f"{settings.model}, {run.parameters.size:,} parameters, {settings.wire} on the wire ({exchange.how}) | "
+        f"{settings.model}, {run.parameters.size:,} parameters, {wire} ({exchange.how}) | "
         f"{data_name}, {data.size('train'):,} training and {data.size('test'):,} test images"
     )
     optimizer = run.replica.optimizer
@@ -197,6 +205,7 @@ def introduce(run: Run, out: Path, data_name: str, checkpoint: Checkpoint | None
         precision=settings.precision,
         blas_threads=threads,
         wire=settings.wire,
+        shards=settings.shards,
         exchange=exchange.how,
         bus_bytes=exchange.bus_bytes,  # of a step, between a GPU and its host
         model=settings.model,
