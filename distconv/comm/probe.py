@@ -14,6 +14,7 @@ import numpy as np
 
 from distconv.comm.exchange import HEADER, Exchange
 from distconv.comm.wire import Wire
+from distconv.kernels.cpu import updates
 from distconv.kernels.interface import BLOCK, Array
 
 if TYPE_CHECKING:
@@ -77,8 +78,8 @@ class WireProbe:
         self._sum(exact)
         exact = exact.reshape(-1, share.shape[-1])[0]
         with np.errstate(invalid="ignore", over="ignore"):
-            norm = float(np.linalg.norm(exact))
-            error = float(np.linalg.norm(self.sample(total) - exact)) / norm if norm else 0.0
+            norm = float(updates.norm(exact))
+            error = float(updates.norm(self.sample(total) - exact)) / norm if norm else 0.0
             largest = abs(float(max(total.max(), -total.min())))
             self.health = WireHealth(largest, flushed, error)
 

@@ -90,7 +90,9 @@ def build_run(
         check_for_gpu(settings, optimizer, world)
     # A user's layer may look at gradients before the backward pass is over.
     apart = is_ours(model)
-    kernels = Cpu(parameters.vector.dtype) if device is None else Gpu(device, settings.precision, apart)
+    kernels: Kernels = Cpu(parameters.vector.dtype, in_order=settings.shards > 0)
+    if device is not None:
+        kernels = Gpu(device, settings.precision, apart)
     shards = Shards(settings.shards or world.size, world.size, world.rank)
     exchange = choose_exchange(settings, kernels, parameters.size, world, shared, shards)
     compared = {"float64": "float64"} | dict.fromkeys(EXACT_WIRES, "int32")

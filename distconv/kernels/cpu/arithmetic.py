@@ -3,14 +3,15 @@
 In NumPy, convolution is a matrix product of image patches and filters (im2col, Chellapilla et al. 2006). The patches of
 a whole batch would be nine times its size, so they are made for as many images as stay in a core's cache (PATCH_BYTES).
 
-Every function takes float32 or float64 arrays and computes in their type. The forward ones take float16 arrays too,
-multiply them in float32, as tensor cores do, and store halves. A gradient is named after its variable: dx, dw, db, dy.
+Every function takes float32 or float64 arrays and computes in their type, by NumPy's matrix product where it gets no
+other. The forward ones take float16 arrays too, multiply them in float32, as tensor cores do, and store halves. A
+gradient is named after its variable: dx, dw, db, dy.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from distconv.kernels import philox
 from distconv.kernels.cpu.loss import softmax_cross_entropy as compiled_loss
 from distconv.kernels.interface import Array, output_size
 
+Multiply = Callable[[Array, Array], Any]  # (M, K), (K, N) -> (M, N)
 PATCH_BYTES = 1 << 20  # about a core's L2 cache; 0.5 to 4 MiB measured within a few per cent of each other
 
 
@@ -50,7 +52,9 @@ def _patches(x: Array, K: int, stride: int, pad: int) -> Iterator[tuple[slice, A
         yield images, patches[:n].reshape(n * OH * OW, K * K * C)
 
 
-def conv_forward(x: Array, w: Array, b: Array, stride: int, pad: int, relu: bool) -> Array:
+def conv_forward(
+    x: Array, w: Array, b: Array, stride: int, pad: int, relu: bool, multiply: Multiply = np.matmul
+) -> Array:
     """Convolution, bias and, if asked, ReLU: x (N, H, W, C), w (K, K, C, F), b (F,) -> y (N, OH, OW, F)."""
     if fast := _fast_road(x, w, stride):
         found: Array = fast.conv_forward(x, w, b, pad, relu)
@@ -59,7 +63,7 @@ def conv_forward(x: Array, w: Array, b: Array, stride: int, pad: int, relu: bool
     y = np.empty((N, output_size(H, K, stride, pad), output_size(W, K, stride, pad), F), x.dtype)
     filters = w.reshape(-1, F).astype(_compute_dtype(w.dtype), copy=False)
     for images, patches in _patches(x, K, stride, pad):
-        product = patches @ filters
+        product = multiply(patches, filters)
         product += b
         if relu:
             np.maximum(product, 0, out=product)
@@ -68,8 +72,9 @@ def conv_forward(x: Array, w: Array, b: Array, stride: int, pad: int, relu: bool
 
 
 def conv_backward(
-    x: Array, y: Array, dy: Array, w: Array, stride: int, pad: int, relu: bool, dw: Array, db: Array, wants_dx: bool
-) -> Array | None:
+    x: Array, y: Array, dy: Array, w: Array, stride: int, pad: int, relu: bool, dw: Array, db: Array, wants_dx: bool,
+    multiply: Multiply = np.matmul
+) -> Array | None:  # fmt: skip
     """The adjoint of conv_forward: add to dw (K, K, C, F) and db (F,), return dx (N, H, W, C) if it is wanted.
 
     y (N, OH, OW, F) is what conv_forward returned for x and w, dy its gradient.
@@ -80,8 +85,8 @@ def conv_backward(
         return dx
     if relu:
         dy = relu_backward(dy, y)
-    conv_backward_filters(x, dy, stride, pad, dw, db)
-    return conv_backward_input(dy, w, stride, pad, x.shape) if wants_dx else None
+    conv_backward_filters(x, dy, stride, pad, dw, db, multiply)
+    return conv_backward_input(dy, w, stride, pad, x.shape, multiply) if wants_dx else None
 
 
 def _fast_road(x: Array, w: Array, stride: int) -> Any:
@@ -100,16 +105,20 @@ def _fast_road(x: Array, w: Array, stride: int) -> Any:
     return None
 
 
-def conv_backward_filters(x: Array, dy: Array, stride: int, pad: int, dw: Array, db: Array) -> None:
+def conv_backward_filters(
+    x: Array, dy: Array, stride: int, pad: int, dw: Array, db: Array, multiply: Multiply = np.matmul
+) -> None:
     """Add the gradients dw (K, K, C, F) and db (F,) of a convolution of x (N, H, W, C) from dy (N, OH, OW, F)."""
     K, F = dw.shape[0], dw.shape[3]
     flat = dw.reshape(-1, F)
     for images, patches in _patches(x, K, stride, pad):
-        flat += patches.T @ dy[images].reshape(-1, F)
+        flat += multiply(patches.T, dy[images].reshape(-1, F))
     db += dy.sum(axis=(0, 1, 2))
 
 
-def conv_backward_input(dy: Array, w: Array, stride: int, pad: int, shape: tuple[int, ...]) -> Array:
+def conv_backward_input(
+    dy: Array, w: Array, stride: int, pad: int, shape: tuple[int, ...], multiply: Multiply = np.matmul
+) -> Array:
     """Gradient dx of the given shape (N, H, W, C) of a convolution from dy (N, OH, OW, F) and w (K, K, C, F).
 
     The adjoint of a convolution is a convolution of dy, spread out by the stride, with the filters turned round:
@@ -122,7 +131,7 @@ def conv_backward_input(dy: Array, w: Array, stride: int, pad: int, shape: tuple
     to_w, from_w = _spread(dy.shape[2], stride, K - 1 - pad, W + K - 1)
     spread[:, to_h, to_w] = dy[:, from_h, from_w]
     turned = np.ascontiguousarray(w[::-1, ::-1].transpose(0, 1, 3, 2))
-    return conv_forward(spread, turned, np.zeros(w.shape[2], w.dtype), stride=1, pad=0, relu=False)
+    return conv_forward(spread, turned, np.zeros(w.shape[2], w.dtype), 1, 0, False, multiply)
 
 
 def _spread(length: int, stride: int, first: int, room: int) -> tuple[slice, slice]:
@@ -180,23 +189,26 @@ def _window_offsets(x: Array, K: int, stride: int) -> Iterator[Array]:
             yield x[:, i : i + stride * OH : stride, j : j + stride * OW : stride]
 
 
-def affine_forward(x: Array, w: Array, b: Array, relu: bool) -> Array:
+def affine_forward(x: Array, w: Array, b: Array, relu: bool, multiply: Multiply = np.matmul) -> Array:
     """x (N, C) @ w (C, F) + b (F,) and, if asked, ReLU -> y (N, F)."""
     dtype = _compute_dtype(x.dtype)
-    y: Array = x.astype(dtype, copy=False) @ w.astype(dtype, copy=False)
+    y: Array = multiply(x.astype(dtype, copy=False), w.astype(dtype, copy=False))
     y += b
     if relu:
         np.maximum(y, 0, out=y)
     return y.astype(x.dtype, copy=False)
 
 
-def affine_backward(x: Array, y: Array, dy: Array, w: Array, relu: bool, dw: Array, db: Array) -> Array:
+def affine_backward(
+    x: Array, y: Array, dy: Array, w: Array, relu: bool, dw: Array, db: Array, multiply: Multiply = np.matmul
+) -> Array:
     """The adjoint of affine_forward, which returned y (N, F): add to dw (C, F) and db (F,), return dx (N, C)."""
     if relu:
         dy = relu_backward(dy, y)
-    dw += x.T @ dy
+    dw += multiply(x.T, dy)
     db += dy.sum(axis=0)
-    return dy @ w.T
+    dx: Array = multiply(dy, w.T)
+    return dx
 
 
 def relu(x: Array) -> Array:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
@@ -65,7 +66,10 @@ class HostMailbox:
 
 
 class Cpu:
-    """This rank's cores. dtype: float64, float32, or float16 for forward passes alone."""
+    """This rank's cores. dtype: float64, float32, or float16 for forward passes alone.
+
+    in_order: products, in float32 only, by loops whose bits hang on neither the processor nor the BLAS.
+    """
 
     name, device, evaluation_batch, fuses = "cpu", Host(), 100, False
 
@@ -82,8 +86,13 @@ class Cpu:
     softmax_cross_entropy = staticmethod(arithmetic.softmax_cross_entropy)
     warp = staticmethod(arithmetic.warp)
 
-    def __init__(self, dtype: DTypeLike = np.float32) -> None:
+    def __init__(self, dtype: DTypeLike = np.float32, in_order: bool = False) -> None:
         self.dtype = np.dtype(dtype)
+        if in_order:
+            from distconv.kernels.cpu.products import matmul
+
+            for name in ("conv_forward", "conv_backward", "affine_forward", "affine_backward"):
+                setattr(self, name, functools.partial(getattr(arithmetic, name), multiply=matmul))
 
     def uniform(self, count: int, key: tuple[int, int], step: int, samples: Array) -> Array:
         """Numbers from 0 to 1 -> (N, count); of a sample, key and step always the same."""

@@ -1,9 +1,10 @@
-"""Small matrix products whose sums stay in registers, float32."""
+"""Matrix products whose sums stay in registers, float32; each sum in the order of its terms, on any processor."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 from llvmlite import ir
 from numpy.typing import NDArray
 
@@ -88,3 +89,26 @@ def product(
                 c_row,
                 keep,
             )
+
+
+def matmul(a: Array, b: Array) -> Array:
+    """a (M, K) @ b (K, N) -> (M, N), float32.
+
+    A BLAS adds up in an order that hangs on the processor, on its threads, and on M and N.
+    """
+    (M, K), N = a.shape, b.shape[1]
+    down, across = -(-M // ROWS) * ROWS, -(-N // LANES) * LANES
+    if down > M:
+        a = np.concatenate([a, np.zeros((down - M, K), np.float32)])
+    if across > N or not b.flags.c_contiguous:
+        wide = np.zeros((K, across), np.float32)
+        wide[:, :N] = b
+        b = wide
+    if not (a.flags.c_contiguous or a.flags.f_contiguous):
+        a = np.ascontiguousarray(a)
+    c = np.empty((down, across), np.float32)
+    row, step = (stride // a.itemsize for stride in a.strides)
+    product(
+        a.reshape(-1, order="A"), 0, row, step, b.reshape(-1), 0, across, c.reshape(-1), 0, across, down, across, K, 0
+    )
+    return c[:M, :N]
