@@ -110,7 +110,7 @@ def test_scores_are_those_of_images_as_they_are(world: World) -> None:
 
     def score(part: str, vector: np.ndarray, data: Any = plain) -> float:
         values, replica = run.parameters.nested(vector), run.replica
-        return np.divide(*measure(run.task, data, part, replica.model, values, replica.kernels, world))
+        return np.divide(*measure(run.task, data, part, replica.model, values, replica.kernels, world, run.shards))
 
     assert record.scores["train"] == score("train", run.parameters.vector)
     assert record.scores["test"] == score("test", run.parameters.vector)
