@@ -47,7 +47,7 @@ def test_of_a_small_gradient_every_number_counts(size: int) -> None:
     health = compared(gradient).health
     assert health.largest_gradient == np.abs(total).max()
     assert health.flushed_share == np.count_nonzero(through("float16", gradient) == 0) / size
-    wanted = np.linalg.norm(total - 2 * gradient) / np.linalg.norm(2 * gradient)
+    wanted = np.divide(*(np.linalg.norm(x.astype(np.float64)) for x in (total - 2 * gradient, 2 * gradient)))
     assert health.wire_error == pytest.approx(wanted, rel=1e-5)
 
 

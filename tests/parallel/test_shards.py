@@ -91,8 +91,8 @@ def test_any_network_batch_and_number_of_shards_gives_the_bits_of_one_rank(
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_every_optimizer_ends_with_the_bits_of_one_rank(world: World, alone: World, optimizer: str) -> None:
     settings = dataclasses.replace(
-        SETTINGS, optimizer=optimizer, lr=0.01, weight_decay=0.01, clip_norm=0.5, ema=0.9, label_smoothing=0.1, epochs=1,
-        augment="mnist,flip,erase=0.2",
+        SETTINGS, optimizer=optimizer, lr=0.01, weight_decay=0.01, clip_norm=0.5, ema=0.9, label_smoothing=0.1,
+        epochs=1, augment="mnist,flip,erase=0.2",
     )  # fmt: skip
     data, model = dataset(np.random.default_rng(0), 60, 10, 1), Chain(Conv(16, relu=True), MaxPool(), Affine(4))
     assert told(build_run(settings, data, world, model=model)) == told(build_run(settings, data, alone, model=model))
@@ -175,7 +175,7 @@ def test_half_of_float32s_bytes_travel(world: World) -> None:
 
 
 def test_buckets_are_refused_as_no_part_of_a_sum_is_ready_before_the_others(world: World) -> None:
-    with pytest.raises(UsageError, match="--exchange buckets --wire int16: .* use --exchange auto"):
+    with pytest.raises(UsageError, match=r"--exchange buckets --wire int16: .* use --exchange auto"):
         build_run(
             dataclasses.replace(SETTINGS, exchange="buckets"),
             dataset(np.random.default_rng(0), 60, 8, 1),
