@@ -31,7 +31,7 @@ OPTIMIZERS = ("adam", "sgd", "momentum", "nesterov", "adagrad", "rmsprop", "lars
 SCHEDULES = ("constant", "linear", "cosine", "one-cycle", "step", "exponential")
 LR_RULES = ("none", "linear", "sqrt")
 EXACT = ("int16", "int32")  # wires on which a sum does not hang on its order
-WIRES = ("float16", "float32", "float64", *EXACT)
+WIRES = ("float16", "int8", "float32", "float64", *EXACT)
 EXCHANGES = ("auto", "flat", "two-level", "buckets", "mpi", "nccl", "cuda-mpi")
 DEVICES = ("auto", "cpu", "cuda")
 PRECISIONS = ("float32", "tf32", "float16", "bfloat16")
@@ -159,8 +159,9 @@ class Config:
     wire: str = _one_of(
         WIRES,
         "float16",
-        "numbers that carry the gradients between ranks; float64 computes in float64 too, to compare runs; int16 and "
-        "int32 are for --shards, which takes int16 where no wire is named",
+        "numbers that carry the gradients between ranks; int8, for slow links, rounds them at random to 8 bits, which "
+        "changes the run; float64 computes in float64 too, to compare runs; int16 and int32 are for --shards, which "
+        "takes int16 where no wire is named",
     )
     shards: int = _setting(
         0,

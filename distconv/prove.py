@@ -26,8 +26,9 @@ if TYPE_CHECKING:
     from distconv.run.run import Run
 
 # The largest |gradient of P ranks - gradient of one rank| / |gradient of one rank| that a tensor may show. float16:
-# two roundings of 2^-11, with room for tensors of few numbers. The others: roundings of the sums.
-BOUNDS = {"float64": 1e-12, "float32": 3e-5, "float16": 1e-3}
+# two roundings of 2^-11, with room for tensors of few numbers. int8: small numbers beside large ones, as the biases of
+# simpleconvnet (up to 0.54 with 16 seeds and sets of data; of deepconvnet 0.06). The others: roundings of the sums.
+BOUNDS = {"float64": 1e-12, "float32": 3e-5, "float16": 1e-3, "int8": 0.8}
 BATCHES = 3
 SECONDS = 600.0  # a job may take
 

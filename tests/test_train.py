@@ -132,6 +132,14 @@ def test_a_signal_stops_all_ranks_with_a_checkpoint_and_the_run_goes_on_bit_for_
     assert metrics(out, "epoch") == metrics(whole, "epoch")
 
 
+def test_a_run_that_rounds_at_random_goes_on_bit_for_bit(tmp_path: Path) -> None:
+    settings = (*QUICK, "--wire", "int8")
+    for folder, epochs in (("whole", "2"), ("parts", "1"), ("parts", "2")):
+        assert train(2, *settings, "--epochs", epochs, "--out", tmp_path / folder).returncode == 0
+    assert parameters(tmp_path / "parts") == parameters(tmp_path / "whole")
+    assert metrics(tmp_path / "parts", "step") == metrics(tmp_path / "whole", "step")
+
+
 @pytest.mark.slow
 def test_a_run_may_go_on_with_another_number_of_ranks(whole: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"

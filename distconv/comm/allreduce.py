@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 CALL = np.dtype(
     [
         ("bad_at", np.int64),  # where this rank's vector first holds an infinity or NaN, or -1
+        ("step", np.int64),  # how many calls there were: another one, for a wire that rounds at random
         ("call", np.uint64),  # what it calls: the act, and above its bits a number made of a list's shapes
         ("busy_seconds", np.float64),  # since its last call returned
     ]
@@ -105,9 +106,9 @@ class Allreduce:
 
     comm: an intracommunicator of mpi4py. All of its ranks make the object, call its methods in the same order, and
     close it. size: numbers of all arrays of a call together. wire: what a number is as it travels: float16 (2 bytes,
-    scaled by powers of two, so nothing overflows), float32 or float64. Vectors are float32, for the float64
-    wire float64, and so are the sums, in rank order. exchange: auto; flat: each rank with each; two-level: on each host
-    first.
+    scaled by powers of two, so nothing overflows), int8 (1 byte, for slow links: rounded at random, right in the mean),
+    float32 or float64. Vectors are float32, for the float64 wire float64, and so are the sums, in rank order.
+    exchange: auto; flat: each rank with each; two-level: on each host first.
 
     how: the exchange in words. A context manager.
 
@@ -231,7 +232,7 @@ class Allreduce:
 
     def _travel(self, vector: Array, call: int, busy: float) -> Headers:
         self._ended = INTERRUPTED  # for ever, if this does not come to its end
-        header = np.array((-1, call, busy), CALL)
+        header = np.array((-1, self._calls, call, busy), CALL)
         with np.errstate(all="ignore"):  # a script that lets NumPy raise would raise on this rank alone, in the middle
             headers = self._exchange.sum(vector, header, is_void)
         self._ended = ""

@@ -19,14 +19,14 @@ BUCKET = 1 << 20  # numbers: 2 MiB of halves, 0.3 s at 100 Mbit/s, so that laten
 
 
 class Buckets:
-    """An exchange made of one for each bucket. connect(size) makes such a one, with that header; collective."""
+    """An exchange made of one for each bucket. connect(size, place) makes such a one, with that header; collective."""
 
     carrier = "buckets"
 
-    def __init__(self, size: int, connect: Callable[[int], Exchange], header: np.dtype[Any] = HEADER) -> None:
+    def __init__(self, size: int, connect: Callable[[int, int], Exchange], header: np.dtype[Any] = HEADER) -> None:
         self.header = header
         self.places = [slice(start, min(start + BUCKET, size)) for start in range(0, size, BUCKET)]
-        self.exchanges = [connect(place.stop - place.start) for place in self.places]
+        self.exchanges = [connect(place.stop - place.start, place.start) for place in self.places]
         self.wire = self.exchanges[0].wire
         self.how = f"{len(self.places)} buckets behind the backward pass, {self.exchanges[0].how}"
         self.bytes_sent = sum(exchange.bytes_sent for exchange in self.exchanges)
@@ -42,9 +42,10 @@ class Buckets:
         for exchange in self.exchanges:
             exchange.close()
 
-    def ready(self, vector: Array, start: int) -> None:
+    def ready(self, vector: Array, start: int, step: int) -> None:
         """Begin to exchange the buckets of vector (size,) that lie from `start` on, where it is final."""
         header = np.zeros((), self.header)
+        header["step"] = step  # as in the header of sum, or the bits would depend on what was ready when
         while len(self.sent) < len(self.places) - 1 and self.places[-1 - len(self.sent)].start >= start:
             self._send(vector, header)
 

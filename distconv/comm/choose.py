@@ -22,11 +22,12 @@ if TYPE_CHECKING:
 
 
 def choose(
-    world: World, size: int, wire: str, kind: str = "auto", header: np.dtype[Any] = HEADER, contributions: int = 0
-) -> Exchange:
+    world: World, size: int, wire: str, kind: str = "auto", header: np.dtype[Any] = HEADER, seed: int = 0,
+    contributions: int = 0
+) -> Exchange:  # fmt: skip
     """The exchange of a training run; see select. Raises UsageError, on all ranks alike, which names the flag."""
     try:
-        return select(world.comm, size, wire, kind, header, contributions=contributions)
+        return select(world.comm, size, wire, kind, header, True, seed, contributions)
     except ValueError as error:
         raise UsageError(f"--exchange {kind} --wire {wire}: {error}; or use --exchange auto") from None
 
@@ -38,24 +39,27 @@ def select(
     kind: str = "auto",
     header: np.dtype[Any] = HEADER,
     overlaps: bool = True,
+    seed: int = 0,
     contributions: int = 0,
 ) -> Exchange:
     """The exchange of that kind for vectors (size,) on a communicator; collective.
 
     auto: two-level where it saves bytes between hosts, else in buckets where these are several and cross a network,
-    else flat. overlaps: parts of the vector will be ready before others, which is what buckets are for. contributions:
-    vectors of all ranks together, on an exact wire, where that is not one a rank. Raises ValueError, on all ranks
-    alike, for a kind that these ranks cannot have.
+    else flat. overlaps: parts of the vector will be ready before others, which is what buckets are for. seed: of a
+    wire that rounds at random. contributions: vectors of all ranks together, on an exact wire, where that is not one a
+    rank. Raises ValueError, on all ranks alike, for a kind that these ranks cannot have.
     """
     if wire in EXACT_WIRES:
         if kind == "buckets":
             raise ValueError("whole numbers are made of all vectors at once, so no bucket is ready before the others")
         exact = replace(EXACT_WIRES[wire], contributions=contributions or comm.size)
-        return Exact(comm, size, exact, _select(comm, size, exact.numbers, kind, header, False))
-    return _select(comm, size, WIRES[wire], kind, header, overlaps)
+        return Exact(comm, size, exact, _select(comm, size, exact.numbers, kind, header, False, 0))
+    return _select(comm, size, WIRES[wire], kind, header, overlaps, seed)
 
 
-def _select(comm: MPI.Comm, size: int, wire: Wire, kind: str, header: np.dtype[Any], overlaps: bool) -> Exchange:
+def _select(
+    comm: MPI.Comm, size: int, wire: Wire, kind: str, header: np.dtype[Any], overlaps: bool, seed: int
+) -> Exchange:
     if kind == "mpi":
         return Library(comm, size, wire, header)
     MPI = mpi_of(comm)
@@ -63,7 +67,7 @@ def _select(comm: MPI.Comm, size: int, wire: Wire, kind: str, header: np.dtype[A
     hosts = comm.allreduce(int(local.rank == 0))
     if kind == "two-level" or (kind == "auto" and comm.size > hosts > 1):
         try:
-            return TwoLevel(comm, local, size, wire, header)
+            return TwoLevel(comm, local, size, wire, header, seed)
         except ValueError:
             if kind == "two-level":
                 local.Free()
@@ -74,5 +78,5 @@ def _select(comm: MPI.Comm, size: int, wire: Wire, kind: str, header: np.dtype[A
         raise ValueError("this MPI does not let a thread send (MPI_THREAD_SERIALIZED)")
     crosses_network = kind == "auto" and hosts > 1 and threads and overlaps
     if kind == "buckets" or (crosses_network and size >= 2 * BUCKET):
-        return Buckets(size, lambda n: Flat(comm, n, wire, patient=True, header=header), header)
-    return Flat(comm, size, wire, header=header)
+        return Buckets(size, lambda n, place: Flat(comm, n, wire, True, header, seed, place), header)
+    return Flat(comm, size, wire, header=header, seed=seed)

@@ -11,7 +11,8 @@ adds up in float32, in shared memory, on each host, and then does it among the h
 and part of the vector, so that a host sends 2 (H-1)/H of the vector however many ranks it has.
 
 A header with what the other ranks must know about this step rides along, so that no step needs another collective. Its
-fields are up to whoever makes the exchange, but for bad_at (int64), which sum fills in; HEADER is a training step's.
+fields are up to whoever makes the exchange, but for bad_at (int64), which sum fills in, and step (int64), on which the
+random numbers of a wire that rounds at random hang; HEADER is a training step's.
 
 An exchange works on any communicator, and must be closed to give back what it has allocated: MPI's windows and
 communicators are not freed by Python.
@@ -27,7 +28,7 @@ from numpy.typing import NDArray
 
 from distconv.comm.shared_memory import closed, share
 from distconv.comm.transport import connect, segments
-from distconv.comm.wire import ALIGNMENT, Wire
+from distconv.comm.wire import ALIGNMENT, Wire, random_key
 from distconv.kernels.interface import BLOCK, Array
 
 if TYPE_CHECKING:
@@ -100,21 +101,26 @@ def parts(size: int, count: int) -> list[slice]:
 
 
 def header_bytes(header: np.dtype[Any]) -> int:
-    """Room for a header before a message. Raises ValueError for one without the field that an exchange fills in."""
-    if "bad_at" not in (header.names or ()):
-        raise ValueError(f"a header must be a structured dtype with a field bad_at of int64, not {header}")
+    """Room for a header before a message. Raises ValueError for one without the fields that an exchange uses."""
+    if not {"step", "bad_at"} <= set(header.names or ()):
+        raise ValueError(f"a header must be a structured dtype with fields step and bad_at of int64, not {header}")
     return -(-header.itemsize // ALIGNMENT) * ALIGNMENT
 
 
 class Flat:
-    """Every rank exchanges with every rank. patient: waits without holding a core, beside another thread's work."""
+    """Every rank exchanges with every rank. patient: waits without holding a core, beside another thread's work.
+
+    seed: of a wire that rounds at random; place: where the vector lies in the gradient, should it be a part of one.
+    """
 
     carrier = "flat"
 
     def __init__(
-        self, comm: MPI.Comm, size: int, wire: Wire, patient: bool = False, header: np.dtype[Any] = HEADER
-    ) -> None:
+        self, comm: MPI.Comm, size: int, wire: Wire, patient: bool = False, header: np.dtype[Any] = HEADER,
+        seed: int = 0, place: int = 0
+    ) -> None:  # fmt: skip
         self.rank, self.size, self.wire, self.header = comm.rank, comm.size, wire, header
+        self.seed, self.place = seed, place
         self.parts = parts(size, comm.size)
         self.header_bytes, nbytes = header_bytes(header), wire.nbytes(part_size(size, comm.size))
         self.transport = connect(comm, self.header_bytes + nbytes, nbytes, patient)
@@ -140,12 +146,13 @@ class Flat:
 
     def exchange(self, vector: Array, header: Headers, is_own: bool, refused: Refusal | None = None) -> Headers:
         """The same. is_own: the vector is this rank's contribution alone, so bad_at tells of it."""
-        transport, wire = self.transport, self.wire
+        transport, wire, step = self.transport, self.wire, int(header["step"])
         own = vector[self.parts[self.rank]]
         finite = wire.first_bad(own) < 0
         for owner, body in enumerate(self.bodies):
             if owner != self.rank:
-                finite &= wire.encode(vector[self.parts[owner]], body)
+                part = self.parts[owner]
+                finite &= wire.encode(vector[part], body, self._key(step, self.rank, part))
         if is_own:
             wire.mark_bad(vector, header, finite)
         for head in self.heads:
@@ -157,12 +164,16 @@ class Flat:
             transport.gather()  # until all have read the headers
             return headers
         first = transport.first + self.header_bytes
-        wire.sum_and_encode(own, self.rank, self.size, transport.received, first, transport.stride, transport.mine)
+        key = self._key(step, self.size, self.parts[self.rank])  # as if the sum were one more rank's contribution
+        wire.sum_and_encode(own, self.rank, self.size, transport.received, first, transport.stride, transport.mine, key)
         transport.gather()
 
         for part, message in zip(self.parts, transport.gathered, strict=True):
             wire.decode(message, vector[part])
         return headers
+
+    def _key(self, step: int, sender: int, part: slice) -> int:
+        return random_key(self.seed, step, sender, self.place + part.start)
 
 
 class TwoLevel:
@@ -174,7 +185,9 @@ class TwoLevel:
 
     carrier = "two-level"
 
-    def __init__(self, comm: MPI.Comm, local: MPI.Comm, size: int, wire: Wire, header: np.dtype[Any] = HEADER) -> None:
+    def __init__(
+        self, comm: MPI.Comm, local: MPI.Comm, size: int, wire: Wire, header: np.dtype[Any] = HEADER, seed: int = 0
+    ) -> None:
         L = local.size
         vector_bytes = -(-size * wire.dtype.itemsize // 64) * 64
         if len(set(comm.allgather(L))) > 1:
@@ -189,7 +202,7 @@ class TwoLevel:
         self.order = np.argsort(np.concatenate(ranks))  # from place and host to rank
         self.local_rank, self.wire, self.header = local.rank, wire, header
         self.part = parts(size, L)[local.rank]
-        self.inner = Flat(across, self.part.stop - self.part.start, wire, header=header)
+        self.inner = Flat(across, self.part.stop - self.part.start, wire, False, header, seed, self.part.start)
 
         self.space, self.owned = space, [across, local]
         whole = segments(space)

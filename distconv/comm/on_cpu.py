@@ -43,7 +43,7 @@ class DeviceExchange(Protocol):
         """Seconds that this rank has slept in barriers, in all sums together."""
         return 0.0
 
-    def sender(self, vector: Array) -> Callable[[int | None], None] | None:
+    def sender(self, vector: Array, step: int) -> Callable[[int | None], None] | None:
         """What sends off the numbers of the vector from an index on, when they are final; None where nothing can."""
         return None
 
@@ -60,11 +60,11 @@ class OnCpu(DeviceExchange):
     def waited(self) -> float:
         return self.inner.waited
 
-    def sender(self, vector: Array) -> Callable[[int | None], None] | None:
+    def sender(self, vector: Array, step: int) -> Callable[[int | None], None] | None:
         inner = self.inner
         if not isinstance(inner, Buckets):
             return None
-        return lambda start: None if start is None else inner.ready(vector, start)
+        return lambda start: None if start is None else inner.ready(vector, start, step)
 
     def before(self, vector: Array, bad: Array) -> None:
         self.vector = vector

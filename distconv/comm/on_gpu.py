@@ -170,7 +170,9 @@ class OnGpu(DeviceExchange):
         self.gpu.launch("wire", "decode", self.size, *arguments)
 
 
-def choose_on_gpu(world: World, gpu: Gpu, size: int, wire: str, kind: str, shared: bool) -> DeviceExchange:
+def choose_on_gpu(
+    world: World, gpu: Gpu, size: int, wire: str, kind: str, shared: bool, seed: int = 0
+) -> DeviceExchange:
     """The exchange of that kind for vectors (size,) on the ranks' GPUs; collective.
 
     auto: on the GPU where the rank is alone, through NCCL where every rank has a GPU of its own and NCCL has shown here
@@ -190,7 +192,7 @@ def choose_on_gpu(world: World, gpu: Gpu, size: int, wire: str, kind: str, share
             return found
         if kind == "nccl":
             raise UsageError(f"--exchange nccl: {found}; use --exchange auto")
-    staged = Staged(gpu, size, choose(world, size, wire, kind))
+    staged = Staged(gpu, size, choose(world, size, wire, kind, seed=seed))
     if kind == "auto" and world.size > 1:
         staged.how += f", as NCCL cannot be used: {found}"
     return staged

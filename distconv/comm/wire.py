@@ -1,4 +1,4 @@
-"""What a gradient looks like on the wire: as float16 with shared exponents, or as it is.
+"""What a gradient looks like on the wire: as float16 with shared exponents, as int8 with shared scales, or as it is.
 
 float16 has 5 bits of exponent, so it holds numbers from 6e-8 to 65504; gradients are often smaller. So each block of
 BLOCK numbers is divided by a power of two, chosen from the largest finite one of the block, that brings that one into
@@ -7,8 +7,12 @@ BLOCK numbers is divided by a power of two, chosen from the largest finite one o
 mantissa, so the rounding to float16 (2^-11 relative, at the worst) is the only loss. Infinities and NaN stay what they
 are, where they are.
 
-The classes below say what the formats are, in NumPy; where the processor casts to half itself, kernels/half.py does the
-same work at its speed.
+int8 is for slow links. A number travels as a whole multiple of its block's scale, and is rounded up or down to it at
+random, so that the mean over many roundings is the number itself. The random numbers hang on seed, step, sender and
+place, so a run repeats to the bit. kernels/int8.py has the loops, and says what the scale is.
+
+The classes below say what the other formats are, in NumPy; where the processor casts to half itself, kernels/half.py
+does the same work at its speed.
 """
 
 from __future__ import annotations
@@ -20,7 +24,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from distconv.kernels import half
+from distconv.kernels import half, int8
 from distconv.kernels.half import LOWEST, TOP
 from distconv.kernels.interface import BLOCK, Array
 
@@ -34,7 +38,7 @@ class Wire:
     """A format for vectors (n,) of one dtype. Messages are arrays of bytes.
 
     Subclasses say how a piece is written to and read from its place in a message, `start` numbers from the beginning;
-    pieces begin at multiples of BLOCK.
+    pieces begin at multiples of BLOCK. A wire that rounds at random has random_key's key for the first number.
     """
 
     name: str
@@ -44,16 +48,16 @@ class Wire:
         """Bytes of a message that holds up to n numbers, n a multiple of BLOCK."""
         return n * self.dtype.itemsize
 
-    def encode_piece(self, x: Array, message: Bytes, start: int) -> None:
+    def encode_piece(self, x: Array, message: Bytes, start: int, key: int) -> None:
         message.view(self.dtype)[start : start + x.size] = x
 
     def decode_piece(self, message: Bytes, x: Array, start: int) -> None:
         x[...] = message.view(self.dtype)[start : start + x.size]
 
-    def encode(self, x: Array, message: Bytes) -> bool:
+    def encode(self, x: Array, message: Bytes, key: int = 0) -> bool:
         """Write x, which may be shorter than the message has room for. Returns whether all of it is finite."""
         for piece in _pieces(x.size):
-            self.encode_piece(x[piece], message, piece.start)
+            self.encode_piece(x[piece], message, piece.start, key + piece.start // BLOCK)
         return self.first_bad(x) < 0
 
     def decode(self, message: Bytes, x: Array) -> None:
@@ -89,7 +93,7 @@ class Wire:
         return -1
 
     def sum_and_encode(
-        self, own: Array, rank: int, P: int, received: Bytes, first: int, stride: int, message: Bytes
+        self, own: Array, rank: int, P: int, received: Bytes, first: int, stride: int, message: Bytes, key: int = 0
     ) -> None:
         """Write the sum of the contributions of P ranks, added up in rank order, into message.
 
@@ -104,7 +108,7 @@ class Wire:
                 else:
                     self.decode_piece(received[first + r * stride :][: len(message)], other, piece.start)
                     total += other
-            self.encode_piece(total, message, piece.start)
+            self.encode_piece(total, message, piece.start, key + piece.start // BLOCK)
 
 
 class HalfWire(Wire):
@@ -114,7 +118,7 @@ class HalfWire(Wire):
         content = 2 * n + 2 * (n // BLOCK)
         return -(-content // ALIGNMENT) * ALIGNMENT
 
-    def encode_piece(self, x: Array, message: Bytes, start: int) -> None:
+    def encode_piece(self, x: Array, message: Bytes, start: int, key: int) -> None:
         halves, exponents = _fields(message)
         blocks = _blocks(x)
         e = block_exponents(blocks)
@@ -137,19 +141,44 @@ class CompiledHalfWire(HalfWire):
     def first_bad(self, x: Array) -> int:
         return int(half.first_bad(x))
 
-    def encode(self, x: Array, message: Bytes) -> bool:
+    def encode(self, x: Array, message: Bytes, key: int = 0) -> bool:
         return bool(half.encode(x, *_fields(message)))
 
     def decode(self, message: Bytes, x: Array) -> None:
         half.decode(*_fields(message), x)
 
     def sum_and_encode(
-        self, own: Array, rank: int, P: int, received: Bytes, first: int, stride: int, message: Bytes
+        self, own: Array, rank: int, P: int, received: Bytes, first: int, stride: int, message: Bytes, key: int = 0
     ) -> None:
         capacity = _capacity(len(message))
         half.sum_and_encode(
             own, rank, P, received.view(np.uint16), first // 2, stride // 2, capacity, *_fields(message)
         )
+
+
+class Int8Wire(Wire):
+    """int8: whole numbers, then the upper half of a float32 scale for each block of them."""
+
+    def nbytes(self, n: int) -> int:
+        content = n + 2 * (n // BLOCK)
+        return -(-content // ALIGNMENT) * ALIGNMENT
+
+    def encode_piece(self, x: Array, message: Bytes, start: int, key: int) -> None:
+        int8.encode(x, *_codes(message, start), np.uint64(key % 2**64))
+
+    def decode_piece(self, message: Bytes, x: Array, start: int) -> None:
+        int8.decode(*_codes(message, start), x)
+
+    def first_bad(self, x: Array) -> int:
+        return int(half.first_bad(x))
+
+
+def random_key(seed: int, step: int, sender: int, place: int) -> int:
+    """What the random numbers of a block hang on. place: of its first number in the gradient, a multiple of BLOCK.
+
+    The next block's key is 1 more. Odd factors of 64 bits keep those of other seeds, steps and senders away from it.
+    """
+    return 0x9E3779B97F4A7C15 * seed + 0xD1B54A32D192ED03 * step + 0x8CB92BA72F3D8DD7 * sender + place // BLOCK
 
 
 def block_exponents(blocks: Array) -> NDArray[np.int32]:
@@ -178,6 +207,12 @@ def _fields(message: Bytes) -> tuple[NDArray[np.uint16], NDArray[np.uint16]]:
     return words[:capacity], words[capacity:]
 
 
+def _codes(message: Bytes, start: int) -> tuple[NDArray[np.int8], NDArray[np.uint16]]:
+    """The whole numbers and the scales of an int8 message, from number `start` on."""
+    capacity = len(message) // (BLOCK + 2) * BLOCK
+    return message[start:capacity].view(np.int8), message[capacity:].view(np.uint16)[start // BLOCK :]
+
+
 def _blocks(x: Array) -> Array:
     """x (n,) -> (M, BLOCK), filled up with zeros."""
     padded = np.zeros(-(-x.size // BLOCK) * BLOCK, x.dtype)
@@ -188,6 +223,7 @@ def _blocks(x: Array) -> Array:
 _FLOAT32, _FLOAT64 = np.dtype(np.float32), np.dtype(np.float64)
 WIRES: dict[str, Wire] = {
     "float16": (CompiledHalfWire if half.in_hardware() else HalfWire)("float16", _FLOAT32),
+    "int8": Int8Wire("int8", _FLOAT32),
     "float32": Wire("float32", _FLOAT32),
     "float64": Wire("float64", _FLOAT64),
 }

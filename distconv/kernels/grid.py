@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from distconv.kernels.compiled import compiled
-from distconv.kernels.half import INFINITE, MANTISSA, _from_bits, _peak
+from distconv.kernels.half import INFINITE, MANTISSA, from_bits, peak_bits
 from distconv.kernels.interface import BLOCK
 
 UPPER = 16  # bits of a float32 that a peak has
@@ -41,13 +41,13 @@ def peaks(vectors: Any, found: Any) -> None:
         start, stop = block * BLOCK, min((block + 1) * BLOCK, n)
         peak = np.int32(0)
         for k in range(K):
-            peak = max(peak, _peak(vectors[k, start:stop]))
+            peak = max(peak, peak_bits(vectors[k, start:stop]))
         found[block] = min((np.int64(peak) + 0xFFFF) >> UPPER, NOT_FINITE)
 
 
 @compiled
 def _step(peak: Any, share: Any) -> Any:
-    return max(_from_bits(np.int32(peak) << UPPER) * share, SMALLEST)
+    return max(from_bits(np.int32(peak) << UPPER) * share, SMALLEST)
 
 
 @compiled

@@ -57,7 +57,7 @@ def _widen_half(typing: Any, bits: Any) -> Any:
 
 
 @intrinsic
-def _from_bits(typing: Any, bits: Any) -> Any:
+def from_bits(typing: Any, bits: Any) -> Any:
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         return builder.bitcast(arguments[0], ir.FloatType())
 
@@ -78,11 +78,11 @@ def _larger_magnitude(typing: Any, peak: Any, x: Any) -> Any:
 
 @compiled
 def _power_of_two(exponent: int) -> Any:
-    return _from_bits(np.int32((BIAS + exponent) << MANTISSA))
+    return from_bits(np.int32((BIAS + exponent) << MANTISSA))
 
 
 @compiled
-def _peak(x: Any) -> Any:
+def peak_bits(x: Any) -> Any:
     """The bits of the largest |x|, INFINITE or more where not all of x is finite."""
     peak = np.int32(0)
     for i in range(x.size):
@@ -95,7 +95,7 @@ def first_bad(x: Any) -> int:
     """Index of the first infinity or NaN of x (n,) float32, or -1; ten times faster than NumPy's isfinite and all."""
     for start in range(0, x.size, BLOCK):
         numbers = x[start : start + BLOCK]
-        if _peak(numbers) >= INFINITE:
+        if peak_bits(numbers) >= INFINITE:
             for i in range(numbers.size):
                 if not np.isfinite(numbers[i]):
                     return start + i
@@ -103,7 +103,7 @@ def first_bad(x: Any) -> int:
 
 
 @compiled
-def _finite_peak(x: Any) -> Any:
+def finite_peak_bits(x: Any) -> Any:
     """The bits of the largest finite |x|."""
     peak = np.int32(0)
     for i in range(x.size):
@@ -123,10 +123,10 @@ def encode(x: Any, halves: Any, exponents: Any) -> bool:
     for block in range((x.size + BLOCK - 1) // BLOCK):
         numbers = x[block * BLOCK : (block + 1) * BLOCK]
         out = halves[block * BLOCK : (block + 1) * BLOCK]
-        peak = _peak(numbers)
+        peak = peak_bits(numbers)
         if peak >= INFINITE:
             finite = False
-            peak = _finite_peak(numbers)
+            peak = finite_peak_bits(numbers)
         exponent = max((peak >> MANTISSA) - (BIAS - 1 + TOP), LOWEST) if peak > 0 else 0
         scale = _power_of_two(-exponent)
         for i in range(numbers.size):

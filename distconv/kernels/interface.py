@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 Array = NDArray[Any]  # or an array of a GPU, which has the same attributes
 Result = TypeVar("Result")
 Agreed = Callable[["str | None"], "str | None"]  # from what keeps this rank from something to what keeps some rank
-BLOCK = 256  # numbers that share an exponent on the float16 wire
+BLOCK = 256  # numbers that share an exponent, or a scale, on the wire
 FINITE = 0x7FFFFFFF  # in place of the index of a number that is not finite
 
 

@@ -242,8 +242,9 @@ def choose_exchange(
             raise UsageError(f"--shards {settings.shards} is for ranks that compute on the CPU: use --device cpu")
     with world.together():  # collective inside too, but where it raises it does so on all ranks
         if isinstance(kernels, Gpu):
-            return choose_on_gpu(world, kernels, size, settings.wire, settings.exchange, shared)
-        return OnCpu(choose(world, size, settings.wire, settings.exchange, step_header(shards.most), shards.count))
+            return choose_on_gpu(world, kernels, size, settings.wire, settings.exchange, shared, settings.seed)
+        header = step_header(shards.most)
+        return OnCpu(choose(world, size, settings.wire, settings.exchange, header, settings.seed, shards.count))
 
 
 def compile_kernels(run: Run) -> None:

@@ -11,11 +11,12 @@ from distconv.comm.choose import choose
 from distconv.comm.exchange import HEADER, Flat, TwoLevel
 from distconv.comm.mpi_allreduce import half_problem
 from distconv.comm.shared_memory import share
-from distconv.comm.wire import WIRES
+from distconv.comm.wire import WIRES, random_key
 from distconv.comm.world import World
 from distconv.errors import UsageError
 
 SIZES = (1, 300, 10_000)
+SEED, STEP = 3, 5
 
 
 def contribution(rank: int, size: int) -> np.ndarray:
@@ -24,39 +25,40 @@ def contribution(rank: int, size: int) -> np.ndarray:
 
 def header(world: World) -> np.ndarray:
     record = np.zeros((), HEADER)
-    record["samples"], record["busy_seconds"] = 10 * world.rank, world.rank / 7
+    record["step"], record["samples"], record["busy_seconds"] = STEP, 10 * world.rank, world.rank / 7
     return record
 
 
-def through(wire: str, x: np.ndarray) -> np.ndarray:
+def through(wire: str, x: np.ndarray, sender: int = 0, place: int = 0) -> np.ndarray:
     message, arrived = np.zeros(WIRES[wire].nbytes(-(-x.size // 256) * 256), np.uint8), np.empty_like(x)
-    WIRES[wire].encode(x, message)
+    WIRES[wire].encode(x, message, random_key(SEED, STEP, sender, place))
     WIRES[wire].decode(message, arrived)
     return arrived
 
 
-def flat_model(P: int, size: int, wire: str, contributions: list[np.ndarray]) -> np.ndarray:
-    """The flat exchange in one process."""
+def flat_model(P: int, size: int, wire: str, contributions: list[np.ndarray], place: int = 0) -> np.ndarray:
+    """The flat exchange in one process. place: of the vector in the gradient."""
     part = -(-size // (P * 256)) * 256
     result = np.zeros(size, np.float32)
     for owner in range(P):
         where = slice(min(size, owner * part), min(size, (owner + 1) * part))
         total = np.zeros(where.stop - where.start, np.float32)
         for rank in range(P):
-            total += contributions[rank][where] if rank == owner else through(wire, contributions[rank][where])
-        result[where] = through(wire, total)
+            own = contributions[rank][where]
+            total += own if rank == owner else through(wire, own, rank, place + where.start)
+        result[where] = through(wire, total, P, place + where.start)
     return result
 
 
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("wire", ["float16", "float32"])
+@pytest.mark.parametrize("wire", ["float16", "int8", "float32"])
 def test_shared_memory_and_messages_give_the_bits_of_the_model(
     world: World, wire: str, size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wanted = flat_model(world.size, size, wire, [contribution(rank, size) for rank in range(world.size)])
-    here = Flat(world.comm, size, WIRES[wire])
+    here = Flat(world.comm, size, WIRES[wire], seed=SEED)
     monkeypatch.setattr(exchanges, "connect", transport.Messages)
-    there = Flat(world.comm, size, WIRES[wire])
+    there = Flat(world.comm, size, WIRES[wire], seed=SEED)
     assert there.how == "flat, messages" and here.how == ("flat, shared memory" if world.size > 1 else "flat, messages")
     for exchange in (here, there, here, there):
         vector = contribution(world.rank, size)
@@ -66,13 +68,13 @@ def test_shared_memory_and_messages_give_the_bits_of_the_model(
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("hosts", ["in blocks", "round robin"])
-@pytest.mark.parametrize("wire", ["float16", "float32"])
+@pytest.mark.parametrize("wire", ["float16", "int8", "float32"])
 def test_two_levels_add_up_on_each_host_and_then_between_hosts(world: World, wire: str, hosts: str, size: int) -> None:
     if world.size % 2:
         pytest.skip("needs an even number of ranks")
     H, L = 2, world.size // 2
     host_of = [rank // L if hosts == "in blocks" else rank % H for rank in range(world.size)]
-    exchange = TwoLevel(world.comm, world.comm.Split(host_of[world.rank]), size, WIRES[wire])
+    exchange = TwoLevel(world.comm, world.comm.Split(host_of[world.rank]), size, WIRES[wire], seed=SEED)
     assert exchange.how.startswith(f"two-level, 2 hosts x {L} ranks")
 
     parts = [contribution(rank, size) for rank in range(world.size)]
@@ -82,7 +84,7 @@ def test_two_levels_add_up_on_each_host_and_then_between_hosts(world: World, wir
     part = -(-size // (L * 256)) * 256  # of the vector, for each rank of a host
     wanted = np.concatenate(
         [
-            flat_model(H, len(on_host[0][i : i + part]), wire, [h[i : i + part] for h in on_host])
+            flat_model(H, len(on_host[0][i : i + part]), wire, [h[i : i + part] for h in on_host], i)
             for i in range(0, size, part)
         ]
     )
@@ -143,18 +145,21 @@ def test_two_levels_need_the_same_number_of_ranks_on_each_host(world: World) -> 
         TwoLevel(world.comm, world.comm.Split(min(world.rank, 1)), 1000, WIRES["float16"])
 
 
+@pytest.mark.parametrize("wire", ["float16", "int8"])
 @pytest.mark.parametrize("network", [True, False])
-def test_buckets_arrive_whatever_was_ready_when(world: World, network: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_buckets_arrive_whatever_was_ready_when(
+    world: World, wire: str, network: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(buckets, "BUCKET", 512)
     if network:
         monkeypatch.setattr(exchanges, "connect", transport.Messages)
     size = 5 * 512 + 77
-    exchange = choose(world, size, "float16", "buckets")
+    exchange = choose(world, size, wire, "buckets", SEED)
     assert isinstance(exchange, buckets.Buckets) and exchange.how.startswith("6 buckets")
     parts = [contribution(rank, size) for rank in range(world.size)]
     wanted = np.concatenate(
         [
-            flat_model(world.size, len(parts[0][i : i + 512]), "float16", [p[i : i + 512] for p in parts])
+            flat_model(world.size, len(parts[0][i : i + 512]), wire, [p[i : i + 512] for p in parts], i)
             for i in range(0, size, 512)
         ]
     )
@@ -163,7 +168,7 @@ def test_buckets_arrive_whatever_was_ready_when(world: World, network: bool, mon
         final = size
         for start in starts:
             vector[start:final] = parts[world.rank][start:final]
-            exchange.ready(vector, start)
+            exchange.ready(vector, start, STEP)
             final = start
         vector[:final] = parts[world.rank][:final]
         headers = exchange.sum(vector, header(world))

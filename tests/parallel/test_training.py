@@ -137,6 +137,22 @@ def test_a_run_in_buckets_behind_the_backward_pass_trains_as_any(world: World, m
     np.testing.assert_allclose(*losses, rtol=1e-9)
 
 
+@pytest.mark.parametrize("exchange", ["flat", "buckets"])
+def test_a_run_on_the_int8_wire_repeats_to_the_bit_and_hangs_on_its_seed(
+    world: World, exchange: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(buckets, "BUCKET", 4096)
+    digests = []
+    for seed in (0, 0, 1):
+        run = make_run(world, dataclasses.replace(SETTINGS, exchange=exchange, wire="int8", seed=seed))
+        shared = np.random.default_rng(0).standard_normal(run.parameters.size).astype(np.float32)
+        run.replica.gradient[...] = shared
+        digests.append((run.replica.sum_shares().tobytes(), [*loop.train(run, never)][-1].parameters_sha256))  # type: ignore[union-attr]
+    assert digests[0] == digests[1]
+    assert digests[0][0] != digests[2][0]
+    assert world.comm.allgather(digests) == [digests] * world.size
+
+
 def test_the_time_asleep_in_the_exchange_is_a_wait(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     def slow(function: Callable[..., object]) -> Callable[..., object]:
         def exchange(*arguments: object) -> object:
