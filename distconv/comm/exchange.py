@@ -47,6 +47,7 @@ def step_header(shards: int = 1) -> np.dtype[Any]:
             ("step", np.int64),
             ("samples", np.int64),
             ("sums", np.float64, (shards, MOST_SUMS)),  # of what the task learns, over a shard: the loss first
+            ("squares", np.float64, (shards,)),  # the squared norm of a shard's gradient, NaN where it is not known
             ("bad_at", np.int64),  # where this rank's gradient first holds an infinity or NaN, or -1; filled in by sum
             ("stop", np.int64),  # 1: this rank was asked to stop
             ("save", np.int64),  # 1: this rank wants a state that may be saved

@@ -43,6 +43,8 @@ class DeviceExchange(Protocol):
         """Seconds that this rank has slept in barriers, in all sums together."""
         return 0.0
 
+    overlaps: bool = False  # parts of a vector may be on their way before it is whole; sender sends them
+
     def sender(self, vector: Array, step: int) -> Callable[[int | None], None] | None:
         """What sends off the numbers of the vector from an index on, when they are final; None where nothing can."""
         return None
@@ -55,6 +57,7 @@ class OnCpu(DeviceExchange):
 
     def __init__(self, inner: Exchange) -> None:
         self.inner, self.wire, self.how, self.bytes_sent = inner, inner.wire, inner.how, inner.bytes_sent
+        self.overlaps = isinstance(inner, Buckets)
 
     @property
     def waited(self) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import numpy as np
@@ -50,6 +51,17 @@ class Shards:
     def most(self) -> int:
         """How many a rank has at most."""
         return -(-self.count // self.size)
+
+    @functools.cached_property
+    def places(self) -> tuple[list[int], list[int]]:
+        """For each shard, the rank that has it, and which of that rank's it is."""
+        ranks = [rank for rank in range(self.size) for _ in Shards(self.count, self.size, rank).own]
+        return ranks, [shard - ranks.index(rank) for shard, rank in enumerate(ranks)]
+
+    def sizes(self, n: int) -> list[int]:
+        """How many of n samples each shard has."""
+        share, rest = divmod(n, self.count)
+        return [share + (shard < rest) for shard in range(self.count)]
 
     def part(self, n: int) -> slice:
         """Which of n samples are this rank's; may be none."""

@@ -138,6 +138,10 @@ class Kernels(Protocol):
         """Make vectors shorter, all by the same factor, where together they are longer than `most` (L2 norm)."""
         ...
 
+    def squared_norm(self, gradient: Array) -> float:
+        """The sum of the squares, in float64; NaN where a device would have to be waited for."""
+        ...
+
     def average(self, ema: Array, p: Array, share: Any, bad: Array) -> None:
         """ema += share[0] (p - ema), unless bad[1] says that the gradient was not finite."""
         ...

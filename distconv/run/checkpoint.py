@@ -67,7 +67,8 @@ DESCRIBED: Mapping[str, Mapping[str, Callable[[Any], bool]]] = {
     "position": {
         **dict.fromkeys(("step", "epoch", "cursor", "samples", "skipped", "best_epoch"), _is_count),
         **dict.fromkeys(
-            ("loss_sum", "first_loss", "best_score"), lambda value: type(value) is float and not math.isnan(value)
+            ("loss_sum", "first_loss", "best_score", "noise", "signal"),
+            lambda value: type(value) is float and not math.isnan(value),
         ),
     },
     "config": dict.fromkeys(MUST_MATCH, lambda value: value is not None),
@@ -83,6 +84,8 @@ SINCE_LATER = {
     "first_loss": 0.0,
     "best_score": -math.inf,
     "best_epoch": 0,
+    "noise": 0.0,
+    "signal": 0.0,
     "validation": 0,
     "task": CLASSIFY,
     "ema": 0.0,

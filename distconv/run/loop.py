@@ -21,6 +21,7 @@ from distconv.errors import DistconvError, DivergedError
 from distconv.nn.optimizers import EMA
 from distconv.nn.parameters import Parameters
 from distconv.run import agreement
+from distconv.run.noise import estimate, scale_of
 from distconv.run.run import Run
 
 MOST_SKIPPED = 10  # steps in a row without a finite gradient
@@ -60,7 +61,8 @@ class EpochRecord:
     """One epoch. The scores are of the task's metric, without dropout, on the first eval_samples of each part; those of
     the average of the weights, where one is kept, are named ema_test and so on.
 
-    The wire's health is that of a gradient at the epoch's end: see WireHealth.
+    The wire's health is that of a gradient at the epoch's end: see WireHealth. noise_scale: of the gradients of the
+    epoch, in samples; see noise.py.
     """
 
     event: ClassVar[str] = "epoch"
@@ -73,6 +75,7 @@ class EpochRecord:
     largest_gradient: float
     flushed_share: float
     wire_error: float
+    noise_scale: float
     parameters_sha256: str
 
 
@@ -141,7 +144,7 @@ def _step(
     sums = replica.compute(step, mine, global_batch, following)
     world.at("exchange")
     ready = time.perf_counter()
-    told = (step, len(mine), 0, -1, stop, save, run.checksum, run.corrupted, ready - run.exchanged)
+    told = (step, len(mine), 0, math.nan, -1, stop, save, run.checksum, run.corrupted, ready - run.exchanged)
     header, waited = np.array(told, replica.header), replica.exchange.waited
     header["sums"][: len(sums), : sums.shape[1]] = sums
     headers = replica.sum(step, header)
@@ -153,6 +156,8 @@ def _step(
     run.corrupted = replica.checksum() != run.checksum
     good = replica.update(step)
     run.checksum = replica.checksum()
+    if good:
+        _note_noise(run, headers, global_batch)
     totals = headers["sums"].reshape(-1, MOST_SUMS).cumsum(axis=0)[-1]  # shard by shard, so in the same order always
     _note_loss(run, good, float(totals[0]), global_batch, headers)
     stopping, asked = bool(headers["stop"].any()), bool(headers["save"].any())
@@ -210,6 +215,14 @@ def _note_loss(run: Run, updated: bool, loss: float, global_batch: int, headers:
         raise _diverged(run)
 
 
+def _note_noise(run: Run, headers: Headers, global_batch: int) -> None:
+    squares, samples = headers["squares"][run.shards.places], np.array(run.shards.sizes(global_batch))
+    noise, signal = estimate(squares, samples, run.replica.square)
+    if math.isfinite(noise + signal):
+        run.noise += noise
+        run.signal += signal
+
+
 def _loss_of_the_start(run: Run) -> float:
     """Of the first step, or of a blind guess, should the first samples have been easy ones."""
     return max(run.first_loss, run.task.blind_loss(run.data))
@@ -239,7 +252,8 @@ def _end_of_epoch(run: Run, epoch: int, images_per_second: float) -> EpochRecord
     if best > run.best_score:
         run.best_score, run.best_epoch = best, epoch + 1
     train_loss = run.loss_sum / run.samples if run.samples else float("nan")
-    run.loss_sum, run.samples = 0.0, 0
+    noise_scale = scale_of(run.noise, run.signal)
+    run.loss_sum, run.samples, run.noise, run.signal = 0.0, 0, 0.0, 0.0
     _probe_the_wire(run, epoch)
     agreement.agree(run)  # at last, as what follows is saved
     health = run.probe.health
@@ -253,6 +267,7 @@ def _end_of_epoch(run: Run, epoch: int, images_per_second: float) -> EpochRecord
         health.largest_gradient,
         health.flushed_share,
         health.wire_error,
+        noise_scale,
         run.parameters.digest(),
     )
 

@@ -8,6 +8,7 @@ host exchanges between them. What changes from step to step goes to the device i
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -56,9 +57,9 @@ class Replica:
         K = len(shards.own)
         several = np.zeros((K, parameters.size), parameters.gradient.dtype) if K > 1 else parameters.gradient
         self.vector, self.shares = self.device.upload(parameters.vector), self.device.upload(several)
-        rows = self.shares.reshape(K, parameters.size)
-        self.gradient, self.values = rows[0], parameters.nested(self.vector)
-        self.grads_by_shard = [parameters.nested(row) for row in rows]
+        self.rows = self.shares.reshape(K, parameters.size)
+        self.gradient, self.values = self.rows[0], parameters.nested(self.vector)
+        self.grads_by_shard = [parameters.nested(row) for row in self.rows]
         self.grads = self.grads_by_shard[0]
         self.state_there = {slot: self.device.upload(vector) for slot, vector in self.state.items()}
         self.averages = parameters.nested(self.state_there[EMA]) if settings.ema else self.values
@@ -71,6 +72,8 @@ class Replica:
         self.untrained = parameters.runs(lambda spec: not spec.trained)
         decays = optimizer.weight_decay and not optimizer.layerwise
         self.decaying = parameters.runs(lambda spec: spec.trained and spec.decay) if decays else []
+        # Squared norms of the shards' gradients and of their sum tell the noise; of one shard, they are the same.
+        self.notes_squares, self.square = shards.count > 1 and not exchange.overlaps, math.nan
         self.begun: dict[int, Any] = {}  # steps whose results nobody has waited for yet, by their number
 
     def compute(self, step: int, samples: Samples, global_batch: int, following: Samples | None = None) -> Array:
@@ -95,6 +98,8 @@ class Replica:
         """Sum the gradient over the ranks; see Exchange."""
         own, _ = self.mailbox.bad_at(step)
         header["bad_at"] = -1 if own == FINITE else own
+        if self.notes_squares:
+            header["squares"][: len(self.rows)] = [self.kernels.squared_norm(row) for row in self.rows]
         return self.exchange.travel(header)
 
     def update(self, step: int) -> bool:
@@ -182,6 +187,8 @@ class Replica:
         """What follows when the sums are there."""
         kernels, mailbox = self.kernels, self.mailbox
         self.exchange.after(self.gradient, mailbox.bad)
+        if self.notes_squares:
+            self.square = kernels.squared_norm(self.gradient)
         for part in self.decaying:
             kernels.decay(self.vector[part], mailbox.numbers, mailbox.bad)
         slots = [self.state_there[slot] for slot in self.slots]

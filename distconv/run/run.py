@@ -18,6 +18,8 @@ from distconv.run.measure import measure
 from distconv.run.replica import Replica
 from distconv.tasks.task import Task
 
+SINCE_LATER = ("first_loss", "best_score", "best_epoch", "noise", "signal")  # which older checkpoints do not have
+
 
 @dataclass
 class Run:
@@ -33,6 +35,8 @@ class Run:
     step: int = 0  # steps done since the first epoch began
     loss_sum: float = 0.0  # over the samples of this epoch so far, skipped steps left out
     samples: int = 0  # in loss_sum
+    noise: float = 0.0  # sums of what the steps of this epoch so far tell of the gradient's noise; see noise.py
+    signal: float = 0.0
     skipped: int = 0  # steps in a row whose gradient was not finite
     first_loss: float = 0.0  # of the run's first step; 0 before it
     best_score: float = -math.inf  # on the validation set
@@ -75,7 +79,7 @@ class Run:
     def position(self) -> dict[str, Any]:
         epoch, batch = divmod(self.step, self.steps_per_epoch)
         cursor = batch * self.config.step_size
-        names = ("step", "loss_sum", "samples", "skipped", "first_loss", "best_score", "best_epoch")
+        names = ("step", "loss_sum", "samples", "skipped", *SINCE_LATER)
         moving = {name: getattr(self, name) for name in names}
         return {**moving, "epoch": epoch, "cursor": cursor}
 
@@ -91,7 +95,7 @@ class Run:
         """Go to the position of a checkpoint."""
         self.step, self.loss_sum = position["step"], position["loss_sum"]
         self.samples, self.skipped = position["samples"], position["skipped"]
-        for name in ("first_loss", "best_score", "best_epoch"):  # older checkpoints have none
+        for name in SINCE_LATER:
             setattr(self, name, position.get(name, getattr(self, name)))
         for slot, vector in self.vectors().items():
             vector[...] = vectors[slot]

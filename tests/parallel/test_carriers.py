@@ -154,7 +154,7 @@ def test_buckets_arrive_whatever_was_ready_when(
     if network:
         monkeypatch.setattr(exchanges, "connect", transport.Messages)
     size = 5 * 512 + 77
-    exchange = choose(world, size, wire, "buckets", SEED)
+    exchange = choose(world, size, wire, "buckets", seed=SEED)
     assert isinstance(exchange, buckets.Buckets) and exchange.how.startswith("6 buckets")
     parts = [contribution(rank, size) for rank in range(world.size)]
     wanted = np.concatenate(

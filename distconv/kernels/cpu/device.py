@@ -131,6 +131,9 @@ class Cpu:
             for g in gradients:
                 g *= g.dtype.type(most / length)
 
+    def squared_norm(self, gradient: Array) -> float:
+        return float(updates.squared_norm(gradient))
+
     def average(self, ema: Array, p: Array, share: Sequence[float], bad: Array) -> None:
         if bad[1] == FINITE:
             updates.average(ema, p, p.dtype.type(share[0]))

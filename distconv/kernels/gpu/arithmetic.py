@@ -329,6 +329,9 @@ class Gpu:
         for g in gradients:
             self.launch("updates", "clip", g.size, g, squares, sum(blocks), float(most), bad[1:], g.size)
 
+    def squared_norm(self, gradient: Array) -> float:
+        return math.nan
+
     def average(self, ema: Array, p: Array, share: Array, bad: Array) -> None:
         self.launch("updates", "average", p.size, ema, p, share, bad[1:], p.size)
 
