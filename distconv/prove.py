@@ -1,7 +1,8 @@
 """`python -m distconv.prove`: does the number of ranks change what is computed? On this machine, with this MPI.
 
 One rank computes the gradients of a few global batches alone, without any exchange. Then jobs of 1, 2, 4, ... ranks
-compute the same, dropout and uneven shards included, each with each wire, and are held against it.
+compute the same, dropout and uneven shards included, each with each wire, and are held against it. With --shards, which
+the wires int16 and int32 are for, they train too, and all must end with the bits of the one rank.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from distconv.benchmarks import rank_list
 from distconv.comm.start import run_command, start
 from distconv.command_line import Parser
-from distconv.config import DEVICES, MODELS, Config
+from distconv.config import DEVICES, EXACT, MODELS, Config
 from distconv.errors import UsageError
 from distconv.supervise.launcher import end_on_sigterm, job_starter, refuse_to_nest, rows, run_job
 
@@ -28,8 +29,11 @@ if TYPE_CHECKING:
 # The largest |gradient of P ranks - gradient of one rank| / |gradient of one rank| that a tensor may show. float16:
 # two roundings of 2^-11, with room for tensors of few numbers. int8: small numbers beside large ones, as the biases of
 # simpleconvnet (up to 0.54 with 16 seeds and sets of data; of deepconvnet 0.06). The others: roundings of the sums.
-BOUNDS = {"float64": 1e-12, "float32": 3e-5, "float16": 1e-3, "int8": 0.8}
+BOUNDS = {"float64": 1e-12, "float32": 3e-5, "float16": 1e-3, "int8": 0.8} | dict.fromkeys(EXACT, 0.0)
+SHARDS = 8
+SHOWN = 16  # hexadecimal digits of a SHA-256, to people
 BATCHES = 3
+ON_CPU = ("float64", *EXACT)
 SECONDS = 600.0  # a job may take
 
 
@@ -42,10 +46,14 @@ def main(argv: Sequence[str]) -> int:
         epilog="examples:\n"
         "  python -m distconv.prove\n"
         "  python -m distconv.prove --ranks 1,3,7 --model simpleconvnet --data mnist --json\n"
+        "  python -m distconv.prove --ranks 1,2,3,4,7 --wires int16 --shards 8     # the same SHA-256 on all\n"
         "  python -m distconv.prove --device cuda",
     )
     parser.add_argument("--ranks", default="1,2,4", help="numbers of ranks, with commas (default: 1,2,4)")
-    parser.add_argument("--wires", help="wires, with commas (default: all; float64 is for the CPU only)")
+    parser.add_argument("--wires", help=f"wires, with commas (default: all; {', '.join(ON_CPU)} are for the CPU only)")
+    parser.add_argument(
+        "--shards", type=int, metavar="V", help=f"on {' and '.join(EXACT)} (default: {SHARDS}, or the most ranks)"
+    )
     parser.add_argument("--device", choices=DEVICES, default="cpu", help="as in distconv.train (default: cpu)")
     parser.add_argument(
         "--model", default="deepconvnet", help=f"as in distconv.train: {', '.join(MODELS)}, or your own"
@@ -58,7 +66,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--write", type=Path, help=argparse.SUPPRESS)  # this is the job that writes the reference
     parser.add_argument("--compare", type=Path, help=argparse.SUPPRESS)  # this is a job that is held against it
     flags = parser.parse_args(argv)
-    possible = [wire for wire in BOUNDS if flags.device == "cpu" or wire != "float64"]
+    possible = [wire for wire in BOUNDS if flags.device == "cpu" or wire not in ON_CPU]
     wires, numbers = flags.wires.split(",") if flags.wires else possible, rank_list(flags.ranks)
     if not set(wires) <= set(possible):
         raise UsageError(f"--wires {flags.wires}: expected some of {','.join(possible)}")
@@ -66,7 +74,15 @@ def main(argv: Sequence[str]) -> int:
         raise UsageError(f"--batch-size {flags.batch_size} with {max(numbers)} ranks: give every rank an image or more")
     names = ("data", "model", "batch_size", "seed", "device")
     common = {name: getattr(flags, name) for name in names}
-    settings = [Config(epochs=1, eval_samples=1, wire=wire, **common) for wire in wires]
+    shards = max(SHARDS, *numbers) if flags.shards is None else flags.shards
+    if set(wires) & set(EXACT) and not max(numbers) <= shards <= flags.batch_size:
+        raise UsageError(
+            f"--shards {shards} with {max(numbers)} ranks and --batch-size {flags.batch_size}: a number from that of "
+            "the ranks to that of the images was expected"
+        )
+    settings = [
+        Config(epochs=1, eval_samples=1, wire=wire, shards=shards if wire in EXACT else 0, **common) for wire in wires
+    ]
 
     if flags.write or flags.compare:
         with start() as world:
@@ -97,26 +113,55 @@ def work(settings: list[Config], folder: Path, writes: bool, world: World) -> No
 
     from distconv.run.build import build_run
     from distconv.run.loading import load_dataset
-    from distconv.run.loop import EpochRecord, train
 
     limit = BATCHES * settings[0].batch_size
     dataset, _ = load_dataset(settings[0].data, world, lambda line: None, limit_train=limit)
     for config in settings:
         run = build_run(config, dataset, world)
-        reference = folder / f"{run.parameters.vector.dtype}.npy"  # the wires of a type share it
+        # The wires of a type share it, but for those on which what one rank has, too, is rounded.
+        reference = folder / f"{config.wire if config.shards else run.parameters.vector.dtype}.npy"
         if writes:
             np.save(reference, [shared_gradient(run, batch, alone=True) for batch in range(BATCHES)])
+            if config.shards:
+                reference.with_suffix(".json").write_text(json.dumps(trained(run)))
             continue
         differences = [
             largest_difference(run, shared_gradient(run, batch, alone=False), one_rank)
             for batch, one_rank in enumerate(np.load(reference))
         ]
-        epoch = [record for record in train(run, lambda: False) if isinstance(record, EpochRecord)][-1]
-        equal = len(set(world.comm.allgather(epoch.parameters_sha256))) == 1
+        steps, sha256 = trained(run), run.parameters.digest()
+        equal = len(set(world.comm.allgather(sha256))) == 1
         difference, bound = max(differences), BOUNDS[config.wire]
+        row = {"wire": config.wire, "ranks": world.size, "max_relative_difference": difference, "bound": bound}
+        row |= {"replicas_equal": equal, "ok": difference <= bound and equal}
+        if config.shards:
+            parting = first_difference(json.loads(reference.with_suffix(".json").read_text()), steps)
+            row |= {"ok": row["ok"] and not parting, "shards": config.shards}
+            row |= {"parameters_sha256": sha256, "differs_at": parting}
         if world.rank == 0:
-            row = {"wire": config.wire, "ranks": world.size, "max_relative_difference": difference, "bound": bound}
-            print(json.dumps({**row, "replicas_equal": equal, "ok": difference <= bound and equal}), flush=True)
+            print(json.dumps(row), flush=True)
+
+
+def trained(run: Run) -> list[dict[str, str]]:
+    """Train to the end -> for each step, the SHA-256 of each tensor after it, by name."""
+    from distconv.nn.parameters import digest
+    from distconv.run.loop import StepRecord, train
+
+    steps = []
+    for record in train(run, lambda: False):
+        if isinstance(record, StepRecord):
+            named = run.parameters.named(run.parameters.vector)
+            steps.append({name: digest({name: tensor}) for name, tensor in named.items()})
+    return steps
+
+
+def first_difference(wanted: Sequence[Mapping[str, str]], found: Sequence[Mapping[str, str]]) -> str:
+    """The first step and tensor where two runs part, as `step 2, conv1.W`; nothing where they do not."""
+    for step, (one, other) in enumerate(zip(wanted, found, strict=True), start=1):
+        for name, sha256 in one.items():
+            if other[name] != sha256:
+                return f"step {step}, {name}"
+    return ""
 
 
 def shared_gradient(run: Run, batch: int, alone: bool) -> Array:
@@ -126,13 +171,11 @@ def shared_gradient(run: Run, batch: int, alone: bool) -> Array:
     """
     import numpy as np
 
-    from distconv.data.shard import split
-
     B = run.config.batch_size
     samples = np.arange(batch * B, (batch + 1) * B)
-    mine = samples if alone else samples[split(B, run.world.size, run.world.rank)]
+    mine = samples if alone else samples[run.shards.part(B)]
     share = run.replica.share(batch, mine, B)
-    return (share if alone else run.replica.sum_shares()).copy()
+    return (share if alone and not run.config.shards else run.replica.sum_shares()).copy()
 
 
 def largest_difference(run: Run, gradient: Array, reference: Array) -> float:
@@ -149,7 +192,7 @@ class Table:
     def __init__(self, as_json: bool) -> None:
         self.as_json, self.good = as_json, True
         if not as_json:
-            print(f"{'wire':<10}{'ranks':>5}{'largest difference':>21}{'bound':>9}{'replicas':>11}   verdict")
+            print(f"{'wire':<10}{'ranks':>5}{'largest difference':>21}{'bound':>9}{'replicas':>11}   verdict  SHA-256")
 
     def show(self, row: Mapping[str, Any]) -> None:
         self.good &= row["ok"]
@@ -158,7 +201,9 @@ class Table:
         else:
             replicas, verdict = ("equal" if row["replicas_equal"] else "DIFFER"), ("ok" if row["ok"] else "BROKEN")
             numbers = f"{row['ranks']:>5}{row['max_relative_difference']:>21.1e}{row['bound']:>9.0e}"
-            print(f"{row['wire']:<10}{numbers}{replicas:>11}   {verdict}", flush=True)
+            sha256 = row.get("parameters_sha256", "")[:SHOWN]
+            where = f"   differs at {row['differs_at']}" if row.get("differs_at") else ""
+            print(f"{row['wire']:<10}{numbers}{replicas:>11}   {verdict:<6}   {sha256}{where}".rstrip(), flush=True)
 
     def verdict(self) -> int:
         if not self.as_json:

@@ -18,10 +18,13 @@ from tqdm import tqdm
 from distconv.errors import StorageError
 from distconv.process.launched import PROCESSES, parents
 from distconv.process.streams import lead_nowhere
+from distconv.run.noise import advice
 
 # Fields of the records that curves, lines and finished runs are made of; besides them losses and scores, see PARTS.
 READ_AGAIN = (
     "epoch",
+    "images_per_second",
+    "noise_scale",
     "compute_seconds",
     "exchange_seconds",
     "wait_seconds",
@@ -167,6 +170,18 @@ def describe_steps(steps: Sequence[Mapping[str, Any]], ranks: int) -> str:
         f"{line}; {steps[-1].get('wire_bytes') or 0:,} bytes sent, a float32 wire would exchange in "
         f"{milliseconds('wire_seconds_float32')}; rank {slowest} was slowest in {times / len(steps):.0%} of steps"
     )
+
+
+def describe_noise(metrics: Sequence[Mapping[str, Any]], batch_size: int, ranks: int) -> str:
+    """What larger batches and more ranks would bring, in a line; none where the noise of the gradients is not known."""
+    known = [record["noise_scale"] for record in metrics if record.get("noise_scale")]
+    steps = [record for record in metrics if record.get("event") == "step"]
+    if not known or not steps:
+        return ""
+    speed, computing = (
+        statistics.median(step.get(key) or 0.0 for step in steps) for key in ("images_per_second", "compute_seconds")
+    )
+    return advice(known[-1], batch_size, ranks, batch_size / speed if speed else 0.0, computing)
 
 
 def on_a_terminal() -> bool:

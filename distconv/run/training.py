@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import platform
-import statistics
 import textwrap
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -30,10 +29,9 @@ from distconv.run.build import build_run
 from distconv.run.checkpoint import Checkpoint
 from distconv.run.folder import BEST, LOCK, check_folder, held_folder, lock_file, make_ready
 from distconv.run.loading import load_dataset
-from distconv.run.log import RunLog, describe_steps, read_metrics, write_text
+from distconv.run.log import RunLog, describe_noise, describe_steps, read_metrics, write_text
 from distconv.run.loop import EpochRecord, Record, StepRecord, StopRecord
 from distconv.run.loop import train as records
-from distconv.run.noise import advice
 from distconv.run.run import Run
 from distconv.run.stopping import StopRequest
 
@@ -256,22 +254,10 @@ def finish(run: Run, out: Path, log: RunLog) -> int:
             draw(metrics, run, out, log)
             if steps := [record for record in metrics if record.get("event") == "step"]:
                 log.say(describe_steps(steps, run.world.size))
-                if line := what_more_would_bring(metrics, run):
+                if line := describe_noise(metrics, run.config.step_size, run.world.size):
                     log.say(line)
             write_text(out / "DONE", f"{run.step}\n")
     return conclude(final, run.config, out, log)
-
-
-def what_more_would_bring(metrics: Sequence[Mapping[str, Any]], run: Run) -> str:
-    """A sentence on larger batches and more ranks, or nothing where the noise of the gradients is not known."""
-    known = [record["noise_scale"] for record in metrics if record.get("noise_scale")]
-    steps = [record for record in metrics if record.get("event") == "step"]
-    if not known:
-        return ""
-    speed, computing = (
-        statistics.median(step[key] for step in steps) for key in ("images_per_second", "compute_seconds")
-    )
-    return advice(known[-1], run.config.step_size, run.world.size, run.config.step_size / speed, computing)
 
 
 def conclude(final: Mapping[str, Any], settings: Config, out: Path, log: RunLog) -> int:
