@@ -1,0 +1,115 @@
+"""`mpirun -n P python -m distconv.reproduce RUN`: train a run again, and say whether it has the same bits.
+
+Nothing is written. What the run's metrics.jsonl says of each step and epoch is held against what happens now: every
+loss, and the SHA-256 of the parameters.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from distconv.comm.start import run_command, start
+from distconv.command_line import Parser
+from distconv.config import Config, read_toml
+from distconv.errors import MismatchError, MissingInputError
+
+if TYPE_CHECKING:
+    from distconv.comm.world import World
+    from distconv.run.log import RunLog
+
+Metrics = Sequence[Mapping[str, Any]]
+
+
+def main(argv: Sequence[str]) -> int:
+    flags = parse(argv)
+    with start() as world:
+        from distconv.run.log import RunLog, read_metrics
+
+        log, settings, metrics = RunLog(world.rank == 0), Config(), []
+        with world.together():
+            if world.rank == 0:
+                metrics = read_metrics(flags.run / "metrics.jsonl")
+                if not of_each(metrics, "step", "train_loss"):
+                    raise MissingInputError(f"{flags.run} has no metrics.jsonl with steps: a run's folder was expected")
+                settings = Config(**read_toml(flags.run / "config.toml"))
+        settings, metrics = world.comm.bcast((settings, metrics))
+        world.watch.set_limits(settings.hang_seconds)
+        steps, difference = train_again(settings, metrics, world, log)
+        if flags.json:
+            log.say(json.dumps({"ranks": world.size, "steps": steps, "same": not difference, "differs_at": difference}))
+        elif difference:
+            log.say(f"other bits: {difference}")
+        else:
+            log.say(f"the same bits: {steps:,} steps on {world.size} rank{'s' * (world.size > 1)}")
+        return int(bool(difference))
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser = Parser(
+        prog="python -m distconv.reproduce",
+        description="Train a run again by its config.toml, write nothing, and say whether each step has the same loss "
+        "and each epoch the same parameters, to the bit. Of a run with --shards, any number of ranks up to that will "
+        "do; else as many as it had. Exit code 1 where they differ.",
+        epilog="examples:\n"
+        "  mpirun -n 4 python -m distconv.train --shards 8 --out runs/mine\n"
+        "  mpirun -n 3 python -m distconv.reproduce runs/mine\n\n"
+        "--json prints ranks, steps (that were compared), same, differs_at.",
+    )
+    parser.add_argument("run", type=Path, metavar="RUN", help="the folder of a run, finished or not")
+    parser.add_argument("--json", action="store_true", help="one JSON object")
+    return parser.parse_args(argv)
+
+
+def train_again(settings: Config, metrics: Metrics, world: World, log: RunLog) -> tuple[int, str]:
+    """How many steps were compared, and the first thing that differs from these metrics, or nothing; collective."""
+    from distconv.kernels.compiled import CACHE
+    from distconv.run.build import build_run
+    from distconv.run.loading import load_dataset
+    from distconv.run.loop import EpochRecord, StepRecord, train
+    from distconv.run.training import check_settings
+
+    with world.together():
+        check_settings(settings, world)
+    CACHE.say = log.say_aside
+    dataset, name = load_dataset(settings.data, world, log.say_aside, settings.limit_train, settings.validation)
+    started = next((record for record in metrics if record.get("event") == "start"), {})
+    if (sha256 := started.get("data_sha256", dataset.digest)) != dataset.digest:
+        raise MismatchError(
+            f"the run had a data set of SHA-256 {sha256[:12]}..., but {name} now has {dataset.digest[:12]}...: bring "
+            "the old one back"
+        ).on_all_ranks()
+    if not settings.shards and (ranks := started.get("ranks", world.size)) != world.size:
+        log.say_aside(f"the run, on {ranks}, had no --shards: on {world.size} its sums are rounded in another way")
+
+    losses, done, difference = of_each(metrics, "step", "train_loss"), 0, ""
+    parameters, last = of_each(metrics, "epoch", "parameters_sha256"), max(losses)
+    run = build_run(settings, dataset, world, log.say_aside)
+    for record in train(run, lambda: False):
+        if isinstance(record, StepRecord):
+            log.progress(record.step, last, record.epoch, settings.epochs, record.train_loss, record.images_per_second)
+            now, was = record.train_loss, losses.get(record.step)
+            if was not in (None, now):
+                difference = f"step {record.step} has the loss {now!r}, and had {was!r}"
+        elif isinstance(record, EpochRecord):
+            sha256, before = record.parameters_sha256, parameters.get(record.step)
+            if before not in (None, sha256):
+                difference = f"epoch {record.epoch} ends with the parameters {sha256[:12]}..., and had {before[:12]}..."
+        ends_here = record.step == last and not (record.step in parameters and isinstance(record, StepRecord))
+        if difference or ends_here:
+            break
+        done = record.step
+    log.close()
+    return (done if difference else last), difference
+
+
+def of_each(metrics: Metrics, event: str, key: str) -> dict[int, Any]:
+    """A field of the records of that event, by their step; those without are left out."""
+    return {record["step"]: record[key] for record in metrics if record.get("event") == event and record.get(key)}
+
+
+if __name__ == "__main__":
+    run_command(main)
