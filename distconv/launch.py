@@ -31,12 +31,13 @@ def main(argv: Sequence[str]) -> int:
     except OSError as error:
         raise CannotCreateError(f"no folder can be made in runs/ ({error.strerror}): give one by --out") from None
 
-    def command(restart: int, step: int) -> list[str]:
+    def command(restart: int, step: int, missing: int) -> list[str]:
         """The first start obeys --resume; a later one goes on from what it finds."""
         resume = ["--resume", "auto"] if restart and (step or settings.resume == "never") else []
-        return job_command(starter, flags.ranks, ["-m", "distconv.train", *train, "--out", str(out), *resume])
+        ranks = flags.ranks - missing
+        return job_command(starter, ranks, ["-m", "distconv.train", *train, "--out", str(out), *resume])
 
-    supervisor = Supervisor(command, out, flags.restarts)
+    supervisor = Supervisor(command, out, flags.restarts, spare=flags.ranks - flags.at_least)
     code = supervisor.run()
     if supervisor.has_trained():
         write(supervisor.summary())
@@ -47,7 +48,8 @@ def from_command_line(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str
     """The supervisor's own flags, and those of distconv.train. Raises UsageError."""
     parser = Parser(
         prog="python -m distconv.launch",
-        usage="python -m distconv.launch -n RANKS [--restarts N] [--mpirun COMMAND] -- FLAGS OF distconv.train",
+        usage="python -m distconv.launch -n RANKS [--at-least M] [--restarts N] [--mpirun COMMAND] -- FLAGS OF "
+        "distconv.train",
         description="Train, and after an accident start again from the last good checkpoint, at once, or after a pause "
         "that\ngrows where no new checkpoint is made. Starts mpirun by itself.\n\n"
         "It ends, with the job's exit code, when the run is done, when another start would not help (a wrong flag,\n"
@@ -59,9 +61,17 @@ def from_command_line(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str
         "not: to start, steps that were lost and are done again, pauses, the curves at the end.",
         epilog="examples:\n"
         "  python -m distconv.launch -n 4 -- --data mnist --epochs 20\n"
+        "  python -m distconv.launch -n 4 --at-least 2 -- --shards 8      # may lose ranks, and none of its bits\n"
         "  python -m distconv.launch -n 8 --mpirun 'srun --mpi=pmi2 -K' -- --out runs/mine",
     )
     parser.add_argument("-n", "--ranks", type=int, required=True, help="how many ranks train")
+    parser.add_argument(
+        "--at-least",
+        type=int,
+        metavar="M",
+        help="go on with the ranks that are left, M or more: where a restart brings no new checkpoint, the next has a "
+        "rank fewer. With --shards, the run ends with the same bits (default: as -n)",
+    )
     parser.add_argument(
         "--restarts",
         type=int,
@@ -77,6 +87,9 @@ def from_command_line(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str
     flags, train = parser.parse_before_dashes(argv)
     if flags.ranks < 1:
         raise UsageError(f"-n {flags.ranks}: expected a number of ranks from 1")
+    flags.at_least = flags.ranks if flags.at_least is None else flags.at_least
+    if not 1 <= flags.at_least <= flags.ranks:
+        raise UsageError(f"--at-least {flags.at_least} with -n {flags.ranks}: expected a number from 1 to that of -n")
     if flags.restarts < 0:
         raise UsageError(f"--restarts {flags.restarts}: expected a number from 0")
     return flags, train

@@ -39,6 +39,43 @@ def test_a_killed_run_ends_as_if_nothing_had_happened(tmp_path: Path) -> None:
     assert len(read_metrics(out / "metrics.jsonl")) == len(read_metrics(undisturbed / "metrics.jsonl")) + 1
 
 
+def test_a_run_of_shards_that_loses_ranks_for_good_ends_with_the_same_bits(tmp_path: Path) -> None:
+    """An mpirun that has room for one rank less after each accident, and does not start more."""
+    undisturbed, out, room = tmp_path / "undisturbed", tmp_path / "run", tmp_path / "room"
+    flags = ("--epochs", "4", "--shards", "5", "--checkpoint-seconds", "0", "--out")
+    assert jobs.run(1, "-m", "distconv.train", *QUICK, *flags, undisturbed).returncode == 0
+    room.write_text("4")
+    starter = tmp_path / "starter"
+    starter.write_text(
+        f"#!/bin/sh\n[ $2 -le $(cat {room}) ] || {{ echo no room for $2 ranks >&2; exit 1; }}\nexec {jobs.MPIRUN} $@\n"
+    )
+    starter.chmod(0o755)
+    command = [
+        "-m",
+        "distconv.launch",
+        "-n",
+        "4",
+        "--at-least",
+        "2",
+        "--mpirun",
+        str(starter),
+        "--",
+        *QUICK,
+        *flags,
+        out,
+    ]
+    job = jobs.Job(0, command)
+    for left, steps in (("3", 4), ("2", 9)):
+        jobs.wait_until(lambda steps=steps: trained(out, steps), job)  # type: ignore[misc]
+        room.write_text(left)
+        jobs.psutil.Process(job.ranks()[-1].pid).kill()
+    result = job.finish(60)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "no room for 4 ranks" in result.stderr and "with 2 ranks fewer" in result.stderr
+    ranks = [record["ranks"] for record in read_metrics(out / "metrics.jsonl") if record["event"] == "start"]
+    assert ranks == [4, 3, 2] and parameters(out) == parameters(undisturbed)
+
+
 @pytest.mark.slow
 def test_a_restart_does_not_begin_with_the_file_of_resume_again(tmp_path: Path) -> None:
     first, undisturbed, out = tmp_path / "first", tmp_path / "undisturbed", tmp_path / "run"

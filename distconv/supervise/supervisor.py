@@ -82,14 +82,17 @@ class Failure:
 class Supervisor:
     """Brings a job, which writes into the folder `out`, to its end over accidents.
 
-    command: the words that start it, for the number of restarts and the step of the newest checkpoint, 0 for none.
-    restarts: so many in a row may bring no new checkpoint.
+    command: the words that start it, for the number of restarts, the step of the newest checkpoint, 0 for none, and how
+    many ranks are missing. restarts: so many in a row may bring no new checkpoint. spare: ranks that may be missing,
+    one more with each restart that brings none.
 
     From its creation on, this process takes the signals that ask for a stop here only, and adopts what a job leaves.
     """
 
-    def __init__(self, command: Callable[[int, int], Sequence[str]], out: Path, restarts: int) -> None:
-        self.command, self.out, self.most_in_vain = command, out, restarts
+    def __init__(
+        self, command: Callable[[int, int, int], Sequence[str]], out: Path, restarts: int, spare: int = 0
+    ) -> None:
+        self.command, self.out, self.most_in_vain, self.spare = command, out, restarts, spare
         self.metrics = out / "metrics.jsonl"
         self.began = time.monotonic()
         self.restarts = 0
@@ -107,11 +110,12 @@ class Supervisor:
         checkpoint = self.newest_checkpoint()
         while True:
             old_reports = self.reports()
-            code = self.start(self.command(self.restarts, checkpoint))
+            missing = min(in_vain, self.spare)
+            code = self.start(self.command(self.restarts, checkpoint, missing))
             if code in FINAL or self.asked or (code in (0, 1) and self.is_done()):
                 return code
             failure = Failure(code, _step(last_record(self.metrics)), self.first_report(old_reports))
-            if previous and self.would_fail_again(previous, failure):
+            if previous and self.would_fail_again(previous, failure, missing == self.spare):
                 where = f"its report is in {self.out / 'errors'}" if failure.report else "why stands above"
                 write(f"{failure}, twice in a row after step {failure.step:,}: given up; {where}")
                 return code or 1
@@ -124,6 +128,8 @@ class Supervisor:
             pause = min(2.0 ** (in_vain - 2), LONGEST_PAUSE) if in_vain > 1 else 0.0
             when = f"in {pause:.0f} s " if pause else ""
             where = f"step {checkpoint:,}" if checkpoint else "the beginning"
+            if missing := min(in_vain, self.spare):
+                where += f", with {missing} rank{'s' * (missing > 1)} fewer"
             write(f"{failure}, after step {failure.step:,}; restart {self.restarts} {when}from {where}")
             if self.asked_within(pause):
                 return errors.STOPPED
@@ -194,15 +200,16 @@ class Supervisor:
             if event is None and time.monotonic() >= until:
                 return False
 
-    def would_fail_again(self, previous: Failure, failure: Failure) -> bool:
+    def would_fail_again(self, previous: Failure, failure: Failure, alike: bool) -> bool:
         """Whether two failures in a row have one cause, rather than being two accidents: the same report and step.
 
         Or the same exit code without a report, if it is that of no signal, before any start has come as far as a step:
-        so end a mistake in a user's model or in --mpirun, and an output that cannot be written.
+        so end a mistake in a user's model or in --mpirun, and an output that cannot be written. alike: the next start
+        would not have fewer ranks than the last.
         """
         if previous.report and failure.report:
             return (previous.report["error"], previous.step) == (failure.report["error"], failure.step)
-        return previous.code == failure.code and not killed_by(failure.code) and not self.has_trained()
+        return alike and previous.code == failure.code and not killed_by(failure.code) and not self.has_trained()
 
     def has_trained(self) -> bool:
         """Whether a start has come as far as a step."""
