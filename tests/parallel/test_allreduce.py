@@ -30,6 +30,14 @@ def test_sums_and_means_are_those_of_numpy_within_the_error_of_the_wire(world: W
             assert len(set(world.comm.allgather(vector.tobytes()))) == 1
 
 
+def test_a_wire_that_rounds_at_random_gives_each_call_its_own_bits_and_each_run_the_same(world: World) -> None:
+    runs: list[list[bytes]] = []
+    for _ in range(2):
+        with distconv.Allreduce(world.comm, SIZE, "int8") as allreduce:
+            runs.append([allreduce.sum(contribution(world.rank)).tobytes() for _ in range(3)])
+    assert runs[0] == runs[1] and len(set(runs[0])) == 3
+
+
 @pytest.mark.parametrize("method", ["sum", "mean"])
 def test_a_list_of_arrays_gets_the_bits_of_the_vector_they_are_parts_of(world: World, method: str) -> None:
     with distconv.Allreduce(world.comm, SIZE) as allreduce:

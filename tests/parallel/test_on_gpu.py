@@ -130,11 +130,12 @@ def test_the_float16_wire_halves_the_bytes_on_the_bus(world: World, gpu: Gpu) ->
     assert bus["float16"] / bus["float32"] == pytest.approx(0.5, rel=0.01)
 
 
-def test_another_wire_crosses_the_bus_as_it_is(world: World, gpu: Gpu) -> None:
+@pytest.mark.parametrize("wire", ["float32", "int8"])
+def test_another_wire_crosses_the_bus_as_it_is(world: World, gpu: Gpu, wire: str) -> None:
     vector = contribution(world.rank, 700)
-    exchange = Staged(gpu, 700, Flat(world.comm, 700, WIRES["float32"]))
+    exchange = Staged(gpu, 700, Flat(world.comm, 700, WIRES[wire]))
     found, _, _ = sum_on_device(exchange, gpu, vector, header(world))
-    Flat(world.comm, 700, WIRES["float32"]).sum(vector, header(world))
+    Flat(world.comm, 700, WIRES[wire]).sum(vector, header(world))
     assert found.tobytes() == vector.tobytes()
 
 
