@@ -209,14 +209,18 @@ def predict(argv: Sequence[str]) -> int:
     network, wires = predictor.Network(flags.latency_seconds, flags.bits_per_second), ("float32", "float16")
     common = flags.batch_size, flags.numbers, wires, network, flags.weak
     rows = list(predictor.ladder(seconds, flags.parameters, *common))
+    formula = predictor.FORMULA
+    if flags.noise_scale:
+        rows = [predictor.with_goal(row, flags.noise_scale, flags.steps, flags.batch_size) for row in rows]
+        formula += f"\n{predictor.GOAL_FORMULA}"
     if flags.json:
         print("\n".join(json.dumps(asdict(row)) for row in rows))
         return 0
     what = f"{flags.batch_size} images {'a rank' if flags.weak else 'in all'}"
     print(f"{flags.parameters:,} parameters, {what}, {1e3 * seconds:.4g} ms an image on one rank; one rank a host,")
-    print(f"latency {flags.latency}, bandwidth {flags.bandwidth} each way\n\n{predictor.FORMULA}\n")
+    print(f"latency {flags.latency}, bandwidth {flags.bandwidth} each way\n\n{formula}\n")
     print(predictor.table(rows))
-    if rows[-1].ranks < flags.numbers[-1]:
+    if not rows or rows[-1].ranks < flags.numbers[-1]:
         print(f"more ranks than images: {flags.batch_size} images do not give every rank one; see --weak")
     return 0
 

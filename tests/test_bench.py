@@ -24,6 +24,7 @@ from distconv.benchmarks.predict import (
     ladder,
     measured_seconds_per_image,
     predict,
+    with_goal,
 )
 from distconv.benchmarks.scaling import Rung, table
 from distconv.errors import BadDataError, MissingInputError, UsageError
@@ -143,6 +144,49 @@ def test_predict_prints_rows_or_a_table_with_its_formula(tmp_path: Path) -> None
     assert [line.split()[0] for line in text.splitlines()[-2:]] == ["1", "2"]
 
 
+def test_as_many_steps_take_as_long_as_the_noise_scale_says() -> None:
+    strong, weak = (
+        [
+            with_goal(row, noise_scale=900, steps=400, batch_size=100)
+            for row in ladder(0.001, MODEL, 100, [1, 3, 9, 64], ["float16"], IDEAL, weak)
+        ]
+        for weak in (False, True)
+    )
+    assert [row.steps for row in strong] == [400] * 4
+    assert [row.training_seconds for row in strong] == pytest.approx([40, 400 * 0.034, 400 * 0.012, 400 * 0.002])
+    # A step of 100 images a rank takes 0.1 s. 400 steps at 100 are (1 + 900/100) x 40, which no batch falls below.
+    assert [row.steps for row in weak] == [400, 160, 80, 46]
+    assert [row.training_seconds for row in weak] == pytest.approx([40, 16, 8, 4.6])
+
+
+@given(st.floats(1e-3, 1e9), st.integers(1, 10_000_000), st.integers(1, 10_000))
+def test_the_batch_that_was_measured_takes_the_steps_that_were_measured(N: float, steps: int, batch: int) -> None:
+    row = with_goal(predict(0.001, MODEL, batch, 1, "float16", IDEAL), N, steps, batch)
+    assert row.steps == steps and row.training_seconds == pytest.approx(0.001 * batch * steps)
+    larger = with_goal(predict(0.001, MODEL, 2 * batch, 2, "float16", IDEAL), N, steps, batch)
+    assert steps / 2 <= larger.steps <= steps and larger.training_seconds <= row.training_seconds * (1 + 1e-12)
+
+
+def test_predict_tells_steps_and_time_only_if_it_is_asked() -> None:
+    arguments = ("predict", "--step-seconds-per-image", "1ms", "--weak", "--ranks", "1,3", "--bandwidth", "100mbit")
+    asked = (*arguments, "--noise-scale", "900", "--steps", "400")
+    plain, more = rows_of(bench(0, *arguments, "--json")), rows_of(bench(0, *asked, "--json"))
+    for one, other in zip(plain, more, strict=True):
+        assert set(other) - set(one) == {"steps", "training_seconds"} and one.items() <= other.items()
+        step = one["compute_seconds"] + one["exchange_seconds"]  # type: ignore[operator]
+        assert other["training_seconds"] == pytest.approx(other["steps"] * step)
+    text = bench(0, *asked).stdout
+    assert "noise scale / batch" in text and "noise" not in bench(0, *arguments).stdout
+    *_, head, _, last = text.splitlines()
+    assert head.split()[:2] == ["ranks", "steps"] and head.count("time") == 2
+    assert last.split()[:2] == ["3", "160"] and f"{more[2]['training_seconds']:.4g} s" in last
+
+
+def test_predict_says_that_it_has_nothing_to_predict(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["predict", "--step-seconds-per-image", "1ms", "--batch-size", "100", "--ranks", "200"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1].startswith("more ranks than images")
+
+
 def test_predict_reads_what_was_measured(tmp_path: Path) -> None:
     path = tmp_path / "measured.json"
     lines = [
@@ -212,6 +256,9 @@ def test_a_mistake_is_one_sentence_and_exit_code_2(ranks: int, arguments: tuple[
         ("predict", "--measured"),
         ("predict --step-seconds-per-image 1ms --latency 50", "--latency 50"),
         ("predict --step-seconds-per-image 1 --batch-size 0", "--batch-size 0"),
+        ("predict --step-seconds-per-image 1 --noise-scale 900", "--steps"),
+        ("predict --step-seconds-per-image 1 --steps 400", "--noise-scale"),
+        ("predict --step-seconds-per-image 1 --steps 400 --noise-scale -1", "--noise-scale -1"),
     ],
 )
 def test_a_mistake_is_seen_before_anything_starts(line: str, named: str) -> None:

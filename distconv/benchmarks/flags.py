@@ -176,7 +176,9 @@ def predict_flags(argv: Sequence[str]) -> argparse.Namespace:
         "\\\n      --latency 10us --bandwidth 25gbit --weak\n"
         "  # from a measurement of this machine\n"
         "  python -m distconv.bench scaling --ranks 1 --json > one.json\n"
-        "  python -m distconv.bench predict --measured one.json --bandwidth 100mbit",
+        "  python -m distconv.bench predict --measured one.json --bandwidth 100mbit\n"
+        "  # how long until an accuracy is reached that took 400 steps of 100 images, if each rank adds 100\n"
+        "  python -m distconv.bench predict --measured one.json --weak --noise-scale 900 --steps 400 --ranks 1,4,16,64",
     )
     speed = parser.add_mutually_exclusive_group(required=True)
     speed.add_argument("--step-seconds-per-image", metavar="S", help="of one rank's whole step, exchange left out")
@@ -188,6 +190,10 @@ def predict_flags(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--bandwidth", default="1gbit", metavar="RATE", help="of a host, each way (default: 1gbit)")
     ladder_of_ranks = ",".join(str(1 << power) for power in range(13))
     parser.add_argument("--ranks", default=ladder_of_ranks, metavar="P,...", help="(default: 1,2,4,...,4096)")
+    parser.add_argument(
+        "--noise-scale", metavar="N", help="of the gradient, in images: predict steps and time to an accuracy too"
+    )
+    parser.add_argument("--steps", metavar="S", help="that it takes with batches of --batch-size")
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
     flags = parser.parse_args(argv)
     flags.numbers = rank_list(flags.ranks)
@@ -199,6 +205,14 @@ def predict_flags(argv: Sequence[str]) -> argparse.Namespace:
     per_image = flags.step_seconds_per_image
     seconds = quantity("--step-seconds-per-image", per_image, {"": 1, **SECONDS}, "0.001") if per_image else 0.0
     flags.step_seconds_per_image = seconds
+    if (flags.noise_scale is None) != (flags.steps is None):
+        raise UsageError(
+            "--noise-scale and --steps go together: --noise-scale 900 --steps 400 says how long it takes to reach what "
+            "400 steps of --batch-size images do"
+        )
+    if flags.steps:
+        flags.noise_scale = quantity("--noise-scale", flags.noise_scale, {"": 1}, "900")
+        flags.steps = quantity("--steps", flags.steps, {"": 1}, "400")
     return flags
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from distconv.comm.exchange import HEADER, part_size
 from distconv.comm.wire import WIRES
 from distconv.errors import BadDataError, MissingInputError
+from distconv.run.noise import relative_steps
 
 FORMULA = """\
 step       = compute + exchange, one after the other: nothing of the exchange is hidden behind the backward pass
@@ -28,6 +29,10 @@ A part is filled up to a multiple of 256 numbers, a message is a part and 48 byt
 exponent for each 256 numbers: among very many ranks these are what travels.
 Not in it: time to encode and to add up, waiting for slow ranks, switches that hold less than all links together, and
 that small shards take longer an image than large ones."""
+GOAL_FORMULA = """\
+steps      = steps at --batch-size x (1 + noise scale / batch) / (1 + noise scale / --batch-size), rounded up
+time       = steps x step
+This is for a learning rate tuned for each batch (McCandlish et al. 2018); with another, it takes more steps."""
 GOODPUT = 2 * 1448 / (2 * 1538 + 84)  # TCP with time stamps, MTU 1500, preamble and gap of the frames included
 
 
@@ -51,6 +56,14 @@ class Prediction:
     images_per_second: float
     efficiency: float
     bytes_sent: int
+
+
+@dataclass(frozen=True)
+class Goal(Prediction):
+    """The same, and how long the training takes to the wanted accuracy."""
+
+    steps: int
+    training_seconds: float
 
 
 def part_bytes(parameters: int, ranks: int, wire: str) -> int:
@@ -114,18 +127,29 @@ def ladder(
                 yield predict(seconds_per_image, parameters, batch, P, wire, network)
 
 
+def with_goal(row: Prediction, noise_scale: float, steps: float, batch_size: int) -> Goal:
+    """steps: that batches of batch_size take to the wanted accuracy. noise_scale: in images."""
+    needed = math.ceil(round(steps * relative_steps(noise_scale, row.batch_size, batch_size), 6))  # 400.0000001 is 400
+    return Goal(**vars(row), steps=needed, training_seconds=needed * row.batch_size / row.images_per_second)
+
+
 def table(predictions: Sequence[Prediction]) -> str:
-    """For people: a line for each number of ranks, two columns for each wire."""
+    """For people: a line for each number of ranks, three columns for each wire; with a goal, steps and times too."""
     wires = list(dict.fromkeys(row.wire for row in predictions))
-    heads = [f"{f'{wire}: exchange':>20} {'images/s':>12} {'efficiency':>10}" for wire in wires]
-    lines = [f"{'ranks':>6}" + "".join(heads)]
+    has_goal = any(isinstance(row, Goal) for row in predictions)
+    heads = [
+        f"{f'{wire}: exchange':>20} {'images/s':>12} {'efficiency':>10}" + f"{'time':>12}" * has_goal for wire in wires
+    ]
+    lines = [f"{'ranks':>6}" + f"{'steps':>12}" * has_goal + "".join(heads)]
     for P in dict.fromkeys(row.ranks for row in predictions):
+        rows = [row for row in predictions if row.ranks == P]
         cells = [
             f"{1e3 * row.exchange_seconds:>17,.2f} ms {row.images_per_second:>12,.0f} {row.efficiency:>10.0%}"
-            for row in predictions
-            if row.ranks == P
+            + (f"{row.training_seconds:>10,.4g} s" if isinstance(row, Goal) else "")
+            for row in rows
         ]
-        lines.append(f"{P:>6}" + "".join(cells))
+        steps = f"{rows[0].steps:>12,}" if isinstance(rows[0], Goal) else ""
+        lines.append(f"{P:>6}{steps}" + "".join(cells))
     return "\n".join(lines)
 
 
