@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from distconv.data.shard import split
 from distconv.kernels.cpu.updates import norm, squared_norm
-from distconv.run.noise import advice, estimate, relative_steps, scale_of
+from distconv.run.noise import advice, estimate, over_a_run, relative_steps, scale_of
 
 SIZES = ([50, 50], [13, 12, 13, 12, 13, 12, 13, 12], [90, 0, 9, 1])
 
@@ -67,6 +67,20 @@ def test_the_scale_is_the_quotient_or_says_why_there_is_none() -> None:
     assert scale_of(9.0, 0.01) == pytest.approx(900)
     assert math.isnan(scale_of(0.0, 0.0)) and math.isnan(scale_of(math.nan, 1.0))
     assert scale_of(9.0, -0.1) == math.inf
+
+
+@given(st.lists(st.floats(0, 1e6), min_size=1, max_size=20), st.integers(1, 5000), st.integers(1, 5000))
+def test_that_of_a_run_gives_the_steps_of_all_its_epochs(scales: list[float], batch_size: int, other: int) -> None:
+    # Each epoch's way, in steps without noise, and how many steps of the other batch size that is.
+    steps = sum((1 + scale / other) / (1 + scale / batch_size) for scale in scales)
+    wanted = steps / len(scales)
+    assert relative_steps(over_a_run(scales, batch_size), other, batch_size) == pytest.approx(wanted, rel=1e-6)
+
+
+def test_epochs_that_saw_nothing_do_not_count_and_those_that_got_nowhere_do() -> None:
+    assert over_a_run([math.nan, 300.0], 100) == pytest.approx(300)
+    assert over_a_run([300.0, math.inf], 100) == pytest.approx(700)  # 1/4 of a step for every two
+    assert math.isnan(over_a_run([math.nan], 100)) and over_a_run([math.inf], 100) == math.inf
 
 
 def test_small_batches_halve_the_steps_and_large_ones_save_none() -> None:

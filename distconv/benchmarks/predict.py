@@ -32,7 +32,8 @@ that small shards take longer an image than large ones."""
 GOAL_FORMULA = """\
 steps      = steps at --batch-size x (1 + noise scale / batch) / (1 + noise scale / --batch-size), rounded up
 time       = steps x step
-This is for a learning rate tuned for each batch (McCandlish et al. 2018); with another, it takes more steps."""
+This is for a learning rate tuned for each batch (McCandlish et al. 2018); with another, it takes more steps. The noise
+scale grows while a model learns: it is to be that of a whole run to the accuracy, not of its last epoch."""
 GOODPUT = 2 * 1448 / (2 * 1538 + 84)  # TCP with time stamps, MTU 1500, preamble and gap of the frames included
 
 

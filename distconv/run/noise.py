@@ -9,6 +9,7 @@ twice the size needs half the steps, far above it as many as before.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -46,6 +47,19 @@ def scale_of(noise: float, signal: float) -> float:
     if math.isnan(noise + signal) or noise == signal == 0:
         return math.nan
     return noise / signal if signal > 0 else math.inf
+
+
+def over_a_run(noise_scales: Sequence[float], batch_size: int) -> float:
+    """The noise scale that, if it had been the same all the time, would have made a run as long as it was.
+
+    noise_scales (E,): of its epochs; those that are nan do not count. It grows many times over while a model learns, so
+    that of the last epoch would promise too much of larger batches. A step gets as far as 1 / (1 + noise scale / batch
+    size) steps without noise, of which the run has taken the sum.
+    """
+    steps = [1 / (1 + scale / batch_size) for scale in noise_scales if scale >= 0]
+    if not steps:
+        return math.nan
+    return batch_size * (len(steps) / sum(steps) - 1) if any(steps) else math.inf
 
 
 def relative_steps(noise_scale: float, batch_size: float, reference: float) -> float:
