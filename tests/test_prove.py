@@ -37,13 +37,17 @@ def test_the_number_of_ranks_does_not_change_the_run_with_any_wire() -> None:
     )  # what starts ranks has a name
     assert result.returncode == 0, result.stdout + result.stderr
     rows = [json.loads(line) for line in result.stdout.splitlines()]
-    wires = ["float64", "float32", "float16", "int8"]
+    wires = ["float64", "float32", "float16", "int8", "int16", "int32"]
     assert [(row["wire"], row["ranks"]) for row in rows] == [(wire, ranks) for ranks in (1, 3) for wire in wires]
     for row in rows:
         assert row["ok"] and row["replicas_equal"] and 0 <= row["max_relative_difference"] <= row["bound"]
     assert rows[0]["max_relative_difference"] == 0  # the same arithmetic
-    assert rows[-2]["max_relative_difference"] > 1e-5  # halves did travel
-    assert rows[-1]["max_relative_difference"] > 1e-3  # and whole numbers
+    assert rows[-4]["max_relative_difference"] > 1e-5  # halves did travel
+    assert rows[-3]["max_relative_difference"] > 1e-3  # and bytes
+    for wire in ("int16", "int32"):
+        one, three = [row for row in rows if row["wire"] == wire]
+        assert one["parameters_sha256"] == three["parameters_sha256"]
+        assert three["max_relative_difference"] == three["bound"] == 0 and three["shards"] == 8
 
 
 def test_a_model_that_depends_on_the_rank_is_found_out(tmp_path: Path) -> None:
@@ -55,11 +59,23 @@ def test_a_model_that_depends_on_the_rank_is_found_out(tmp_path: Path) -> None:
     assert result.stdout.splitlines()[-1].startswith("a bound is broken")
 
 
+def test_where_shards_part_the_step_and_the_tensor_are_named(tmp_path: Path) -> None:
+    (tmp_path / "wrong.py").write_text(RANK_DEPENDENT)
+    result = prove("--ranks", "1,2", "--wires", "int16", "--model", "wrong:network", "--json", PYTHONPATH=str(tmp_path))
+    assert result.returncode == 1
+    one, two = map(json.loads, result.stdout.splitlines())
+    assert one["ok"] and not one["differs_at"]
+    assert not two["ok"] and two["replicas_equal"] and two["differs_at"].startswith("step 1, affine")
+    assert one["parameters_sha256"] != two["parameters_sha256"]
+
+
 def test_mistakes_are_one_sentence() -> None:
     for arguments, part in (
         (("--ranks", "2,x"), "--ranks 2,x: expected"),
         (("--wires", "float8"), "--wires float8: expected"),
         (("--ranks", "50"), "--batch-size 37 with 50 ranks"),
+        (("--ranks", "1,9", "--shards", "8"), "--shards 8 with 9 ranks"),
+        (("--shards", "38"), "--shards 38 with 4 ranks and --batch-size 37"),
     ):
         result = prove(*arguments)
         assert result.returncode == 2 and result.stderr.count("\n") == 1 and part in result.stderr

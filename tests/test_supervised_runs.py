@@ -50,21 +50,8 @@ def test_a_run_of_shards_that_loses_ranks_for_good_ends_with_the_same_bits(tmp_p
         f"#!/bin/sh\n[ $2 -le $(cat {room}) ] || {{ echo no room for $2 ranks >&2; exit 1; }}\nexec {jobs.MPIRUN} $@\n"
     )
     starter.chmod(0o755)
-    command = [
-        "-m",
-        "distconv.launch",
-        "-n",
-        "4",
-        "--at-least",
-        "2",
-        "--mpirun",
-        str(starter),
-        "--",
-        *QUICK,
-        *flags,
-        out,
-    ]
-    job = jobs.Job(0, command)
+    launcher = ["-m", "distconv.launch", "-n", "4", "--at-least", "2", "--mpirun", starter]
+    job = jobs.Job(0, [*launcher, "--", *QUICK, *flags, out])
     for left, steps in (("3", 4), ("2", 9)):
         jobs.wait_until(lambda steps=steps: trained(out, steps), job)  # type: ignore[misc]
         room.write_text(left)

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from distconv.errors import StorageError
 from distconv.process.launched import PROCESSES, parents
 from distconv.process.streams import lead_nowhere
-from distconv.run.noise import advice
+from distconv.run.noise import advice, over_a_run
 
 # Fields of the records that curves, lines and finished runs are made of; besides them losses and scores, see PARTS.
 READ_AGAIN = (
@@ -181,7 +181,7 @@ def describe_noise(metrics: Sequence[Mapping[str, Any]], batch_size: int, ranks:
     speed, computing = (
         statistics.median(step.get(key) or 0.0 for step in steps) for key in ("images_per_second", "compute_seconds")
     )
-    return advice(known[-1], batch_size, ranks, batch_size / speed if speed else 0.0, computing)
+    return advice(over_a_run(known, batch_size), batch_size, ranks, batch_size / speed if speed else 0.0, computing)
 
 
 def on_a_terminal() -> bool:

@@ -1,0 +1,154 @@
+"""`train --shards V` and `reproduce`, as a user types them: the same bits on any number of ranks."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from distconv.config import Config, from_command_line
+from distconv.errors import UsageError
+from distconv.run.checkpoint import find_checkpoints
+from distconv.supervise.supervisor import last_record
+from tests import jobs
+from tests.test_train import metrics, parameters
+
+FLAGS = (
+    "--data=digits", "--model=simpleconvnet", "--shards=6", "--epochs=2", "--limit-train=115", "--batch-size=25",
+    "--eval-samples=40", "--checkpoint-seconds=0", "--ema=0.8", "--augment=mnist", "--out",
+)  # fmt: skip  # 4 batches of 25 and one of 15
+
+
+def train(ranks: int, out: Path) -> subprocess.CompletedProcess[str]:
+    return jobs.run(ranks, "-m", "distconv.train", *FLAGS, out)
+
+
+def reproduce(ranks: int, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    return jobs.run(ranks, "-m", "distconv.reproduce", *arguments)
+
+
+def told(out: Path) -> list[dict[str, Any]]:
+    """What a run has written down, but for times, and what it sent."""
+    records = [record for event in ("step", "epoch", "final") for record in metrics(out, event)]
+    return [{key: value for key, value in record.items() if key != "wire_bytes"} for record in records]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+    """The folder of a finished run by the number of its ranks."""
+    folder = tmp_path_factory.mktemp("runs")
+    runs = {ranks: folder / str(ranks) for ranks in (1, 2, 3, 5)}
+    with ThreadPoolExecutor(2) as pool:
+        for result in pool.map(train, runs.keys(), runs.values()):
+            assert result.returncode == 0, result.stdout + result.stderr
+            assert "6 shards, which give the same bits on 1 to 6 ranks, int16 on the wire" in result.stdout
+    return runs
+
+
+def test_runs_on_any_number_of_ranks_are_the_same_in_all_that_they_tell(runs: dict[int, Path]) -> None:
+    wanted = told(runs[1])
+    assert wanted[0]["train_loss"] > 0 and wanted[-1]["parameters_sha256"]
+    assert any(record.get("noise_scale") for record in wanted)
+    for out in runs.values():
+        assert told(out) == wanted
+        assert parameters(out) == parameters(runs[1])
+
+
+def test_a_run_that_is_stopped_goes_on_with_other_ranks_to_the_same_bits(runs: dict[int, Path], tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    job = jobs.Job(4, ["-m", "distconv.train", *FLAGS, out])
+    jobs.wait_until(lambda: int(last_record(out / "metrics.jsonl").get("step", 0)) >= 2, job)
+    job.ranks()[-1].send_signal(signal.SIGUSR1)
+    stopped = job.finish(30)
+    if stopped.returncode == 0:  # the last steps were quicker than the signal
+        pytest.skip("the run was done before it was asked to stop")
+    assert stopped.returncode == 75, stopped.stdout + stopped.stderr
+    assert train(2, out).returncode == 0
+    assert told(out) == told(runs[1]) and parameters(out) == parameters(runs[1])
+
+
+def test_reproduce_says_the_same_bits_or_where_they_differ(runs: dict[int, Path], tmp_path: Path) -> None:
+    same = reproduce(2, runs[3])
+    assert same.returncode == 0 and same.stdout == "the same bits: 10 steps on 2 ranks\n", same.stdout + same.stderr
+
+    lines = (runs[3] / "metrics.jsonl").read_text().splitlines(keepends=True)
+    where = next(number for number, line in enumerate(lines) if json.loads(line)["step" if number else "ranks"] == 4)
+    loss = json.loads(lines[where])["train_loss"]
+    other = shutil.copytree(runs[3], tmp_path / "other")
+    lines[where] = lines[where].replace(repr(loss), repr(loss + 2**-50))
+    (other / "metrics.jsonl").write_text("".join(lines))
+    found = reproduce(3, other, "--json")
+    assert found.returncode == 1
+    assert json.loads(found.stdout) == {
+        "ranks": 3,
+        "steps": 3,
+        "same": False,
+        "differs_at": f"step 4 has the loss {loss!r}, and had {loss + 2**-50!r}",
+    }
+
+
+def test_reproduce_compares_as_far_as_a_run_came_and_the_parameters_of_its_epochs(
+    runs: dict[int, Path], tmp_path: Path
+) -> None:
+    lines = (runs[2] / "metrics.jsonl").read_text().splitlines(keepends=True)
+    cut = shutil.copytree(runs[2], tmp_path / "cut")
+    (cut / "metrics.jsonl").write_text("".join(lines[:4]))  # the start and three steps
+    assert reproduce(1, cut).stdout == "the same bits: 3 steps on 1 rank\n"
+
+    epoch = next(number for number, line in enumerate(lines) if json.loads(line)["event"] == "epoch")
+    was = json.loads(lines[epoch])["parameters_sha256"]
+    (cut / "metrics.jsonl").write_text("".join(lines[: epoch + 1]).replace(was, "0" * 64))
+    found = reproduce(1, cut)
+    assert found.returncode == 1
+    assert f"epoch 1 ends with the parameters {was[:12]}..., and had 000000000000..." in found.stdout
+
+
+def test_reproduce_refuses_what_is_no_run_and_other_data(runs: dict[int, Path], tmp_path: Path) -> None:
+    nothing = reproduce(2, tmp_path)
+    assert nothing.returncode == 66 and "a run's folder was expected" in nothing.stderr
+    other = shutil.copytree(runs[1], tmp_path / "other")
+    config = (other / "config.toml").read_text().replace("limit_train = 115", "limit_train = 114")
+    (other / "config.toml").write_text(config)
+    changed = reproduce(1, other)
+    assert changed.returncode == 78 and "bring the old one back" in changed.stderr
+    many = reproduce(7, runs[1])
+    assert many.returncode == 2 and "--shards 6 with 7 ranks" in many.stderr
+    for result in (nothing, changed, many):
+        assert result.stderr.count("\n") == 1 and result.stdout == ""
+
+
+def test_more_ranks_than_shards_are_one_sentence(tmp_path: Path) -> None:
+    result = train(7, tmp_path / "run")
+    assert result.returncode == 2 and result.stderr.count("\n") == 1
+    assert "--shards 6 with 7 ranks and --batch-size 25: a number from that of the ranks to" in result.stderr
+
+
+def test_shards_take_an_exact_wire_and_only_they_do() -> None:
+    assert from_command_line(["--shards", "4"])[0] == Config(shards=4, wire="int16")
+    assert from_command_line(["--shards", "4", "--wire", "int32"])[0].wire == "int32"
+    assert from_command_line(["--shards", "0"])[0].wire == "float16"
+    for wrong, part in (
+        (["--shards", "4", "--wire", "float16"], "--shards 4 with --wire float16: .* use --wire int16 or int32"),
+        (["--wire", "int16"], "--wire int16 adds up shards: say how many by --shards"),
+        (["--shards", "1025"], "--shards 1025: expected a whole number from 0 to 1024"),
+        (["--shards", "-1"], "--shards -1: expected"),
+    ):
+        with pytest.raises(UsageError, match=part):
+            from_command_line(wrong)
+
+
+def test_a_run_may_take_to_shards_in_its_middle_and_says_so(tmp_path: Path) -> None:
+    plain = [flag for flag in FLAGS if not flag.startswith("--shards")]
+    out = tmp_path / "run"
+    assert jobs.run(2, "-m", "distconv.train", *plain, out).returncode == 0
+    (out / "DONE").unlink()
+    for later in find_checkpoints(out / "checkpoints")[:2]:
+        later.unlink()
+    again = train(2, out)
+    assert again.returncode == 0 and "resumed with a change: shards is now 6, was 0" in again.stdout
