@@ -54,7 +54,6 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
 def test_runs_on_any_number_of_ranks_are_the_same_in_all_that_they_tell(runs: dict[int, Path]) -> None:
     wanted = told(runs[1])
     assert wanted[0]["train_loss"] > 0 and wanted[-1]["parameters_sha256"]
-    assert any(record.get("noise_scale") for record in wanted)
     for out in runs.values():
         assert told(out) == wanted
         assert parameters(out) == parameters(runs[1])

@@ -12,7 +12,7 @@ from distconv import config
 from distconv.comm import buckets
 from distconv.comm.world import World
 from distconv.data import digits
-from distconv.data.shard import split
+from distconv.data.shard import epoch_order, split
 from distconv.errors import DistconvError, ReplicasDifferError
 from distconv.kernels.cpu.device import Cpu
 from distconv.run import loop
@@ -193,3 +193,31 @@ def test_layerwise_optimizers_make_the_same_step_on_all_ranks(world: World, opti
     run = make_run(world, settings)
     records = [record for record in loop.train(run, never) if isinstance(record, loop.EpochRecord)]
     assert len(set(world.comm.allgather(records[-1].parameters_sha256))) == 1
+
+
+def test_the_noise_scale_is_that_of_the_paper_over_the_steps_of_an_epoch(world: World) -> None:
+    """McCandlish et al. 2018 (arXiv 1812.06162), appendix A.1, for shares of one size."""
+    settings = dataclasses.replace(SETTINGS, wire="float64", batch_size=24, limit_train=96)
+    run, noise, signal = make_run(world, settings), 0.0, 0.0
+    B, b, before = 24, 24 // world.size, run.parameters.vector.copy()
+    order = epoch_order(settings.seed, 0, 96)
+    for step, record in enumerate(loop.train(run, never)):
+        if isinstance(record, loop.EpochRecord):
+            break
+        again = make_run(world, settings)  # at the weights before this step
+        again.parameters.vector[...] = before
+        mine = order[step * B : (step + 1) * B][split(B, world.size, world.rank)]
+        share = again.replica.share(step, mine, B).copy()
+        before = run.parameters.vector.copy()
+        g = world.comm.allreduce(share)
+        small = np.mean(world.comm.allgather(float(share @ share) * (B / b) ** 2))
+        large = float(g @ g)
+        if b < B:
+            noise += (small - large) / (1 / b - 1 / B)
+            signal += (B * large - b * small) / (B - b)
+    assert step == 4
+    if world.size == 1:
+        assert np.isnan(record.noise_scale)
+    else:
+        assert record.noise_scale == pytest.approx(noise / signal if signal > 0 else np.inf, rel=1e-6)
+        assert noise > 0
