@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from distconv.comm.choose import choose
 from distconv.comm.on_gpu import OnGpu, choose_on_gpu
 from distconv.comm.start import start
 from distconv.comm.world import World
@@ -109,7 +110,10 @@ def test_nccl_sums_within_the_graph_of_a_step(world: World, new_run: Callable[..
         pytest.skip(f"NCCL: {problem}")
     run = new_run(dataclasses.replace(SETTINGS, exchange="nccl"))
     assert isinstance(run.replica.exchange, OnGpu) and run.replica.exchange.how == "on the GPUs, NCCL"
-    alone = choose_on_gpu(world, run.replica.kernels, run.parameters.size, "float16", "auto", shared=False)
+    size = run.parameters.size
+    alone = choose_on_gpu(
+        world, run.replica.kernels, size, "float16", "auto", False, lambda: choose(world, size, "float16")
+    )
     assert alone.how == "on the GPUs, one rank"
     assert trained(run) == trained(new_run())
     assert any(recording.graph for recording in run.replica.device.recordings.values())

@@ -11,11 +11,11 @@ can be recorded as a graph.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from distconv.comm.choose import choose
 from distconv.comm.exchange import HEADER, Exchange, Flat, Headers, part_size, parts
 from distconv.comm.on_cpu import DeviceExchange
 from distconv.comm.wire import WIRES
@@ -29,20 +29,20 @@ if TYPE_CHECKING:
 
 
 class Staged(DeviceExchange):
-    """Through the host, by one of its exchanges."""
+    """Through the host, by one of its exchanges. K: vectors of this rank, for an exact wire."""
 
     needs_no_host = False
 
-    def __init__(self, gpu: Gpu, size: int, inner: Exchange) -> None:
+    def __init__(self, gpu: Gpu, size: int, inner: Exchange, K: int = 1) -> None:
         self.gpu, self.size, self.inner, self.wire = gpu, size, inner, inner.wire
         self.halves = inner.wire.name == "float16"
         self.part = part_size(size, 1)
-        nbytes = inner.wire.nbytes(self.part) if self.halves else 4 * size
+        nbytes = inner.wire.nbytes(self.part) if self.halves else 4 * size * K
         self.here, self.there = gpu.device.pinned(nbytes), gpu.device.empty(nbytes, np.uint8)
         self.vector = np.zeros(size, np.float32) if self.halves else self.here.view(np.float32)
         on_bus = "float16" if self.halves else "float32"
         self.how = f"{inner.how}, {on_bus} over the bus to the host"
-        self.bytes_sent, self.bus_bytes = inner.bytes_sent, 2 * nbytes
+        self.bytes_sent, self.bus_bytes = inner.bytes_sent, nbytes + nbytes // K
 
     @property
     def waited(self) -> float:
@@ -70,7 +70,7 @@ class Staged(DeviceExchange):
             message = self.there.view(np.uint16)
             self.gpu.launch("wire", "decode", self.size, message, vector, self.size, self.part, 0, bad[1:])
         else:
-            self.gpu.device.copy(vector, self.here)
+            self.gpu.device.copy(vector, self.here[: 4 * self.size])
             self.gpu.launch("wire", "find_bad", self.size, vector, self.size, bad[1:])
 
 
@@ -171,13 +171,14 @@ class OnGpu(DeviceExchange):
 
 
 def choose_on_gpu(
-    world: World, gpu: Gpu, size: int, wire: str, kind: str, shared: bool, seed: int = 0
+    world: World, gpu: Gpu, size: int, wire: str, kind: str, shared: bool, connect: Callable[[], Exchange], K: int = 1
 ) -> DeviceExchange:
     """The exchange of that kind for vectors (size,) on the ranks' GPUs; collective.
 
     auto: on the GPU where the rank is alone, through NCCL where every rank has a GPU of its own and NCCL has shown here
-    that it sums as it should, else staged; `how` says why. The kinds of the host are staged. shared: a GPU has several
-    ranks. Raises UsageError, on all ranks alike, for a kind that this job cannot have.
+    that it sums as it should, else staged; `how` says why. The kinds of the host are staged; connect makes the host's
+    exchange. shared: a GPU has several ranks. K: vectors of this rank. Raises UsageError, on all ranks alike, for a kind
+    that this job cannot have.
     """
     if kind == "cuda-mpi":
         problem = first_problem(world, _needs_halves(wire) or cuda_aware_mpi())
@@ -192,7 +193,7 @@ def choose_on_gpu(
             return found
         if kind == "nccl":
             raise UsageError(f"--exchange nccl: {found}; use --exchange auto")
-    staged = Staged(gpu, size, choose(world, size, wire, kind, seed=seed))
+    staged = Staged(gpu, size, connect(), K)
     if kind == "auto" and world.size > 1:
         staged.how += f", as NCCL cannot be used: {found}"
     return staged

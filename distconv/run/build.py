@@ -13,7 +13,7 @@ import numpy as np
 
 from distconv.comm.choose import choose
 from distconv.comm.exact import EXACT_WIRES
-from distconv.comm.exchange import MOST_SUMS, step_header
+from distconv.comm.exchange import MOST_SUMS, Exchange, step_header
 from distconv.comm.on_cpu import DeviceExchange, OnCpu
 from distconv.comm.on_gpu import choose_on_gpu, first_problem
 from distconv.comm.placement import Placement, place
@@ -238,13 +238,15 @@ def choose_exchange(
     with world.together():
         if kernels.name == "cpu" and settings.exchange in ("nccl", "cuda-mpi"):
             raise UsageError(f"--exchange {settings.exchange} joins GPUs, but these ranks compute on the CPU: use auto")
-        if kernels.name != "cpu" and settings.shards:
-            raise UsageError(f"--shards {settings.shards} is for ranks that compute on the CPU: use --device cpu")
     with world.together():  # collective inside too, but where it raises it does so on all ranks
+        wire, kind, header = settings.wire, settings.exchange, step_header(shards.most)
+
+        def connect() -> Exchange:
+            return choose(world, size, wire, kind, header, settings.seed, shards.count)
+
         if isinstance(kernels, Gpu):
-            return choose_on_gpu(world, kernels, size, settings.wire, settings.exchange, shared, settings.seed)
-        header = step_header(shards.most)
-        return OnCpu(choose(world, size, settings.wire, settings.exchange, header, settings.seed, shards.count))
+            return choose_on_gpu(world, kernels, size, wire, kind, shared, connect, len(shards.own))
+        return OnCpu(connect())
 
 
 def compile_kernels(run: Run) -> None:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from mpi4py import MPI
 
+from distconv.comm.choose import choose
 from distconv.comm.exchange import HEADER, Flat
 from distconv.comm.on_cpu import DeviceExchange
 from distconv.comm.on_gpu import CudaMpi, OneRank, OnGpu, Staged, choose_on_gpu
@@ -21,6 +22,10 @@ from tests.parallel.test_carriers import contribution, flat_model, header, throu
 
 pytestmark = pytest.mark.skipif(not available(), reason="no g++ to build the kernels for the CPU")
 SIZES = (1, 300, 3000)
+
+
+def on_gpu(world: World, gpu: Gpu, wire: str, kind: str, shared: bool) -> DeviceExchange:
+    return choose_on_gpu(world, gpu, 3000, wire, kind, shared, lambda: choose(world, 3000, wire, kind))
 
 
 class EmulatedNccl:
@@ -173,41 +178,41 @@ def test_nccl_is_taken_where_it_works_on_all_ranks(world: World, folder: Path, f
     last = world.size - 1
     gpu = Gpu(WithNccl(folder, world, fault, on_rank=last))
     if world.size == 1:
-        assert choose_on_gpu(world, gpu, 3000, "float16", "auto", shared=False).how == "on the GPUs, one rank"
+        assert on_gpu(world, gpu, "float16", "auto", shared=False).how == "on the GPUs, one rank"
     elif reason is None:
-        assert choose_on_gpu(world, gpu, 3000, "float16", "auto", shared=False).how == "on the GPUs, emulated NCCL"
+        assert on_gpu(world, gpu, "float16", "auto", shared=False).how == "on the GPUs, emulated NCCL"
     else:
-        exchange = choose_on_gpu(world, gpu, 3000, "float16", "auto", shared=False)
+        exchange = on_gpu(world, gpu, "float16", "auto", shared=False)
         assert isinstance(exchange, Staged)
         assert f"as NCCL cannot be used: rank {last}: " in exchange.how and reason in exchange.how
         assert len(set(world.comm.allgather(exchange.how))) == 1
     if reason is not None:
         with pytest.raises(UsageError, match="--exchange nccl"):
-            choose_on_gpu(world, gpu, 3000, "float16", "nccl", shared=False)
+            on_gpu(world, gpu, "float16", "nccl", shared=False)
 
 
 def test_rank_0_may_have_nothing_by_which_the_ranks_find_each_other(world: World, folder: Path) -> None:
     gpu = Gpu(WithNccl(folder, world, "no network", on_rank=0))
     with pytest.raises(UsageError, match=r"nccl: .*it does not start \(NCCL_ERROR_SYSTEM_ERROR\)"):
-        choose_on_gpu(world, gpu, 3000, "float16", "nccl", shared=False)
-    assert world.size == 1 or isinstance(choose_on_gpu(world, gpu, 3000, "float16", "auto", shared=False), Staged)
+        on_gpu(world, gpu, "float16", "nccl", shared=False)
+    assert world.size == 1 or isinstance(on_gpu(world, gpu, "float16", "auto", shared=False), Staged)
 
 
 def test_ranks_with_different_versions_of_nccl_do_not_join(world: World, folder: Path) -> None:
     gpu = Gpu(WithNccl(folder, world, "old", on_rank=world.size - 1))
     if world.size > 1:
-        exchange = choose_on_gpu(world, gpu, 3000, "float16", "auto", shared=False)
+        exchange = on_gpu(world, gpu, "float16", "auto", shared=False)
         assert "ranks have different versions of it (2.18.1, 2.27.3)" in exchange.how
 
 
 def test_nccl_is_not_asked_where_ranks_share_a_gpu_or_the_wire_is_another(world: World, folder: Path) -> None:
     gpu = Gpu(WithNccl(folder, world, "", on_rank=0))
     with pytest.raises(UsageError, match="several ranks share a GPU"):
-        choose_on_gpu(world, gpu, 3000, "float16", "nccl", shared=True)
+        on_gpu(world, gpu, "float16", "nccl", shared=True)
     with pytest.raises(UsageError, match="float32"):
-        choose_on_gpu(world, gpu, 3000, "float32", "nccl", shared=False)
+        on_gpu(world, gpu, "float32", "nccl", shared=False)
 
 
 def test_an_mpi_that_does_not_take_addresses_of_a_gpu_is_given_none(world: World, gpu: Gpu) -> None:
     with pytest.raises(UsageError, match="--exchange cuda-mpi: this MPI"):
-        choose_on_gpu(world, gpu, 3000, "float16", "cuda-mpi", shared=False)
+        on_gpu(world, gpu, "float16", "cuda-mpi", shared=False)

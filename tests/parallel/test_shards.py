@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import pickle
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,7 @@ from distconv.nn.layers import Affine, Chain, Conv, Dropout, Layer, MaxPool
 from distconv.run import loop
 from distconv.run.build import build_run
 from distconv.run.run import Run
+from tests.emulator import Emulator, available
 
 SETTINGS = Config(
     data="random", epochs=2, batch_size=23, shards=8, wire="int16", optimizer="adam", device="cpu", eval_samples=31
@@ -182,3 +184,18 @@ def test_buckets_are_refused_as_no_part_of_a_sum_is_ready_before_the_others(worl
             world,
             model=Chain(Affine(4)),
         )
+
+
+@pytest.mark.skipif(not available(), reason="no g++ to build the kernels for the CPU")
+def test_gpus_give_the_bits_of_one_gpu_and_the_losses_of_cpus(world: World, alone: World, folder: Path) -> None:
+    data = dataset(np.random.default_rng(2), 60, 8, 1)
+    model = Chain(Conv(4, pad=1, relu=True), MaxPool(), Affine(6, relu=True), Dropout(), Affine(4))
+    for shards in (4, 7):
+        settings = dataclasses.replace(SETTINGS, shards=shards, batch_size=9, device="auto")
+        found, wanted = (
+            told(build_run(settings, data, ranks, model=model, device=Emulator(folder))) for ranks in (world, alone)
+        )
+        assert str(found) == str(wanted)  # as the noise scale is not known, and no NaN equals another
+        cpu = told(build_run(dataclasses.replace(settings, device="cpu"), data, world, model=model))
+        losses = [[record["train_loss"] for record in records[:-2]] for records in (found, cpu)]
+        assert losses[0] == pytest.approx(losses[1], rel=1e-4)
