@@ -177,7 +177,7 @@ def choose_on_gpu(
 
     auto: on the GPU where the rank is alone, through NCCL where every rank has a GPU of its own and NCCL has shown here
     that it sums as it should, else staged; `how` says why. The kinds of the host are staged; connect makes the host's
-    exchange. shared: a GPU has several ranks. K: vectors of this rank. Raises UsageError, on all ranks alike, for a kind
+    exchange. shared: a GPU has several ranks. K: vectors of this rank. Raises UsageError, on all ranks alike, for one
     that this job cannot have.
     """
     if kind == "cuda-mpi":
