@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from distconv.comm.choose import choose
+from distconv.comm.exact import ALL_WIRES
 from distconv.comm.exchange import HEADER
-from distconv.comm.wire import WIRES
 from distconv.comm.world import World
 from distconv.errors import UsageError
 from distconv.kernels.interface import Array
@@ -125,7 +125,7 @@ def make_variants(world: World, size: int, wires: Sequence[str], library_wires: 
 
 def ours(world: World, gradient: Array, wire: str, kind: str) -> Variant:
     exchange = choose(world, gradient.size, wire, kind)
-    vector, header = np.zeros(gradient.size, WIRES[wire].dtype), np.zeros((), HEADER)
+    vector, header = np.zeros(gradient.size, ALL_WIRES[wire].dtype), np.zeros((), HEADER)
     return Variant(
         exchange.carrier,
         wire,

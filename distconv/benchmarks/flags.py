@@ -8,8 +8,10 @@ from pathlib import Path
 
 from distconv.benchmarks import BITS_PER_SECOND, ELEMENTS, SECONDS, at_least_1, quantity, rank_list
 from distconv.command_line import Parser
-from distconv.config import DEVICES, MODELS, PRECISIONS, WIRES
+from distconv.config import DEVICES, EXACT, MODELS, PRECISIONS, WIRES
 from distconv.errors import CannotCreateError, UsageError
+
+FLOATS = tuple(wire for wire in WIRES if wire not in EXACT)  # what needs no --shards
 
 
 def step_flags(argv: Sequence[str]) -> argparse.Namespace:
@@ -111,7 +113,7 @@ def scaling_flags(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=30, metavar="N", help="measured in each job (default: 30)")
     parser.add_argument("--data", default="digits", help="as in distconv.train (default: digits)")
     parser.add_argument("--model", default="deepconvnet", help=f"{', '.join(MODELS)}, or your own")
-    parser.add_argument("--wire", default="float16", help=f"of {', '.join(WIRES)} (default: float16)")
+    parser.add_argument("--wire", default="float16", help=f"of {', '.join(FLOATS)} (default: float16)")
     parser.add_argument("--device", choices=DEVICES, default="auto", help="as in distconv.train (default: auto)")
     parser.add_argument("--png", type=Path, metavar="FILE", help="draw it there too")
     parser.add_argument("--mpirun", metavar="COMMAND", help="what starts ranks, as 'srun --mpi=pmi2' (default: mpirun)")

@@ -16,7 +16,7 @@ from distconv.comm.wire import WIRES
 from distconv.errors import BadDataError, MissingInputError
 from distconv.run.noise import relative_steps
 
-FORMULA = """\
+FORMULA = f"""\
 step       = compute + exchange, one after the other: nothing of the exchange is hidden behind the backward pass
 compute    = seconds an image on one rank x images of the largest shard, ceil(batch / P)
 exchange   = all-to-all + all-gather over P hosts, where a rank sends each of the others a part of ceil(n / P) numbers:
@@ -25,8 +25,8 @@ all-to-all = (P-1) x (latency + message / goodput), rank by rank, or where that 
 all-gather = R x latency + (P-1) x part / goodput
 goodput    = 0.92 x bandwidth: 2896 bytes of content in two Ethernet frames of 1538 and an acknowledgement of 84, for
              all hosts send and receive at once
-A part is filled up to a multiple of 256 numbers, a message is a part and 48 bytes of header, and float16 has 16 bits of
-exponent for each 256 numbers: among very many ranks these are what travels.
+A part is filled up to a multiple of 256 numbers, a message is a part and {HEADER.itemsize} bytes of header, and
+float16 has 16 bits of exponent for each 256 numbers: among very many ranks these are what travels.
 Not in it: time to encode and to add up, waiting for slow ranks, switches that hold less than all links together, and
 that small shards take longer an image than large ones."""
 GOAL_FORMULA = """\

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from distconv.comm.wire import WIRES
+from distconv.comm.exact import ALL_WIRES
 from distconv.kernels.interface import Array
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def _own_settings(size: Any, wire: Any, exchange: Any) -> tuple[str, str, str]:
         raise TypeError(f"size must be a whole number, not {size!r}") from None
     if number < 1:
         raise ValueError(f"size must be at least 1, not {number}")
-    for name, value, known in (("wire", wire, tuple(WIRES)), ("exchange", exchange, EXCHANGES)):
+    for name, value, known in (("wire", wire, tuple(ALL_WIRES)), ("exchange", exchange, EXCHANGES)):
         if not isinstance(value, str):
             raise TypeError(f"{name} must be one of {', '.join(known)}, not {_kind(value)}")
         if value not in known:

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from distconv.comm.buckets import BUCKET, Buckets
-from distconv.comm.exact import EXACT_WIRES, Exact
+from distconv.comm.exact import ALL_WIRES, Exact, ExactWire
 from distconv.comm.exchange import HEADER, Exchange, Flat, TwoLevel
 from distconv.comm.mpi_allreduce import Library
 from distconv.comm.shared_memory import mpi_of
-from distconv.comm.wire import WIRES, Wire
+from distconv.comm.wire import Wire
 from distconv.errors import UsageError
 
 if TYPE_CHECKING:
@@ -49,12 +49,13 @@ def select(
     wire that rounds at random. contributions: vectors of all ranks together, on an exact wire, where that is not one a
     rank. Raises ValueError, on all ranks alike, for a kind that these ranks cannot have.
     """
-    if wire in EXACT_WIRES:
+    form = ALL_WIRES[wire]
+    if isinstance(form, ExactWire):
         if kind == "buckets":
             raise ValueError("whole numbers are made of all vectors at once, so no bucket is ready before the others")
-        exact = replace(EXACT_WIRES[wire], contributions=contributions or comm.size)
+        exact = replace(form, contributions=contributions or comm.size)
         return Exact(comm, size, exact, _select(comm, size, exact.numbers, kind, header, False, 0))
-    return _select(comm, size, WIRES[wire], kind, header, overlaps, seed)
+    return _select(comm, size, form, kind, header, overlaps, seed)
 
 
 def _select(

@@ -15,7 +15,7 @@ import numpy as np
 
 from distconv.comm.exchange import Exchange, Headers, Refusal
 from distconv.comm.transport import connect
-from distconv.comm.wire import Bytes, Wire
+from distconv.comm.wire import WIRES, Bytes, Wire
 from distconv.kernels import grid, half
 from distconv.kernels.interface import BLOCK, Array
 
@@ -111,3 +111,4 @@ def _wire(bits: int) -> ExactWire:
 
 
 EXACT_WIRES = {wire.name: wire for wire in (_wire(16), _wire(32))}
+ALL_WIRES: dict[str, Wire] = WIRES | EXACT_WIRES

@@ -12,13 +12,12 @@ from typing import Any
 import numpy as np
 
 from distconv.comm.choose import choose
-from distconv.comm.exact import EXACT_WIRES
+from distconv.comm.exact import ALL_WIRES, EXACT_WIRES
 from distconv.comm.exchange import MOST_SUMS, Exchange, step_header
 from distconv.comm.on_cpu import DeviceExchange, OnCpu
 from distconv.comm.on_gpu import choose_on_gpu, first_problem
 from distconv.comm.placement import Placement, place
 from distconv.comm.probe import WireProbe
-from distconv.comm.wire import WIRES
 from distconv.comm.world import World
 from distconv.config import CLASSIFY, LR_BATCH, Config
 from distconv.data.augment import Augmentation, Augmented, named_augmentation
@@ -90,9 +89,11 @@ def build_run(
         check_for_gpu(settings, optimizer, world)
     # A user's layer may look at gradients before the backward pass is over.
     apart = is_ours(model)
-    kernels: Kernels = Cpu(parameters.vector.dtype, in_order=settings.shards > 0)
-    if device is not None:
-        kernels = Gpu(device, settings.precision, apart)
+    kernels: Kernels = (
+        Gpu(device, settings.precision, apart)
+        if device is not None
+        else Cpu(parameters.vector.dtype, in_order=settings.shards > 0)
+    )
     shards = Shards(settings.shards or world.size, world.size, world.rank)
     exchange = choose_exchange(settings, kernels, parameters.size, world, shared, shards)
     compared = {"float64": "float64"} | dict.fromkeys(EXACT_WIRES, "int32")
@@ -208,7 +209,7 @@ def build_model(
     with world.together():
         model, specs = build_network(settings.model, data.image_shape, data.classes, task.output_shape(data), model)
         try:
-            parameters = Parameters(specs, (EXACT_WIRES | WIRES)[settings.wire].dtype)  # no finer than what is summed
+            parameters = Parameters(specs, ALL_WIRES[settings.wire].dtype)  # no finer than what is summed
         except (MemoryError, ValueError) as error:
             raise UsageError(f"--model {settings.model} has {count(specs):,} parameters: {error}") from None
     agree_on_code(world, settings.model, settings.data, settings.task, settings.optimizer, settings.augment)

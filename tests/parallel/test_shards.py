@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from numpy.random import Generator
 
+import distconv
 from distconv.comm import exact as exacts
 from distconv.comm import transport
 from distconv.comm.choose import select
@@ -167,6 +168,23 @@ def test_a_shard_that_is_not_finite_is_told_of_and_the_step_is_skipped_everywher
     assert headers["bad_at"].tolist() == [*[-1] * (world.size - 1), 700]
     assert exchange.wire.first_bad(mine[0]) == 512  # the block begins there
     assert np.isfinite(mine[0][:512]).all() and np.isfinite(mine[0][768:]).all()
+
+
+@pytest.mark.parametrize("wire", EXACT_WIRES)
+def test_anybodys_sum_does_not_hang_on_the_order_of_the_ranks(world: World, wire: str) -> None:
+    P, size = world.size, 700
+    wanted, header = vectors(P, size), step_header(P)
+    select(world.comm.Split(world.rank), size, wire, "flat", header, contributions=P).sum(wanted, np.zeros((), header))
+    for order in (range(P), [(2 * rank + 1) % P if P % 2 else P - 1 - rank for rank in range(P)]):
+        with distconv.Allreduce(world.comm, size, wire) as allreduce:
+            found = allreduce.sum(vectors(P, size)[order[world.rank]])
+            assert found.tobytes() == wanted[0].tobytes()
+            bad = vectors(P, size)[order[world.rank]]
+            if world.rank == P - 1:
+                bad[300] = np.nan
+            assert np.isnan(allreduce.mean(bad)[300])
+            assert allreduce.last is not None
+            assert [(told.rank, told.index) for told in allreduce.last.not_finite] == [(P - 1, (300,))]
 
 
 def test_half_of_float32s_bytes_travel(world: World) -> None:
