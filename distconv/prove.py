@@ -36,7 +36,8 @@ BATCHES = 3
 SECONDS = 600.0  # a job may take
 
 
-def main(argv: Sequence[str]) -> int:
+def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[int], list[Config]]:
+    """The flags, the numbers of ranks, and the settings of a run on each wire. Raises UsageError."""
     parser = Parser(
         prog="python -m distconv.prove",
         description="Show that N ranks compute what one rank computes: the largest relative difference of a gradient "
@@ -73,16 +74,21 @@ def main(argv: Sequence[str]) -> int:
         raise UsageError(f"--batch-size {flags.batch_size} with {max(numbers)} ranks: give every rank an image or more")
     names = ("data", "model", "batch_size", "seed", "device")
     common = {name: getattr(flags, name) for name in names}
-    shards = max(SHARDS, *numbers) if flags.shards is None else flags.shards
+    shards = min(max(SHARDS, *numbers), flags.batch_size) if flags.shards is None else flags.shards
     if set(wires) & set(EXACT) and not max(numbers) <= shards <= flags.batch_size:
         raise UsageError(
             f"--shards {shards} with {max(numbers)} ranks and --batch-size {flags.batch_size}: a number from that of "
             "the ranks to that of the images was expected"
         )
-    settings = [
-        Config(epochs=1, eval_samples=1, wire=wire, shards=shards if wire in EXACT else 0, **common) for wire in wires
-    ]
+    return (
+        flags,
+        numbers,
+        [Config(epochs=1, eval_samples=1, wire=wire, shards=shards * (wire in EXACT), **common) for wire in wires],
+    )
 
+
+def main(argv: Sequence[str]) -> int:
+    flags, numbers, settings = parse(argv)
     if flags.write or flags.compare:
         with start() as world:
             work(settings, flags.write or flags.compare, bool(flags.write), world)

@@ -59,6 +59,7 @@ def test_a_model_that_depends_on_the_rank_is_found_out(tmp_path: Path) -> None:
     assert result.stdout.splitlines()[-1].startswith("a bound is broken")
 
 
+@pytest.mark.slow
 def test_where_shards_part_the_step_and_the_tensor_are_named(tmp_path: Path) -> None:
     (tmp_path / "wrong.py").write_text(RANK_DEPENDENT)
     result = prove("--ranks", "1,2", "--wires", "int16", "--model", "wrong:network", "--json", PYTHONPATH=str(tmp_path))

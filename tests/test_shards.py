@@ -92,6 +92,7 @@ def test_reproduce_says_the_same_bits_or_where_they_differ(runs: dict[int, Path]
     }
 
 
+@pytest.mark.slow
 def test_reproduce_compares_as_far_as_a_run_came_and_the_parameters_of_its_epochs(
     runs: dict[int, Path], tmp_path: Path
 ) -> None:
@@ -142,6 +143,7 @@ def test_shards_take_an_exact_wire_and_only_they_do() -> None:
             from_command_line(wrong)
 
 
+@pytest.mark.slow
 def test_a_run_may_take_to_shards_in_its_middle_and_says_so(tmp_path: Path) -> None:
     plain = [flag for flag in FLAGS if not flag.startswith("--shards")]
     out = tmp_path / "run"

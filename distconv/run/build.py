@@ -79,21 +79,13 @@ def build_run(
     model, parameters = build_model(settings, data, task, world, model)
     if device is None:
         placed = placed or place(world, settings.device, settings.precision)
-        if placed.line:
-            say(placed.line)
-        if placed.ordinal is not None:
-            say("preparing the GPU's kernels; the first time on a machine they are compiled, in a minute or less")
-            device = Cuda(placed.ordinal, say)
+        device = open_gpu(placed, say)
     shared = placed is not None and placed.shared
+    kernels: Kernels = Cpu(parameters.vector.dtype, in_order=settings.shards > 0)
     if device is not None:
         check_for_gpu(settings, optimizer, world)
-    # A user's layer may look at gradients before the backward pass is over.
-    apart = is_ours(model)
-    kernels: Kernels = (
-        Gpu(device, settings.precision, apart)
-        if device is not None
-        else Cpu(parameters.vector.dtype, in_order=settings.shards > 0)
-    )
+        apart = is_ours(model)  # a user's layer may look at gradients before the backward pass is over
+        kernels = Gpu(device, settings.precision, apart)
     shards = Shards(settings.shards or world.size, world.size, world.rank)
     exchange = choose_exchange(settings, kernels, parameters.size, world, shared, shards)
     compared = {"float64": "float64"} | dict.fromkeys(EXACT_WIRES, "int32")
@@ -109,6 +101,16 @@ def build_run(
     run = Run(settings, data, task, replica, world, probe, shards)
     compile_kernels(run)
     return run
+
+
+def open_gpu(placed: Placement, say: Callable[[str], None]) -> Cuda | None:
+    """The GPU of this rank, if it has one."""
+    if placed.line:
+        say(placed.line)
+    if placed.ordinal is None:
+        return None
+    say("preparing the GPU's kernels; the first time on a machine they are compiled, in a minute or less")
+    return Cuda(placed.ordinal, say)
 
 
 def check_data(name: str, data: Data) -> str:
