@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from distconv.kernels.cpu import arithmetic as cpu
+from distconv.kernels.cpu.products import matmul
 from distconv.kernels.cpu.vector import LANES
 
 TOLERANCE = 1e-4  # of each tensor's norm
@@ -175,3 +176,26 @@ def test_a_window_of_zeros_gives_the_bias_to_the_bit(pad: int, relu: bool) -> No
     y = cpu.conv_forward(x, w, b, 1, pad, relu)
     assert still.any() and not still.all()
     np.testing.assert_array_equal(y[still], np.broadcast_to(np.maximum(b, 0) if relu else b, y[still].shape))
+
+
+LAYOUTS = {
+    "rows": lambda x: np.ascontiguousarray(x),
+    "columns": lambda x: np.asfortranarray(x),
+    "every other": lambda x: np.repeat(np.repeat(x, 2, axis=0), 3, axis=1)[::2, ::3],
+}
+
+
+@pytest.mark.parametrize("of_a", LAYOUTS)
+@pytest.mark.parametrize("of_b", LAYOUTS)
+def test_a_product_in_order_is_the_product_and_a_row_hangs_on_no_other(of_a: str, of_b: str) -> None:
+    rng = np.random.default_rng(0)
+    for M, K, N in ((13, 1024, 50), (1024, 13, 10), (8, 50, 16), (1, 1, 1), (7, 3, 17), (0, 5, 3), (5, 0, 3)):
+        a, b = (rng.standard_normal(shape).astype(np.float32) for shape in ((M, K), (K, N)))
+        a, b = LAYOUTS[of_a](a), LAYOUTS[of_b](b)
+        found = matmul(a, b)
+        assert found.shape == (M, N) and found.dtype == np.float32
+        exact = a.astype(np.float64) @ b.astype(np.float64)
+        assert np.linalg.norm(found - exact) <= 1e-6 * np.linalg.norm(a) * np.linalg.norm(b)
+        for rows in (slice(0, M // 2), slice(M // 2, M)):
+            np.testing.assert_array_equal(matmul(a[rows], b), found[rows])
+        np.testing.assert_array_equal(matmul(a, b[:, : N // 2]), found[:, : N // 2])

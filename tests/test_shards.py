@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import platform
 import shutil
 import signal
 import subprocess
@@ -141,6 +142,17 @@ def test_shards_take_an_exact_wire_and_only_they_do() -> None:
     ):
         with pytest.raises(UsageError, match=part):
             from_command_line(wrong)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="names processors of x86")
+def test_another_processor_and_another_blas_give_the_same_bits(runs: dict[int, Path], tmp_path: Path) -> None:
+    """AVX2 where this one may have AVX-512, and the BLAS of a processor that has neither."""
+    features = ",".join(f"+{name}" for name in ("avx", "avx2", "fma", "f16c", "sse4.2", "bmi", "bmi2"))
+    older = {"NUMBA_CPU_NAME": "haswell", "NUMBA_CPU_FEATURES": features, "OPENBLAS_CORETYPE": "Nehalem"}
+    result = jobs.run(2, "-m", "distconv.train", *FLAGS, tmp_path, seconds=200, **older)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert told(tmp_path) == told(runs[1])
 
 
 @pytest.mark.slow
