@@ -166,7 +166,8 @@ class Config:
     shards: int = _setting(
         0,
         "cut each minibatch into so many shards, of which a rank computes one or more, and add them up in whole "
-        "numbers: then 1 to so many ranks train to the same bits; 0: one a rank, and rounding differs",
+        "numbers: then 1 to so many ranks train to the same bits, each with a gradient in memory for each shard of its "
+        "own; 0: one a rank, and rounding differs",
         lambda v: 0 <= v <= MOST_SHARDS,
         f"a whole number from 0 to {MOST_SHARDS}",
     )

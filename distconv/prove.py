@@ -75,6 +75,8 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[int], list[Conf
     names = ("data", "model", "batch_size", "seed", "device")
     common = {name: getattr(flags, name) for name in names}
     shards = min(max(SHARDS, *numbers), flags.batch_size) if flags.shards is None else flags.shards
+    if flags.shards is not None and not set(wires) & set(EXACT):
+        raise UsageError(f"--shards {flags.shards} is for the wires {' and '.join(EXACT)}: add one to --wires")
     if set(wires) & set(EXACT) and not max(numbers) <= shards <= flags.batch_size:
         raise UsageError(
             f"--shards {shards} with {max(numbers)} ranks and --batch-size {flags.batch_size}: a number from that of "

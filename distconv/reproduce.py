@@ -35,10 +35,15 @@ def main(argv: Sequence[str]) -> int:
                 metrics = read_metrics(flags.run / "metrics.jsonl")
                 if not of_each(metrics, "step", "train_loss"):
                     raise MissingInputError(f"{flags.run} has no metrics.jsonl with steps: a run's folder was expected")
+                if not (flags.run / "config.toml").is_file():
+                    raise MissingInputError(f"{flags.run} has no config.toml: a run's folder was expected")
                 settings = Config(**read_toml(flags.run / "config.toml"))
         settings, metrics = world.comm.bcast((settings, metrics))
         world.watch.set_limits(settings.hang_seconds)
-        steps, difference = train_again(settings, metrics, world, log)
+        steps, difference = train_again(settings, metrics, world, log, quiet=flags.json)
+        starts = sum(record.get("event") == "start" for record in metrics)
+        if difference and starts > 1:
+            log.say_aside(f"the run was started {starts} times, and config.toml has the settings of the last time only")
         if flags.json:
             log.say(json.dumps({"ranks": world.size, "steps": steps, "same": not difference, "differs_at": difference}))
         elif difference:
@@ -64,8 +69,11 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def train_again(settings: Config, metrics: Metrics, world: World, log: RunLog) -> tuple[int, str]:
-    """How many steps were compared, and the first thing that differs from these metrics, or nothing; collective."""
+def train_again(settings: Config, metrics: Metrics, world: World, log: RunLog, quiet: bool) -> tuple[int, str]:
+    """How many steps were the same, and the first thing that differs from these metrics, or nothing; collective.
+
+    quiet: no word of how far it is. Raises MismatchError where the data or the number of ranks cannot give the bits.
+    """
     from distconv.kernels.compiled import CACHE
     from distconv.run.build import build_run
     from distconv.run.loading import load_dataset
@@ -77,23 +85,28 @@ def train_again(settings: Config, metrics: Metrics, world: World, log: RunLog) -
     CACHE.say = log.say_aside
     dataset, name = load_dataset(settings.data, world, log.say_aside, settings.limit_train, settings.validation)
     started = next((record for record in metrics if record.get("event") == "start"), {})
-    if (sha256 := started.get("data_sha256", dataset.digest)) != dataset.digest:
+    if (sha256 := str(started.get("data_sha256", dataset.digest))) != dataset.digest:
         raise MismatchError(
             f"the run had a data set of SHA-256 {sha256[:12]}..., but {name} now has {dataset.digest[:12]}...: bring "
             "the old one back"
         ).on_all_ranks()
     if not settings.shards and (ranks := started.get("ranks", world.size)) != world.size:
-        log.say_aside(f"the run, on {ranks}, had no --shards: on {world.size} its sums are rounded in another way")
+        raise MismatchError(
+            f"the run had no --shards, so its bits need as many ranks as it had, {ranks} and not {world.size}: start these"
+        ).on_all_ranks()
 
-    losses, done, difference = of_each(metrics, "step", "train_loss"), 0, ""
+    losses, same, difference = of_each(metrics, "step", "train_loss"), 0, ""
     parameters, last = of_each(metrics, "epoch", "parameters_sha256"), max(losses)
     run = build_run(settings, dataset, world, log.say_aside)
     for record in train(run, lambda: False):
         if isinstance(record, StepRecord):
-            log.progress(record.step, last, record.epoch, settings.epochs, record.train_loss, record.images_per_second)
+            if not quiet:
+                speed = record.images_per_second
+                log.progress(record.step, last, record.epoch, settings.epochs, record.train_loss, speed)
             now, was = record.train_loss, losses.get(record.step)
             if was not in (None, now):
                 difference = f"step {record.step} has the loss {now!r}, and had {was!r}"
+            same += was == now
         elif isinstance(record, EpochRecord):
             sha256, before = record.parameters_sha256, parameters.get(record.step)
             if before not in (None, sha256):
@@ -101,14 +114,16 @@ def train_again(settings: Config, metrics: Metrics, world: World, log: RunLog) -
         ends_here = record.step == last and not (record.step in parameters and isinstance(record, StepRecord))
         if difference or ends_here:
             break
-        done = record.step
     log.close()
-    return (done if difference else last), difference
+    if not difference and run.step < last:
+        difference = f"training ends after step {run.step}, and came to step {last}"
+    return same, difference
 
 
 def of_each(metrics: Metrics, event: str, key: str) -> dict[int, Any]:
     """A field of the records of that event, by their step; those without are left out."""
-    return {record["step"]: record[key] for record in metrics if record.get("event") == event and record.get(key)}
+    found = (record for record in metrics if record.get("event") == event and record.get("step", 0) > 0)
+    return {record["step"]: record[key] for record in found if isinstance(record.get(key), float | str)}
 
 
 if __name__ == "__main__":

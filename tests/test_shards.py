@@ -120,6 +120,14 @@ def test_reproduce_refuses_what_is_no_run_and_other_data(runs: dict[int, Path], 
     assert changed.returncode == 78 and "bring the old one back" in changed.stderr
     many = reproduce(7, runs[1])
     assert many.returncode == 2 and "--shards 6 with 7 ranks" in many.stderr
+    config = (other / "config.toml").read_text().replace("= 114", "= 115").replace("epochs = 2", "epochs = 1")
+    (other / "config.toml").write_text(config)
+    shorter = reproduce(1, other)
+    assert shorter.returncode == 1 and "other bits: training ends after step 5, and came to step 10" in shorter.stdout
+    config = config.replace("shards = 6", "shards = 0").replace('"int16"', '"float16"')
+    (other / "config.toml").write_text(config)
+    unsharded = reproduce(2, other)
+    assert unsharded.returncode == 78 and "its bits need as many ranks as it had, 1 and not 2" in unsharded.stderr
     for result in (nothing, changed, many):
         assert result.stderr.count("\n") == 1 and result.stdout == ""
 
@@ -127,7 +135,9 @@ def test_reproduce_refuses_what_is_no_run_and_other_data(runs: dict[int, Path], 
 def test_more_ranks_than_shards_are_one_sentence(tmp_path: Path) -> None:
     result = train(7, tmp_path / "run")
     assert result.returncode == 2 and result.stderr.count("\n") == 1
-    assert "--shards 6 with 7 ranks and --batch-size 25: a number from that of the ranks to" in result.stderr
+    assert "--shards 6 with 7 ranks: every rank needs a shard of its own; use 6 ranks or fewer" in result.stderr
+    few = jobs.run(1, "-m", "distconv.train", *FLAGS, tmp_path / "run", "--batch-size", "5")
+    assert few.returncode == 2 and "--shards 6 with --batch-size 5: every shard needs an image" in few.stderr
 
 
 def test_shards_take_an_exact_wire_and_only_they_do() -> None:

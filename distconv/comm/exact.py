@@ -90,7 +90,8 @@ class Exact:
         mine: Bytes = transport.mine
         grid.peaks(vectors, mine.view(np.uint16))
         finite = mine.view(np.uint16).max() < grid.NOT_FINITE
-        header["bad_at"] = -1 if finite else max(self.wire.first_bad(one) for one in vectors)
+        bad = [] if finite else [first for one in vectors if (first := self.wire.first_bad(one)) >= 0]
+        header["bad_at"] = min(bad, default=-1)
         transport.gather()
         peaks = np.maximum.reduce([gathered.view(np.uint16) for gathered in transport.gathered])
         grid.round_and_sum(vectors, peaks, self.factor, self.total)

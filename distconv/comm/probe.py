@@ -41,11 +41,16 @@ class WireHealth:
 class WireProbe:
     """Sums gradients (size,), or samples of them, once more on a float32 wire, by an exchange that connect(n) makes.
 
-    Of shards, the sum is once more in whole numbers, of 32 bits, so that it has the same bits for any number of ranks.
+    exact: in its place, for shards, whose sum must not hang on the ranks here either; then only the time is that of a
+    float32 wire.
     """
 
-    def __init__(self, wire: Wire, size: int, connect: Callable[[int], Exchange]) -> None:
-        self.wire, self.size, self.exact = wire, size, connect(min(size, SAMPLE))
+    def __init__(
+        self, wire: Wire, size: int, connect: Callable[[int], Exchange],
+        exact: Callable[[int], Exchange] | None = None
+    ) -> None:  # fmt: skip
+        self.wire, self.size, self.floats = wire, size, connect(min(size, SAMPLE))
+        self.exact = exact(min(size, SAMPLE)) if exact else self.floats
         self.seconds = float("nan")  # awake, of the exchange on a float32 wire, when last tried; see time
         self.health = WireHealth(float("nan"), float("nan"), float("nan"))
 
@@ -64,8 +69,8 @@ class WireProbe:
         The median of some tries; of a sample, scaled up as if each of all the numbers took as long.
         """
         zeros = np.zeros(min(self.size, SAMPLE), self.wire.dtype)
-        self._sum(zeros)  # touches its memory
-        tries = [self._sum(zeros) for _ in range(TRIES)]
+        self._time(zeros)  # touches its memory
+        tries = [self._time(zeros) for _ in range(TRIES)]
         self.seconds = statistics.median(tries) * self.size / zeros.size
 
     def compare(self, share: Array, total: Array) -> None:
@@ -75,7 +80,7 @@ class WireProbe:
         """
         exact, first = share.copy(), share.reshape(-1, share.shape[-1])[0]
         flushed = float(np.count_nonzero((self.wire.there_and_back(first) == 0) & (first != 0)) / first.size)
-        self._sum(exact)
+        self.exact.sum(exact, np.zeros((), HEADER))
         exact = exact.reshape(-1, share.shape[-1])[0]
         with np.errstate(invalid="ignore", over="ignore"):
             norm = float(updates.norm(exact))
@@ -83,8 +88,8 @@ class WireProbe:
             largest = abs(float(max(total.max(), -total.min())))
             self.health = WireHealth(largest, flushed, error)
 
-    def _sum(self, vector: Array) -> float:
-        """Replace vector by its sum over all ranks, on a float32 wire; return the seconds that this rank was awake."""
-        began, waited = time.perf_counter(), self.exact.waited
-        self.exact.sum(vector, np.zeros((), HEADER))
-        return time.perf_counter() - began - (self.exact.waited - waited)
+    def _time(self, vector: Array) -> float:
+        """The seconds that this rank is awake while vector is summed on a float32 wire."""
+        began, waited = time.perf_counter(), self.floats.waited
+        self.floats.sum(vector, np.zeros((), HEADER))
+        return time.perf_counter() - began - (self.floats.waited - waited)

@@ -5,7 +5,7 @@ whatever order they meet. The step of a block of BLOCK numbers comes from the la
 small that V numbers of that size fill the range of the whole numbers on the wire: 16 or 32 bits.
 
 The largest travels as the upper half of a float32, rounded up. It orders as a whole number does, NaN and infinity above
-all others.
+all others, among which numbers from 2^128 - 2^120 count.
 """
 
 from __future__ import annotations

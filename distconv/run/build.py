@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from distconv.comm.choose import choose
-from distconv.comm.exact import ALL_WIRES, EXACT_WIRES
+from distconv.comm.exact import ALL_WIRES
 from distconv.comm.exchange import MOST_SUMS, Exchange, step_header
 from distconv.comm.on_cpu import DeviceExchange, OnCpu
 from distconv.comm.on_gpu import choose_on_gpu, first_problem
@@ -88,12 +88,7 @@ def build_run(
         kernels = Gpu(device, settings.precision, apart)
     shards = Shards(settings.shards or world.size, world.size, world.rank)
     exchange = choose_exchange(settings, kernels, parameters.size, world, shared, shards)
-    compared = {"float64": "float64"} | dict.fromkeys(EXACT_WIRES, "int32")
-    probe = WireProbe(
-        exchange.wire,
-        parameters.size,
-        lambda size: choose(world, size, compared.get(settings.wire, "float32"), contributions=shards.count),
-    )
+    probe = make_probe(settings, exchange, parameters.size, world)
     replica = Replica(
         kernels, model, parameters, task, data, optimizer, exchange, settings, shards,
         lambda problem: first_problem(world, problem),
@@ -250,6 +245,16 @@ def choose_exchange(
         if isinstance(kernels, Gpu):
             return choose_on_gpu(world, kernels, size, wire, kind, shared, connect, len(shards.own))
         return OnCpu(connect())
+
+
+def make_probe(settings: Config, exchange: DeviceExchange, size: int, world: World) -> WireProbe:
+    """What looks at the wire of a gradient (size,); collective."""
+    floats = "float64" if settings.wire == "float64" else "float32"
+
+    def exact(n: int) -> Exchange:
+        return choose(world, n, "int32", contributions=settings.shards)
+
+    return WireProbe(exchange.wire, size, lambda n: choose(world, n, floats), exact if settings.shards else None)
 
 
 def compile_kernels(run: Run) -> None:

@@ -174,10 +174,11 @@ def describe_steps(steps: Sequence[Mapping[str, Any]], ranks: int) -> str:
 
 def describe_noise(metrics: Sequence[Mapping[str, Any]], batch_size: int, ranks: int) -> str:
     """What larger batches and more ranks would bring, in a line; none where the noise of the gradients is not known."""
-    known = [record["noise_scale"] for record in metrics if record.get("noise_scale")]
+    found = [record.get("noise_scale") for record in metrics if record.get("event") == "epoch"]
     steps = [record for record in metrics if record.get("event") == "step"]
-    if not known or not steps:
+    if not any(found) or not steps:
         return ""
+    known = [math.inf if scale is None else scale for scale in found]  # JSON has no infinity
     speed, computing = (
         statistics.median(step.get(key) or 0.0 for step in steps) for key in ("images_per_second", "compute_seconds")
     )

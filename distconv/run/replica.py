@@ -55,7 +55,13 @@ class Replica:
         self.header = step_header(shards.most)
         # A gradient for each shard. The exchange puts the sum into the first, or into the only one.
         K = len(shards.own)
-        several = np.zeros((K, parameters.size), parameters.gradient.dtype) if K > 1 else parameters.gradient
+        try:
+            several = np.zeros((K, parameters.size), parameters.gradient.dtype) if K > 1 else parameters.gradient
+        except MemoryError as error:
+            raise DistconvError(
+                f"--shards {shards.count} on {shards.size} ranks: a gradient for each of a rank's {K} shards does not "
+                f"fit into memory ({error}): use more ranks, or fewer shards"
+            ) from None
         self.vector, self.shares = self.device.upload(parameters.vector), self.device.upload(several)
         self.rows = self.shares.reshape(K, parameters.size)
         self.gradient, self.values = self.rows[0], parameters.nested(self.vector)
@@ -99,7 +105,7 @@ class Replica:
         own, _ = self.mailbox.bad_at(step)
         header["bad_at"] = -1 if own == FINITE else own
         if self.notes_squares:
-            header["squares"][: len(self.rows)] = [self.kernels.squared_norm(row) for row in self.rows]
+            header["squares"][: len(self.rows)] = [self._square(row) for row in self.rows]
         return self.exchange.travel(header)
 
     def update(self, step: int) -> bool:
@@ -188,7 +194,7 @@ class Replica:
         kernels, mailbox = self.kernels, self.mailbox
         self.exchange.after(self.gradient, mailbox.bad)
         if self.notes_squares:
-            self.square = kernels.squared_norm(self.gradient)
+            self.square = self._square(self.gradient)
         for part in self.decaying:
             kernels.decay(self.vector[part], mailbox.numbers, mailbox.bad)
         slots = [self.state_there[slot] for slot in self.slots]
@@ -202,6 +208,10 @@ class Replica:
             kernels.add(self.vector[part], self.gradient[part], mailbox.bad)
         if self.settings.ema:
             kernels.average(self.state_there[EMA], self.vector, mailbox.numbers[-1:], mailbox.bad)
+
+    def _square(self, gradient: Array) -> float:
+        """The squared norm of what is trained."""
+        return sum(self.kernels.squared_norm(gradient[part]) for part, _ in self.trained)
 
     def share(self, step: int, samples: Samples, global_batch: int) -> Array:
         """This rank's share of a gradient, on the host until anything else is computed; no step is made.

@@ -136,10 +136,15 @@ def check_settings(settings: Config, world: World) -> None:
             f"--batch-size {settings.batch_size} with {world.size} ranks: every rank needs at least one image of the "
             f"global batch; use --batch-size {world.size} or more, or fewer ranks"
         )
-    if settings.shards and not world.size <= settings.shards <= settings.step_size:
+    if settings.shards and settings.shards < world.size:
         raise errors.UsageError(
-            f"--shards {settings.shards} with {world.size} ranks and --batch-size {settings.batch_size}: a number from "
-            "that of the ranks to that of the images of a step was expected"
+            f"--shards {settings.shards} with {world.size} ranks: every rank needs a shard of its own; use "
+            f"{settings.shards} ranks or fewer, or more shards"
+        )
+    if settings.shards > settings.step_size:
+        raise errors.UsageError(
+            f"--shards {settings.shards} with --batch-size {settings.batch_size}: every shard needs an image of the "
+            f"global batch; use --shards {settings.step_size} or fewer"
         )
 
 

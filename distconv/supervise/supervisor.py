@@ -205,11 +205,13 @@ class Supervisor:
 
         Or the same exit code without a report, if it is that of no signal, before any start has come as far as a step:
         so end a mistake in a user's model or in --mpirun, and an output that cannot be written. alike: the next start
-        would not have fewer ranks than the last.
+        would have as many ranks; with fewer, there may be room for each.
         """
+        if not alike:
+            return False
         if previous.report and failure.report:
             return (previous.report["error"], previous.step) == (failure.report["error"], failure.step)
-        return alike and previous.code == failure.code and not killed_by(failure.code) and not self.has_trained()
+        return previous.code == failure.code and not killed_by(failure.code) and not self.has_trained()
 
     def has_trained(self) -> bool:
         """Whether a start has come as far as a step."""
