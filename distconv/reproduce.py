@@ -92,7 +92,7 @@ def train_again(settings: Config, metrics: Metrics, world: World, log: RunLog, q
         ).on_all_ranks()
     if not settings.shards and (ranks := started.get("ranks", world.size)) != world.size:
         raise MismatchError(
-            f"the run had no --shards, so its bits need as many ranks as it had, {ranks} and not {world.size}: start these"
+            f"the run had no --shards, so its bits need as many ranks as it had, {ranks} and not {world.size}"
         ).on_all_ranks()
 
     losses, same, difference = of_each(metrics, "step", "train_loss"), 0, ""

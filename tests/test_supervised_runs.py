@@ -87,6 +87,16 @@ def test_a_rank_that_fails_at_the_same_step_again_is_given_up(tmp_path: Path) ->
     assert json.loads((out / "errors" / "rank-1.json").read_text())["error"] == "ValueError: odd"
 
 
+@pytest.mark.slow
+def test_where_fewer_ranks_may_be_started_the_same_failure_again_is_not_the_end(tmp_path: Path) -> None:
+    (tmp_path / "failing.py").write_text(FAILING.format(what="raise MemoryError"))
+    flags = ("--at-least", "1", "--", *QUICK, "--model", "failing:network", "--out", tmp_path / "run")
+    command = ["-m", "distconv.launch", "-n", "3", *flags]
+    result = jobs.Job(0, command, PYTHONPATH=str(tmp_path), FAILING_RANK="1").finish(90)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "; restart 2 " in result.stderr and "from the beginning, with 2 ranks fewer" in result.stderr
+
+
 def test_bad_input_ends_with_the_code_of_the_training(tmp_path: Path) -> None:
     assert launch(tmp_path / "run", "--data", "/there/is/none").finish(30).returncode == 66
 
