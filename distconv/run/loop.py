@@ -156,7 +156,7 @@ def _step(
     run.corrupted = replica.checksum() != run.checksum
     good = replica.update(step)
     run.checksum = replica.checksum()
-    if good and replica.notes_squares:
+    if good and replica.looks:
         _note_noise(run, headers, global_batch)
     totals = headers["sums"].reshape(-1, MOST_SUMS).cumsum(axis=0)[-1]  # shard by shard, so in the same order always
     _note_loss(run, good, float(totals[0]), global_batch, headers)
