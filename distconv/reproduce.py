@@ -110,7 +110,7 @@ def train_again(settings: Config, metrics: Metrics, world: World, log: RunLog, q
         elif isinstance(record, EpochRecord):
             sha256, before = record.parameters_sha256, parameters.get(record.step)
             if before not in (None, sha256):
-                difference = f"epoch {record.epoch} ends with the parameters {sha256[:12]}..., and had {before[:12]}..."
+                difference = f"epoch {record.epoch} ends with the parameters {sha256:.12}..., and had {before:.12}..."
         ends_here = record.step == last and not (record.step in parameters and isinstance(record, StepRecord))
         if difference or ends_here:
             break
