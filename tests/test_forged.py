@@ -72,7 +72,7 @@ def use(path: Path) -> None:
         check_same_run(checkpoint, CONFIG, DATA["digest"])
         state = Adam(0.001).new_state(parameters.size, dtype)
         replica = SimpleNamespace(push=lambda: None, parameters=parameters, state=state)
-        run = Run(None, None, None, replica, None, None)  # type: ignore[arg-type]
+        run = Run(None, None, None, replica, None, None, None)  # type: ignore[arg-type]
         checkpoint.fill(parameters.by_slot(run.vectors()))
         run.restore(dict(checkpoint.position), run.vectors())
         f"{run.step:,} {run.loss_sum / (run.samples or 1):.4f}"
