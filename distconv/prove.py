@@ -82,11 +82,10 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[int], list[Conf
             f"--shards {shards} with {max(numbers)} ranks and --batch-size {flags.batch_size}: a number from that of "
             "the ranks to that of the images was expected"
         )
-    return (
-        flags,
-        numbers,
-        [Config(epochs=1, eval_samples=1, wire=wire, shards=shards * (wire in EXACT), **common) for wire in wires],
-    )
+    settings = [
+        Config(epochs=1, eval_samples=1, wire=wire, shards=shards if wire in EXACT else 0, **common) for wire in wires
+    ]
+    return flags, numbers, settings
 
 
 def main(argv: Sequence[str]) -> int:

@@ -107,7 +107,8 @@ class Allreduce:
     comm: an intracommunicator of mpi4py. All of its ranks make the object, call its methods in the same order, and
     close it. size: numbers of all arrays of a call together. wire: what a number is as it travels: float16 (2 bytes,
     scaled by powers of two, so nothing overflows), int8 (1 byte, for slow links: rounded at random, right in the mean),
-    float32 or float64. Vectors are float32, for the float64 wire float64, and so are the sums, in rank order.
+    float32, float64, or int16 and int32 (whole numbers on a grid that all ranks share, whose sum does not hang on the
+    order of the ranks). Vectors are float32, for the float64 wire float64, and so are the sums, in rank order.
     exchange: auto; flat: each rank with each; two-level: on each host first.
 
     how: the exchange in words. A context manager.

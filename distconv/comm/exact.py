@@ -15,7 +15,7 @@ import numpy as np
 
 from distconv.comm.exchange import Exchange, Headers, Refusal
 from distconv.comm.transport import connect
-from distconv.comm.wire import WIRES, Bytes, Wire
+from distconv.comm.wire import WIRES, Wire
 from distconv.kernels import grid, half
 from distconv.kernels.interface import BLOCK, Array
 
@@ -35,7 +35,7 @@ class WholeNumbers(Wire):
 
 @dataclass(frozen=True)
 class ExactWire(Wire):
-    """float32 vectors as whole numbers. contributions: V, the vectors of all ranks together."""
+    """float32 vectors as whole numbers, which Exact makes. contributions: V, the vectors of all ranks together."""
 
     numbers: WholeNumbers
     contributions: int = 1
@@ -49,7 +49,8 @@ class ExactWire(Wire):
 
     def there_and_back(self, x: Array) -> Array:
         """What arrives of x (n,), if no other contribution has a larger number in a block."""
-        peaks, total, arrived = self._empty(x.size)
+        peaks, total = np.empty(blocks(x.size), np.uint16), np.empty(x.size, self.numbers.dtype)
+        arrived = np.empty_like(x)
         grid.peaks(x[None], peaks)
         grid.round_and_sum(x[None], peaks, self.factor, total)
         grid.widen(total, peaks, self.factor, arrived)
@@ -59,9 +60,6 @@ class ExactWire(Wire):
         """Call what a sum calls, so that it is compiled."""
         self.there_and_back(np.zeros(BLOCK, np.float32))
         self.first_bad(np.zeros(BLOCK, np.float32))
-
-    def _empty(self, n: int) -> tuple[Array, Array, Array]:
-        return np.empty(blocks(n), np.uint16), np.empty(n, self.numbers.dtype), np.empty(n, np.float32)
 
 
 class Exact:
@@ -87,9 +85,9 @@ class Exact:
     def sum(self, vector: Array, header: Headers, refused: Refusal | None = None) -> Headers:
         """See Exchange. vector: (size,), or (K, size) where this rank has K of them; the first becomes the sum."""
         vectors, transport = vector.reshape(-1, self.size), self.transport
-        mine: Bytes = transport.mine
-        grid.peaks(vectors, mine.view(np.uint16))
-        finite = mine.view(np.uint16).max() < grid.NOT_FINITE
+        mine = transport.mine.view(np.uint16)
+        grid.peaks(vectors, mine)
+        finite = mine.max() < grid.NOT_FINITE
         bad = [] if finite else [first for one in vectors if (first := self.wire.first_bad(one)) >= 0]
         header["bad_at"] = min(bad, default=-1)
         transport.gather()

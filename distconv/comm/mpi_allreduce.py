@@ -18,7 +18,7 @@ from distconv.kernels.interface import Array
 if TYPE_CHECKING:
     from mpi4py import MPI
 
-SUMMED = ("float16", "float32", "float64", "int16", "int32")  # what MPI libraries have types for
+SUMMED = ("float16", "float32", "float64", "int16", "int32")  # wires of plain numbers, for which MPI has types
 
 
 class Library:
@@ -31,7 +31,7 @@ class Library:
     def __init__(self, comm: MPI.Comm, size: int, wire: Wire, header: np.dtype[Any] = HEADER) -> None:
         """Raises ValueError, on all ranks alike, where the library cannot sum the wire's type."""
         if wire.name not in SUMMED:
-            raise ValueError(f"MPI has no type for {wire.name}; use one of {', '.join(SUMMED)} on the wire")
+            raise ValueError(f"MPI cannot sum what travels on {wire.name}; use one of {', '.join(SUMMED)} on the wire")
         if wire.name == "float16" and (problem := half_problem(comm)):
             raise ValueError(f"{problem}; use another exchange, or float32 on the wire")
         header_bytes(header)

@@ -8,7 +8,7 @@ import numpy as np
 
 from distconv.comm.world import World
 from distconv.data.data import Data
-from distconv.data.shard import Shards
+from distconv.data.shard import Shards, split
 from distconv.kernels.cpu.device import Cpu
 from distconv.kernels.interface import Array, Kernels
 from distconv.nn.layers import Context, Layer
@@ -22,8 +22,7 @@ def scores(data: Data, model: Layer, values: Views, kernels: Cpu, world: World) 
     A share is what `split` says, so those of all ranks one after another are the scores of all samples.
     """
     found = []
-    share = Shards(world.size, world.size, world.rank).part(data.size("test"))
-    for context in _contexts(share, kernels, world):
+    for context in _contexts(split(data.size("test"), world.size, world.rank), kernels, world):
         x, _ = data.batch("test", context.samples, context)
         found.append(model.forward(x, values, context)[0])
     return np.concatenate(found) if found else np.empty((0, data.classes), kernels.dtype)

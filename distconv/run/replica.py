@@ -189,7 +189,7 @@ class Replica:
         """
         if not isinstance(self.task, Classification):
             return None
-        send = self.exchange.sender(self.gradient, self.mailbox.step) if len(self.grads_by_shard) == 1 else None
+        send = self.exchange.sender(self.gradient, self.mailbox.step)
         return None if send is None else lambda layer: send(self.parameters.start(layer))
 
     def _finish(self) -> None:
