@@ -123,10 +123,10 @@ def floats(**changed: Any) -> Dataset:
 def test_float32_images_reach_the_model_as_they_are() -> None:
     whole = floats()
     every = np.arange(len(TEST_IMAGES))
-    x = Cpu(np.float64).gather(whole.test_images, every)
-    assert x.dtype == np.float64
+    x, labels = Cpu(np.float64).gather(whole.test_images, whole.test_labels, every)
+    assert x.dtype == np.float64 and labels.tolist() == whole.test_labels.tolist()
     np.testing.assert_array_equal(x[..., 0], TEST_IMAGES - 99.5)
-    Cpu().gather(whole.test_images, every)[...] = 0  # a layer may write into what it is given
+    Cpu().gather(whole.test_images, whole.test_labels, every)[0][...] = 0  # a layer may write into what it is given
     assert whole.test_images.any()
 
 

@@ -89,13 +89,14 @@ def test_the_loss_of_scores_that_are_not_numbers_is_none(gpu: Gpu) -> None:
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.float32])
-def test_a_batch_has_the_images_and_labels_of_its_samples(gpu: Gpu, dtype: type) -> None:
+@pytest.mark.parametrize("shape", [(), (3,), (40,)])  # the last: more labels than pixels
+def test_a_batch_has_the_images_and_labels_of_its_samples(gpu: Gpu, dtype: type, shape: tuple[int, ...]) -> None:
     device, rng = gpu.device, random(11)
-    images, labels = rng.integers(0, 256, (9, 5, 3, 2)).astype(dtype), rng.integers(0, 2**31, (9, 3)).astype(np.int64)
+    images, labels = rng.integers(0, 256, (9, 5, 3, 2)).astype(dtype), rng.integers(0, 2**31, (9, *shape))
     numbers = images / np.float32(255) if dtype == np.uint8 else images
     for samples in np.int32([8, 0, 3, 3, 5, 1, 7, 2, 6, 4, 8]), np.int32([]):  # a rank's share can be empty
         there = device.upload(samples)
-        x, chosen = gpu.gather(device.upload(images), there), gpu.gather_labels(gpu.upload_labels(labels), there)
+        x, chosen = gpu.gather(device.upload(images), gpu.upload_labels(labels), there)
         np.testing.assert_array_equal(bits(device.download(x)), bits(numbers[samples]))
         np.testing.assert_array_equal(device.download(chosen), labels[samples])
 

@@ -75,7 +75,8 @@ class Dataset:
             images, labels = self._pair(part)
             self._there[kernels.device, part] = kernels.device.upload(images), kernels.upload_labels(labels)
         images, labels = self._there[kernels.device, part]
-        return kernels.gather(images, samples), kernels.gather_labels(labels, samples)
+        chosen: tuple[Any, Any] = kernels.gather(images, labels, samples)
+        return chosen
 
     @cached_property
     def _there(self) -> dict[tuple[Any, str], tuple[Any, Any]]:

@@ -109,11 +109,13 @@ class Kernels(Protocol):
         """For so many numbers of a rule, samples of a rank and sums of a task."""
         ...
 
-    def gather(self, images: Array, samples: Array) -> Array:
-        """Of images (N, ...) of the device, bytes as numbers from 0 to 1, those of the samples."""
+    def gather(self, images: Array, labels: Array, samples: Array) -> tuple[Array, Array]:
+        """Of images (N, ...) of the device, bytes as numbers from 0 to 1, and of labels (N, ...), those of the samples.
+
+        labels: from upload_labels.
+        """
         ...
 
-    def gather_labels(self, labels: Array, samples: Array) -> Array: ...
     def upload_labels(self, labels: Array) -> Array:
         """Labels of the host, of any integer type, as this device's kernels take them."""
         ...

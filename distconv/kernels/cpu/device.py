@@ -101,11 +101,8 @@ class Cpu:
     def mailbox(self, numbers: int, samples: int, sums: int) -> HostMailbox:
         return HostMailbox()
 
-    def gather(self, images: Array, samples: Array) -> Array:
-        return arithmetic.pixels(images[samples], self.dtype)
-
-    def gather_labels(self, labels: Array, samples: Array) -> Array:
-        return labels[samples]
+    def gather(self, images: Array, labels: Array, samples: Array) -> tuple[Array, Array]:
+        return arithmetic.pixels(images[samples], self.dtype), labels[samples]
 
     def upload_labels(self, labels: Array) -> Array:
         return labels

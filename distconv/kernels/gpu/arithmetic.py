@@ -295,18 +295,14 @@ class Gpu:
     def begin_step(self, gradient: Array, bad: Array) -> None:
         self.launch("layers", "begin_step", max(gradient.size, 2), gradient, bad, gradient.size)
 
-    def gather(self, images: Array, samples: Array) -> Array:
+    def gather(self, images: Array, labels: Array, samples: Array) -> tuple[Array, Array]:
+        """images (N, ...) of bytes or float32, labels (N, ...) int32, of the device, in one kernel."""
         x = self.device.empty((len(samples), *images.shape[1:]), np.float32)
-        kind = "gather_bytes" if images.dtype == np.uint8 else "gather_floats"
-        self.launch("layers", kind, x.size, images, samples, x, len(samples), math.prod(images.shape[1:]))
-        return x
-
-    def gather_labels(self, labels: Array, samples: Array) -> Array:
-        """Of labels (N, ...) int32 of the device, those of the samples."""
         chosen = self.device.empty((len(samples), *labels.shape[1:]), np.int32)
-        size = math.prod(labels.shape[1:])
-        self.launch("layers", "gather_labels", chosen.size, labels, samples, chosen, len(samples), size)
-        return chosen
+        kind = "gather_bytes" if images.dtype == np.uint8 else "gather_floats"
+        sizes = len(samples), math.prod(images.shape[1:]), math.prod(labels.shape[1:])
+        self.launch("layers", kind, max(x.size, chosen.size), images, labels, samples, x, chosen, *sizes)
+        return x, chosen
 
     def upload_labels(self, labels: Any) -> Array:
         return self.device.upload(labels.astype(np.int32))

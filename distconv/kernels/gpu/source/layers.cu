@@ -9,20 +9,26 @@ extern "C" __global__ void begin_step(float *gradient, int *bad, int n) {
     if (i < n) gradient[i] = 0;
 }
 
-// x (n, size) = the images of the samples (n,), bytes as numbers from 0 to 1.
-extern "C" __global__ void gather_bytes(const unsigned char *images, const int *samples, float *x, int n, int size) {
+__device__ __forceinline__ float number(unsigned char byte) { return byte / 255.0f; }
+__device__ __forceinline__ float number(float pixel) { return pixel; }
+
+// x (n, size) = the images of the samples (n,), bytes as numbers from 0 to 1; chosen (n, label_size) = their labels.
+template <typename Pixel>
+__device__ __forceinline__ void gather(const Pixel *images, const int *labels, const int *samples, float *x,
+                                       int *chosen, int n, int size, int label_size) {
     int i = thread();
-    if (i < n * size) x[i] = images[(long long)samples[i / size] * size + i % size] / 255.0f;
+    if (i < n * size) x[i] = number(images[(long long)samples[i / size] * size + i % size]);
+    if (i < n * label_size) chosen[i] = labels[(long long)samples[i / label_size] * label_size + i % label_size];
 }
 
-extern "C" __global__ void gather_floats(const float *images, const int *samples, float *x, int n, int size) {
-    int i = thread();
-    if (i < n * size) x[i] = images[(long long)samples[i / size] * size + i % size];
+extern "C" __global__ void gather_bytes(const unsigned char *images, const int *labels, const int *samples, float *x,
+                                        int *chosen, int n, int size, int label_size) {
+    gather(images, labels, samples, x, chosen, n, size, label_size);
 }
 
-extern "C" __global__ void gather_labels(const int *labels, const int *samples, int *chosen, int n, int size) {
-    int i = thread();
-    if (i < n * size) chosen[i] = labels[(long long)samples[i / size] * size + i % size];
+extern "C" __global__ void gather_floats(const float *images, const int *labels, const int *samples, float *x,
+                                         int *chosen, int n, int size, int label_size) {
+    gather(images, labels, samples, x, chosen, n, size, label_size);
 }
 
 extern "C" __global__ void scale(const float *x, float factor, float *y, int n) {
