@@ -5,6 +5,7 @@ On a GPU a wrong argument or a write outside an array is silent garbage. Here bo
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import functools
 import hashlib
@@ -203,8 +204,7 @@ def library(source: str, defines: tuple[tuple[str, int], ...], folder: Path) -> 
 
 def launcher(signature: Signature, built: ctypes.PyDLL) -> Kernel:
     """The kernel as a function of Python."""
-    name = signature.name
-    launch = built[f"launch_{name}"]
+    name, launch = signature.name, built[f"launch_{signature.name}"]
     launch.restype = ctypes.c_char_p
     most_threads = built[f"most_threads_{name}"]()
 
@@ -258,10 +258,17 @@ class Emulator:
         return array.copy()
 
     def pinned(self, nbytes: int) -> NDArray[np.uint8]:
-        """Host memory that `copy` takes and kernels do not."""
+        """Host memory that `copy` takes, and kernels only as `mapped` gives it: the same memory, the same guards."""
         array = np.asarray(Allocation((nbytes,), np.uint8, pinned=True))
         array[...] = 0
         return array
+
+    def mapped(self, pinned: NDArray[Any]) -> NDArray[Any]:
+        allocation = copy.copy(allocation_of(pinned))
+        if allocation is None or not allocation.pinned or not pinned.flags.c_contiguous:
+            raise TypeError("only contiguous pinned memory can be mapped")
+        allocation.pinned, allocation.__array_interface__ = False, pinned.__array_interface__
+        return np.asarray(allocation)
 
     def contiguous(self, array: NDArray[Any]) -> NDArray[Any]:
         if array.flags.c_contiguous and allocation_of(array):
@@ -274,9 +281,8 @@ class Emulator:
         return array.ctypes.data
 
     def copy(self, to: NDArray[Any], source: NDArray[Any]) -> None:
-        for array in (to, source):
-            if allocation_of(array) is None or not array.flags.c_contiguous:
-                raise TypeError("copy takes contiguous arrays, on the device or pinned")
+        if not all(allocation_of(array) and array.flags.c_contiguous for array in (to, source)):
+            raise TypeError("copy takes contiguous arrays, on the device or pinned")
         if to.nbytes != source.nbytes:
             raise ValueError(f"copy of {source.nbytes} bytes to {to.nbytes}")
         there, here = to.reshape(-1).view(np.uint8), source.reshape(-1).view(np.uint8)

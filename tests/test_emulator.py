@@ -102,6 +102,19 @@ def test_a_wrong_argument_raises(device: Emulator) -> None:
             run(device, "copy", 1, 32, *wrong)
 
 
+def test_kernels_take_pinned_memory_only_where_it_is_mapped(device: Emulator) -> None:
+    pinned, x = device.pinned(4 * 32).view(np.float32), device.upload(np.arange(32, dtype=np.float32))
+    with pytest.raises(TypeError, match="on the device, not in host memory"):
+        run(device, "copy", 1, 32, x, pinned, np.int32(0))
+    run(device, "copy", 1, 32, x, device.mapped(pinned), np.int32(0))
+    assert pinned.tolist() == list(range(32))
+    with pytest.raises(AssertionError, match="copy wrote outside y, after its end"):
+        run(device, "copy", 1, 32, x, device.mapped(pinned), np.int32(1))
+    for wrong in (x, np.zeros(32, np.float32), pinned[::2]):
+        with pytest.raises(TypeError, match="only contiguous pinned memory"):
+            device.mapped(wrong)
+
+
 def to_tf32(x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     """11 significant bits, half away from zero."""
     fraction, exponent = np.frexp(x.astype(np.float64))

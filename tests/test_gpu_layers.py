@@ -7,7 +7,6 @@ import pytest
 
 from distconv.kernels.cpu import arithmetic as cpu
 from distconv.kernels.gpu.arithmetic import Gpu
-from distconv.kernels.interface import FINITE
 from tests import reference
 from tests.gpu import bits, normal, random, whole
 
@@ -99,13 +98,6 @@ def test_a_batch_has_the_images_and_labels_of_its_samples(gpu: Gpu, dtype: type,
         x, chosen = gpu.gather(device.upload(images), gpu.upload_labels(labels), there)
         np.testing.assert_array_equal(bits(device.download(x)), bits(numbers[samples]))
         np.testing.assert_array_equal(device.download(chosen), labels[samples])
-
-
-def test_a_step_begins_without_gradient_and_without_a_bad_number(gpu: Gpu) -> None:
-    gradient, bad = gpu.device.upload(np.full(5, np.nan, np.float32)), gpu.device.zeros(2, np.int32)
-    gpu.begin_step(gradient, bad)
-    assert gpu.device.download(gradient).tolist() == [0] * 5
-    assert gpu.device.download(bad).tolist() == [FINITE, FINITE]
 
 
 def test_random_numbers_are_those_of_the_cpu(gpu: Gpu) -> None:

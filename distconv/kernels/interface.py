@@ -53,8 +53,19 @@ class Mailbox(Protocol):
     bad: Array  # (2,) int32: where this rank's gradient and the sum are first not finite, else FINITE
 
     def send(self, step: int, numbers: Sequence[float], samples: Any) -> None: ...
-    def collect(self, step: int, sums: Sequence[Any]) -> None:
-        """Start to bring `bad` and the sums of a task to the host; none, to leave those that were brought before."""
+    def begin(self, gradient: Array) -> None:
+        """What the work for a message starts with: it takes the message, the gradient becomes 0, bad becomes FINITE."""
+        ...
+
+    def taken(self) -> None:
+        """All work for the last message was started, begin() once in it."""
+        ...
+
+    def collect(self, sums: Sequence[Any]) -> None:
+        """Start to tell the host `bad` and the sums of a task; none, to leave those that were told before.
+
+        What is told can be read when the device is waited for.
+        """
         ...
 
     def sums(self, step: int) -> Sequence[float]: ...
@@ -122,10 +133,6 @@ class Kernels(Protocol):
 
     def argmax(self, scores: Array) -> Array:
         """The class of the largest score of each row (N, F) -> (N,) int64, on the host."""
-        ...
-
-    def begin_step(self, gradient: Array, bad: Array) -> None:
-        """The gradient becomes 0, bad becomes FINITE."""
         ...
 
     def update(self, rule: Any, p: Array, g: Array, state: Sequence[Array], numbers: Any, bad: Array) -> None:

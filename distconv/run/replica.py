@@ -115,7 +115,6 @@ class Replica:
         """Make the step, if the gradient is finite; whether it was."""
         if not self.exchange.needs_no_host:
             self.device.replayed("update", self._finish)
-            self.mailbox.collect(step, ())
             self.device.synchronize()
         return self.mailbox.bad_at(step)[1] == FINITE
 
@@ -131,21 +130,22 @@ class Replica:
         self.mailbox.send(step, self._numbers(step), samples)
         whole = self.exchange.needs_no_host
 
-        def work() -> Sequence[Any]:
+        def work() -> None:
             sums = self._differentiate(len(samples), global_batch)
             self.exchange.before(self.shares, self.mailbox.bad)
             if whole:
-                self._finish()
-            return sums
+                self._finish(sums)
+            else:
+                self.mailbox.collect(sums)
 
         try:
-            sums = self.device.replayed((len(samples), global_batch), work, self.agreed if whole else None)
+            self.device.replayed((len(samples), global_batch), work, self.agreed if whole else None)
         except MemoryError as error:
             raise DistconvError(
                 f"{self.kernels.name} has too little memory for this rank's share of a step ({error}): use a smaller "
                 f"--batch-size, or more ranks on hosts or GPUs of their own"
             ) from None
-        self.mailbox.collect(step, sums)
+        self.mailbox.taken()
         self.begun[step] = self.device.mark()
 
     def _differentiate(self, n: int, global_batch: int, sends: bool = True) -> Sequence[Any]:
@@ -154,7 +154,7 @@ class Replica:
         sends: an exchange that can may begin with the numbers that are final.
         """
         kernels, mailbox = self.kernels, self.mailbox
-        kernels.begin_step(self.shares, mailbox.bad)
+        mailbox.begin(self.shares)
         sums: list[Any] = []
         for k, part in self._parts(n, global_batch):
             samples, last = mailbox.samples[part], part.stop == n
@@ -192,8 +192,8 @@ class Replica:
         send = self.exchange.sender(self.gradient, self.mailbox.step)
         return None if send is None else lambda layer: send(self.parameters.start(layer))
 
-    def _finish(self) -> None:
-        """What follows when the sums are there."""
+    def _finish(self, sums: Sequence[Any] = ()) -> None:
+        """What follows when the gradient is summed. sums: of the task, if the host does not know of them yet."""
         kernels, mailbox = self.kernels, self.mailbox
         self.exchange.after(self.gradient, mailbox.bad)
         if self.looks:
@@ -211,6 +211,7 @@ class Replica:
             kernels.add(self.vector[part], self.gradient[part], mailbox.bad)
         if self.settings.ema:
             kernels.average(self.state_there[EMA], self.vector, mailbox.numbers[-1:], mailbox.bad)
+        mailbox.collect(sums)
 
     def _square(self, gradient: Array) -> float:
         """The squared norm of what is trained."""
@@ -223,6 +224,7 @@ class Replica:
         """
         self.mailbox.send(step, self._numbers(step), samples)
         self._differentiate(len(samples), global_batch, sends=False)
+        self.mailbox.taken()
         shares: Array = self.device.download(self.shares)
         return shares
 

@@ -6,6 +6,7 @@ import dataclasses
 import pickle
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -124,6 +125,44 @@ def test_a_rank_that_begins_steps_ahead_makes_the_same_run(world: World, folder:
     *_, last = loop.train(stopped, lambda: stopped.step == 2, ahead=True)
     assert record.step == last.step == 3
     assert asked.parameters.vector.tobytes() == stopped.parameters.vector.tobytes() == at_step[3]
+
+
+class NoCopies(WithNccl):
+    def copy(self, to: Array, source: Array) -> None:
+        raise AssertionError("a copy")
+
+
+def test_a_step_that_needs_no_host_makes_no_copy(world: World, folder: Path) -> None:
+    run = build_run(SETTINGS, dataset(), world, device=NoCopies(folder, world, "", on_rank=0))
+    assert run.replica.exchange.needs_no_host
+    records = loop.train(run, never, ahead=True)
+    assert [next(records).step for _ in range(3)] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("wire", ["float16", "float32"])
+def test_a_rank_that_adds_up_parts_of_its_samples_tells_of_all(world: World, folder: Path, wire: str) -> None:
+    """Sums of several parts, some of which have no sample, on devices that need the host in a step and that do not."""
+    settings = dataclasses.replace(SETTINGS, accumulate=3, wire=wire, epochs=1)
+    losses = []
+    for device in (WithNccl(folder, world, "", on_rank=0), None):
+        chosen = settings if device else dataclasses.replace(settings, device="cpu", wire="float64")
+        run = build_run(chosen, dataset(), world, device=device)
+        losses.append([record.train_loss for record in loop.train(run, never)])
+    assert losses[0] == pytest.approx(losses[1], rel=3e-3)
+
+
+def test_a_run_goes_on_after_an_error_within_a_step(world: World, folder: Path) -> None:
+    """Those that come before the GPU has taken the step's message, and after."""
+    whole, broken = (build_run(SETTINGS, dataset(), world, device=Emulator(folder)) for _ in range(2))
+    mine = [np.arange(8)[split(8, world.size, world.rank)] + 8 * i for i in range(3)]
+    expected = [whole.replica.compute(step, samples, 8) for step, samples in enumerate(mine)]
+    for owner, method in ((broken.replica.mailbox, "begin"), (broken.replica.task, "gradient")):
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(owner, method, Mock(side_effect=KeyboardInterrupt))
+            broken.replica.compute(0, mine[2], 8)
+        broken.replica.device.tapes.clear()
+    found = [broken.replica.compute(step, samples, 8) for step, samples in enumerate(mine)]
+    np.testing.assert_array_equal(found, expected)
 
 
 @pytest.mark.parametrize("kind", ["staged", "nccl"])

@@ -55,7 +55,14 @@ class HostMailbox:
     def send(self, step: int, numbers: Sequence[float], samples: Any) -> None:
         self.step, self.numbers, self.samples = step, numbers, samples
 
-    def collect(self, step: int, sums: Sequence[Any]) -> None:
+    def begin(self, gradient: Array) -> None:
+        gradient[...] = 0
+        self.bad[...] = FINITE
+
+    def taken(self) -> None:
+        pass
+
+    def collect(self, sums: Sequence[Any]) -> None:
         self.told = sums or self.told
 
     def sums(self, step: int) -> Sequence[float]:
@@ -110,10 +117,6 @@ class Cpu:
     def argmax(self, scores: Array) -> Array:
         classes: Array = np.argmax(scores, axis=1)
         return classes
-
-    def begin_step(self, gradient: Array, bad: Array) -> None:
-        gradient[...] = 0
-        bad[...] = FINITE
 
     def update(self, rule: Any, p: Array, g: Array, state: Sequence[Array], numbers: Any, bad: Array) -> None:
         if bad[1] == FINITE:

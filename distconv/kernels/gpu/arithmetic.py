@@ -290,10 +290,7 @@ class Gpu:
         )
 
     def mailbox(self, numbers: int, samples: int, sums: int) -> GpuMailbox:
-        return GpuMailbox(self.device, numbers, samples, sums)
-
-    def begin_step(self, gradient: Array, bad: Array) -> None:
-        self.launch("layers", "begin_step", max(gradient.size, 2), gradient, bad, gradient.size)
+        return GpuMailbox(self, numbers, samples, sums)
 
     def gather(self, images: Array, labels: Array, samples: Array) -> tuple[Array, Array]:
         """images (N, ...) of bytes or float32, labels (N, ...) int32, of the device, in one kernel."""

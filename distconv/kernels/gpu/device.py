@@ -122,7 +122,7 @@ class Cuda:
     def __init__(self, ordinal: int, say: Callable[[str], None]) -> None:
         import cupy
 
-        self.cupy, self.say = cupy, say
+        self.cupy, self.say, self.ordinal = cupy, say, ordinal
         cupy.cuda.Device(ordinal).use()
         self.name = visible()[ordinal].name
         self.stream, self.side = _stream(ordinal), _stream(ordinal, "side")
@@ -155,6 +155,11 @@ class Cuda:
         memory: NDArray[np.uint8] = cupyx.empty_pinned(nbytes, np.uint8)
         memory[...] = 0
         return memory
+
+    def mapped(self, pinned: NDArray[Any]) -> Array:
+        """Memory of pinned(), at its own address, as kernels take it."""
+        memory = self.cupy.cuda.UnownedMemory(pinned.ctypes.data, pinned.nbytes, pinned, self.ordinal)
+        return self.cupy.ndarray(pinned.shape, pinned.dtype, self.cupy.cuda.MemoryPointer(memory, 0))
 
     def contiguous(self, array: Array) -> Array:
         """The array, or a copy whose numbers follow one another."""

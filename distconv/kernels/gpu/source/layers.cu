@@ -1,12 +1,37 @@
-// The layers without filters, the loss, and what a step begins with. One thread for each number unless said.
+// The layers without filters, the loss, and what a step begins and ends with. One thread for each number unless said.
 
 __device__ __forceinline__ int thread() { return blockIdx.x * blockDim.x + threadIdx.x; }
 
-// What a step begins with: a gradient (n,) of zeros, as layers add to it, and no number known that is not finite.
-extern "C" __global__ void begin_step(float *gradient, int *bad, int n) {
+constexpr int AT_ONCE = 4;  // words that a thread asks the host's memory for before it waits
+
+// What a step begins with: a gradient (n,) of zeros, as layers add to it, and no number known that is not finite. The
+// first block brings the message, there (words,), which lies in the host's memory in the slot `turn` of sent (slots,
+// words). The next message will lie in the next slot.
+extern "C" __global__ void begin_step(float *gradient, int *bad, int n, const unsigned *sent, unsigned *there,
+                                      int words, int *turn, int slots) {
     int i = thread();
     if (i < 2) bad[i] = FINITE;
     if (i < n) gradient[i] = 0;
+    if (blockIdx.x > 0) return;
+    const volatile unsigned *message = sent + *turn * words;  // volatile: no cache may answer with an older message
+    for (int first = threadIdx.x; first < words; first += AT_ONCE * blockDim.x) {
+        unsigned some[AT_ONCE];
+        for (int k = 0; k < AT_ONCE; k++)
+            if (first + k * blockDim.x < words) some[k] = message[first + k * blockDim.x];
+        for (int k = 0; k < AT_ONCE; k++)
+            if (first + k * blockDim.x < words) there[first + k * blockDim.x] = some[k];
+    }
+    __syncthreads();
+    if (threadIdx.x == 0) *turn = (*turn + 1) % slots;
+}
+
+// Tell the host, in the slot of the step's number of told (slots, 3): bad (2,) and the lower word of the step; in that
+// of sums (slots, most), at `place`, a sum, unless the place is negative.
+extern "C" __global__ void report(const int *bad, const unsigned *step, const double *sum, int *told, double *sums,
+                                  int place, int most, int slots) {
+    int i = thread(), slot = step[0] % slots;
+    if (i < 3) told[slot * 3 + i] = i < 2 ? bad[i] : (int)step[0];
+    if (i == 3 && place >= 0) sums[slot * most + place] = *sum;
 }
 
 __device__ __forceinline__ float number(unsigned char byte) { return byte / 255.0f; }
