@@ -17,6 +17,7 @@ import pytest
 
 from distconv.bench import main
 from distconv.benchmarks import gpu_step
+from distconv.benchmarks import step as benchmark
 from distconv.benchmarks.step import (
     HEAD,
     Breakdown,
@@ -25,6 +26,7 @@ from distconv.benchmarks.step import (
     TimedChain,
     random_dataset,
     step_flops,
+    steps_of_a_turn,
     table,
     where,
 )
@@ -217,6 +219,10 @@ def test_a_mistake_is_one_sentence(arguments: tuple[str, ...], code: int, named:
 # on a GPU
 
 
+def test_a_turn_on_a_gpu_has_many_steps_where_they_are_short() -> None:
+    assert [steps_of_a_turn(batch_size) for batch_size in (32, 100, 400, 500, 4096)] == [63, 20, 5, 4, 4]
+
+
 @pytest.mark.skipif(not emulator.available(), reason="no g++ to build the kernels for the CPU")
 def test_both_ways_through_each_layer_of_a_gpu_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_step, "AT_ONCE", 2)
@@ -253,11 +259,14 @@ def test_a_turn_on_a_gpu_ends_when_the_gpu_has_nothing_left_to_do(monkeypatch: p
         return build_run(settings, *arguments[:2], device=Watched())
 
     monkeypatch.setattr(gpu_step, "build_run", small_run)
-    (engine, _), _ = gpu_step.bench_gpu(start(), "float32", print)(2, 2)
-    engine.step()
-    happened.clear()
-    engine.step()
-    assert happened == ["begun"] * engine.steps + ["idle"]
+    monkeypatch.setattr(benchmark, "LEAST_IMAGES", 10)
+    repeats = 2
+    (engine, _), _ = gpu_step.bench_gpu(start(), "float32", print)(2, repeats)
+    assert engine.steps == 5
+    for turn in range(benchmark.WARM_UP + repeats):  # none of them ends an epoch
+        happened.clear()
+        engine.step()
+        assert happened == ["begun"] * (5 if turn else 6) + ["idle"]  # the first one begins a step of the next, too
 
 
 @pytest.mark.skipif(not emulator.available(), reason="no g++ to build the kernels for the CPU")

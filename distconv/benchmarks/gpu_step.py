@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from distconv.benchmarks.step import GPU_STEPS, Bench, Engine, Parts, Row, random_dataset, step_flops
+from distconv.benchmarks.step import Bench, Engine, Parts, Row, random_dataset, step_flops, steps_of_a_turn
 from distconv.comm.world import World
 from distconv.config import Config
 from distconv.nn.layers import Chain, Context
@@ -42,7 +42,8 @@ def bench_gpu(world: World, precision: str, say: Callable[[str], None]) -> Bench
 
     def bench(batch_size: int, repeats: int) -> tuple[list[Engine], Callable[[Sequence[Row]], tuple[Parts, str]]]:
         settings = Config(batch_size=batch_size, epochs=1, device="cuda", precision=precision)
-        runs = [build_run(settings, random_dataset(batch_size, repeats, GPU_STEPS), world, say) for _ in range(2)]
+        steps = steps_of_a_turn(batch_size)
+        runs = [build_run(settings, random_dataset(batch_size, repeats, steps), world, say) for _ in range(2)]
         names = ("distconv", "distconv-eager")
         for run, graphs in zip(runs, (True, False), strict=True):
             run.replica.device.records = graphs
@@ -59,20 +60,20 @@ def bench_gpu(world: World, precision: str, say: Callable[[str], None]) -> Bench
                 peaks = str(error).strip().partition("\n")[0] or type(error).__name__
             return parts, where(layers, step, peaks)
 
-        return [_engine(name, run) for name, run in zip(names, runs, strict=True)], look_inside
+        return [_engine(name, run, steps) for name, run in zip(names, runs, strict=True)], look_inside
 
     return bench
 
 
-def _engine(name: str, run: Run) -> Engine:
+def _engine(name: str, run: Run, steps: int) -> Engine:
     records, device = train(run, lambda: False, ahead=True), run.replica.device
 
     def turn() -> None:
-        for _ in range(GPU_STEPS):
+        for _ in range(steps):
             next(records)
         device.synchronize()  # the step that has begun is the first one of the next turn
 
-    return Engine(name, run.config.wire, turn, lambda: run.measure("test"), GPU_STEPS)
+    return Engine(name, run.config.wire, turn, lambda: run.measure("test"), steps)
 
 
 def layer_rows(replica: Replica, batch_size: int) -> list[LayerRow]:

@@ -15,7 +15,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from distconv.benchmarks.step import CLASSES, GPU_STEPS, IMAGE_SHAPE, Engine
+from distconv.benchmarks.step import CLASSES, IMAGE_SHAPE, Engine, steps_of_a_turn
 from distconv.comm.world import World
 from distconv.data.dataset import Dataset
 from distconv.data.shard import split
@@ -82,15 +82,15 @@ def join(torch: Any, world: World) -> None:
 
 def gpu_engines(torch: Any, names: Sequence[str], precision: str, dataset: Dataset, batch_size: int) -> list[Engine]:
     """PyTorch on GPU 0: torch as it is, torch-graph with its step recorded, torch-compile with its model compiled."""
-    made = []
+    made, steps = [], steps_of_a_turn(batch_size)
     for name in names:
         model = translate(torch, deepconvnet(CLASSES)).cuda()
         optimizer = torch.optim.Adam(model.parameters(), lr=0.001, fused=True, capturable=name == "torch-graph")
         images = torch.from_numpy(dataset.train_images[:batch_size]).cuda().permute(0, 3, 1, 2)
         labels = torch.from_numpy(dataset.train_labels[:batch_size]).cuda().long()
         step = gpu_step(torch, model, optimizer, images, labels, name, precision)
-        turn, evaluation = several(step), gpu_evaluation(torch, model, images, labels)
-        made.append(Engine(name, "none", turn, evaluation, GPU_STEPS))
+        turn, evaluation = several(step, steps), gpu_evaluation(torch, model, images, labels)
+        made.append(Engine(name, "none", turn, evaluation, steps))
     return made
 
 
@@ -130,11 +130,11 @@ def gpu_step(
     return replay
 
 
-def several(step: Callable[[], float]) -> Callable[[], None]:
-    """A turn of such steps, each of which ends when its loss is here."""
+def several(step: Callable[[], float], steps: int) -> Callable[[], None]:
+    """A turn of so many steps, each of which ends when its loss is here."""
 
     def turn() -> None:
-        for _ in range(GPU_STEPS):
+        for _ in range(steps):
             step()
 
     return turn
