@@ -22,6 +22,7 @@
 #define __shared__ static thread_local  // only because what is thread_local lies together, and can be found: see poison
 
 struct uint3 { unsigned x, y, z; };
+struct __align__(8) float2 { float x, y; };
 struct __align__(16) float4 { float x, y, z, w; };
 struct __align__(4) uchar4 { unsigned char x, y, z, w; };
 
@@ -201,7 +202,11 @@ static inline unsigned __float_as_uint(float value) { return emulated::same_bits
 static inline float __uint_as_float(unsigned bits) { return emulated::same_bits<float>(bits); }
 static inline int __float_as_int(float value) { return emulated::same_bits<int>(value); }
 static inline float __int_as_float(int bits) { return emulated::same_bits<float>(bits); }
+static inline float2 make_float2(float x, float y) { return {x, y}; }
 static inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+static inline uchar4 make_uchar4(unsigned char x, unsigned char y, unsigned char z, unsigned char w) {
+    return {x, y, z, w};
+}
 
 static inline int min(int a, int b) { return a < b ? a : b; }
 static inline int max(int a, int b) { return a > b ? a : b; }
@@ -243,7 +248,6 @@ namespace emulated {
 struct Tile { float a[16][16], b[16][8]; };
 static Tile tiles[most_threads / warp_size];
 
-static float rounded_to_half(float value) { return half_value(half_bits(value)); }
 static float rounded_to_tf32(float value) {  // half away from zero
     return isfinite(value) ? __uint_as_float((__float_as_uint(value) + 0x1000) & 0xFFFFE000) : value;
 }
@@ -264,14 +268,18 @@ static void multiply_tile(float c[4], unsigned depth) {
     barrier(at_warp_barrier);  // until all have read
 }
 
-static void multiply_tile_16(float c[4], const float a[2][4], const float b[4], float (*rounded)(float)) {
+static void multiply_tile_16(float c[4], const unsigned a[4], const unsigned b[2], float (*value)(unsigned short)) {
     const unsigned warp = threadIdx.x / warp_size, g = threadIdx.x % warp_size >> 2, t = threadIdx.x & 3;
-    for (unsigned i = 0; i < 4; ++i) {
-        for (unsigned half = 0; half < 2; ++half) tiles[warp].a[g + 8 * half][4 * t + i] = rounded(a[half][i]);
-        tiles[warp].b[4 * t + i][g] = rounded(b[i]);
+    for (unsigned k = 0; k < 4; ++k) {
+        const unsigned shift = k % 2 * 16;
+        for (unsigned half = 0; half < 2; ++half)
+            tiles[warp].a[g + 8 * half][4 * t + k] = value(a[k / 2 * 2 + half] >> shift);
+        tiles[warp].b[4 * t + k][g] = value(b[k / 2] >> shift);
     }
     multiply_tile(c, 16);
 }
+
+static float bfloat16_value(unsigned short bits) { return __uint_as_float(static_cast<unsigned>(bits) << 16); }
 
 }  // namespace emulated
 
@@ -284,11 +292,16 @@ static void multiply_tile_tf32(float c[4], const float a[4], const float b[2]) {
     for (unsigned i = 0; i < 2; ++i) emulated::tiles[warp].b[t + 4 * i][g] = emulated::cut_to_tf32(b[i]);
     emulated::multiply_tile(c, 8);
 }
-static void multiply_tile_float16(float c[4], const float upper[4], const float lower[4], const float b[4]) {
-    const float a[2][4] = {{upper[0], upper[1], upper[2], upper[3]}, {lower[0], lower[1], lower[2], lower[3]}};
-    emulated::multiply_tile_16(c, a, b, emulated::rounded_to_half);
+static unsigned half_pair(float low, float high) {
+    return half_bits(low) | static_cast<unsigned>(half_bits(high)) << 16;
 }
-static void multiply_tile_bfloat16(float c[4], const float upper[4], const float lower[4], const float b[4]) {
-    const float a[2][4] = {{upper[0], upper[1], upper[2], upper[3]}, {lower[0], lower[1], lower[2], lower[3]}};
-    emulated::multiply_tile_16(c, a, b, emulated::rounded_to_bfloat16);
+static unsigned bfloat_pair(float low, float high) {
+    return __float_as_uint(emulated::rounded_to_bfloat16(low)) >> 16 |
+           (__float_as_uint(emulated::rounded_to_bfloat16(high)) & 0xFFFF0000);
+}
+static void multiply_tile_float16(float c[4], const unsigned a[4], const unsigned b[2]) {
+    emulated::multiply_tile_16(c, a, b, half_value);
+}
+static void multiply_tile_bfloat16(float c[4], const unsigned a[4], const unsigned b[2]) {
+    emulated::multiply_tile_16(c, a, b, emulated::bfloat16_value);
 }

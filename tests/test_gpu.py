@@ -17,7 +17,7 @@ from distconv.comm.world import World
 from distconv.config import Config
 from distconv.data.dataset import Dataset
 from distconv.kernels.gpu import device as cuda
-from distconv.kernels.gpu.arithmetic import PRECISIONS
+from distconv.kernels.gpu.convolution import PRECISIONS
 from distconv.run import loop
 from distconv.run.build import build_run
 from distconv.run.run import Run

@@ -41,8 +41,8 @@ class Case(NamedTuple):
         return (N, OH // 2, OW // 2, F) if self.pooled else self.shape
 
 
-# A block of threads computes 128 x 16, 64 x 32 or 64 x 64 numbers of a product, by its columns: F, or C for dx. Depths
-# from 128 on are cut into slices. Four numbers are loaded at once where C or F is a multiple of 4.
+# Those with a stride, of images below 16 pixels, or of many taps are for convolution.cu, which cuts depths from 128 on
+# into slices. The others are for the direct kernels. Four numbers are loaded at once where C or F is a multiple of 4.
 CASES = {
     "one channel": Case(4, 7, 6, 1, 16, 3, 1, 1, relu=True),  # all passes in slices, two blocks one below the other
     "odd everything": Case(2, 9, 7, 3, 5, 3, 2, 2, relu=False),
@@ -55,6 +55,15 @@ CASES = {
     "pooled with stride": Case(2, 9, 10, 3, 20, 3, 2, 1, relu=True, pooled=True),  # a row and a column in no window
     "as deep as deepconvnet": Case(4, 8, 8, 64, 64, 3, 1, 1, relu=True, pooled=True),  # its conv6
     "affine": Case(70, 1, 1, 68, 51, 1, 1, 0, relu=True),
+    "in bands": Case(2, 26, 18, 16, 16, 3, 1, 1, relu=True, pooled=True),  # the last of them is not full
+    "bands of an odd width": Case(1, 19, 23, 16, 24, 3, 1, 0, relu=True, pooled=True),  # rows and columns in no window
+    "a whole image": Case(3, 11, 12, 16, 32, 3, 1, 2, relu=True),  # 32 filters at once, rows of y filled up
+    "many small images": Case(9, 5, 4, 32, 16, 3, 1, 1, relu=False),  # more than a block takes, and a rest
+    "few filters of many channels": Case(5, 8, 8, 16, 48, 3, 1, 1, relu=True, pooled=True),
+    "five by five, directly": Case(2, 9, 7, 16, 20, 5, 1, 2, relu=True),
+    "one by one, directly": Case(3, 6, 6, 16, 32, 1, 1, 0, relu=True),
+    "colours in bands": Case(2, 17, 16, 3, 16, 3, 1, 1, relu=True),
+    "more padding than taps": Case(2, 5, 5, 16, 16, 1, 1, 2, relu=True),
 }
 
 
@@ -140,6 +149,19 @@ def test_convolution_and_its_gradients(gpu: Gpu, case: Case) -> None:
 def test_filters_at_any_address(gpu: Gpu) -> None:
     for start in (1, 4):
         assert_equal_to_the_cpu(gpu, CASES["pooled in slices"], start)
+        assert_equal_to_the_cpu(gpu, CASES["padding beyond the window"], start)
+
+
+@pytest.mark.slow
+def test_convolutions_of_any_shape(gpu: Gpu) -> None:
+    rng = random(5)
+    for _ in range(25):
+        K, H, W = (int(size) for size in (rng.choice([1, 2, 3, 5]), *rng.integers(5, 30, 2)))
+        C, F = (int(rng.choice([1, 3, 4, 16, 20, 32])) for _ in range(2))
+        pad, stride = int(rng.integers(0, K + 1)), int(rng.choice([1, 1, 1, 2]))
+        pooled = stride == 1 and bool(rng.integers(2))
+        case = Case(int(rng.integers(1, 4)), H, W, C, F, K, stride, pad, bool(rng.integers(2)), pooled)
+        assert_equal_to_the_cpu(gpu, case)
 
 
 def test_no_gradient_of_the_images_where_nobody_wants_it(gpu: Gpu) -> None:
@@ -157,7 +179,9 @@ TOLERANCE = {"float32": 1e-6, "tf32": 1e-3, "float16": 1e-3, "bfloat16": 8e-3}
 
 @pytest.mark.parametrize("precision", ROUNDED)
 # Between them, all three sizes of a block, one slice and several, and factors that are loaded one by one and by fours.
-@pytest.mark.parametrize("name", ["one channel", "five by five", "as deep as deepconvnet", "affine"])
+@pytest.mark.parametrize(
+    "name", ["one channel", "five by five", "as deep as deepconvnet", "affine", "in bands", "many small images"]
+)
 def test_the_precisions_round_the_factors_and_nothing_else(device: Any, name: str, precision: str) -> None:
     gpu, case = Gpu(device, precision), CASES[name]
     assert_equal_to_the_cpu(gpu, case)

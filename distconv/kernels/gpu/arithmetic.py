@@ -10,21 +10,19 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from distconv.kernels.gpu.device import Array, Defines
+from distconv.kernels.gpu.convolution import Convolution
+from distconv.kernels.gpu.device import Array
 from distconv.kernels.gpu.mailbox import GpuMailbox
 from distconv.kernels.interface import output_size
 
-PRECISIONS = ("float32", "tf32", "float16", "bfloat16")  # of the products' factors; sums are in float32
 CAPABILITY = 80  # that a GPU must have, 10 times: its tensor cores take tf32 and bfloat16
-PASSES = {"forward": 0, "input": 1, "filters": 2}  # the enum of convolution.cu, where the precisions follow
-DEPTH_STEP, FINISH_OUTPUTS = 16, 32  # BK and OUTPUTS there
-ENOUGH_BLOCKS = 264  # to keep some 130 multiprocessors busy; fixed, as it decides the order of sums
+FINISH_OUTPUTS = 32  # OUTPUTS of sums.cu
 THREADS = 256  # of a block, where nothing else is said
 MOST = 2**31 - 1  # numbers of an array, as the kernels count in 32 bits
 
@@ -32,75 +30,9 @@ MOST = 2**31 - 1  # numbers of an array, as the kernels count in 32 bits
 @functools.cache
 def source(name: str) -> str:
     """A CUDA file of this package, with what it needs before it."""
-    files = ("instructions", "factors", name) if name == "convolution" else ("instructions", name)
+    of_products = ("factors", "sums") if name in ("convolution", "direct", "direct_filters") else ()
+    files = ("instructions", *of_products, name)
     return "".join((Path(__file__).parent / "source" / f"{file}.cu").read_text() for file in files)
-
-
-@dataclass(frozen=True)
-class Convolution:
-    """What convolution.cu is compiled for: x (N, H, W, C), w (K, K, C, F), y (N, OH, OW, F), perhaps pooled 2 x 2."""
-
-    H: int
-    W: int
-    C: int
-    F: int
-    K: int
-    stride: int
-    pad: int
-    relu: bool
-    pooled: bool = False
-
-    @property
-    def OH(self) -> int:
-        return output_size(self.H, self.K, self.stride, self.pad)
-
-    @property
-    def OW(self) -> int:
-        return output_size(self.W, self.K, self.stride, self.pad)
-
-    def pixels(self, N: int) -> int:
-        """Of y before pooling that matter."""
-        return 4 * N * (self.OH // 2) * (self.OW // 2) if self.pooled else N * self.OH * self.OW
-
-    def product(self, which: str, N: int) -> tuple[int, int, int]:
-        """Rows, columns and depth of the product of a pass."""
-        taps = self.K * self.K
-        if which == "forward":
-            return self.pixels(N), self.F, taps * self.C
-        if which == "input":
-            return N * self.H * self.W, self.C, taps * self.F
-        return taps * self.C + 1, self.F, N * self.OH * self.OW
-
-    def defines(self, which: str, precision: str, aligned: bool) -> Defines:
-        """The macros. aligned: w begins where four numbers can be loaded at once."""
-        BM, BN, groups = self.tile(which)
-        wide_x, wide_y = self.C % 4 == 0, self.F % 4 == 0
-        values = {
-            "PASS": PASSES[which], "PRECISION": len(PASSES) + PRECISIONS.index(precision),
-            "H": self.H, "W": self.W, "C": self.C, "F": self.F, "K": self.K, "STRIDE": self.stride, "PAD": self.pad,
-            "OH": self.OH, "OW": self.OW, "RELU": int(self.relu), "POOL": int(self.pooled), "BM": BM, "BN": BN,
-            "GROUPS": groups, "VX": 4 if wide_x else 1, "VY": 4 if wide_y else 1, "VW": 4 if wide_y and aligned else 1,
-        }  # fmt: skip
-        return tuple(values.items())
-
-    def tile(self, which: str) -> tuple[int, int, int]:
-        """Rows and columns of the product that a block of threads computes, and the groups of warps in it.
-
-        Measured at deepconvnet's layers, 100 images, on an H200: there a multiprocessor is short of warps, so a product
-        of few rows has small blocks of many groups.
-        """
-        rows, columns, depth = self.product(which, 1)  # of one image
-        if which == "filters":
-            if columns <= 16 or depth == 1:
-                return 32, 16 if columns <= 16 else 32, 4
-            return (64, 32, 2) if columns <= 32 else (64, 64, 1)
-        if columns <= 16 and rows > 64:
-            return (128, 16, 1) if rows > 256 else (64, 16, 2)
-        if rows == 1:
-            return 32, 16 if columns <= 16 else 32, 4
-        if columns <= 32:
-            return (32, 32, 2) if rows > 64 else (32, 32, 4)
-        return 64, 32, 2
 
 
 class Gpu:
@@ -203,25 +135,19 @@ class Gpu:
         rows, columns, depth = shape.product(which, N)
         if max(rows * columns, N * shape.H * shape.W * shape.C, shape.pixels(N) * shape.F) > MOST:
             raise ValueError(f"a layer of {shape} on {N} images is more than a kernel can count: use a smaller batch")
-        BM, BN, groups = shape.tile(which)
-        down, across, tile_depth = -(-rows // BM), -(-columns // BN), groups * DEPTH_STEP
-        threads = BM * BN // 16 * groups
-        enough = ENOUGH_BLOCKS * (2 if BM * BN <= 32 * 16 else 1)  # of small ones, more
-        slices = max(1, min(enough // (down * across), depth // (2 * tile_depth)))
-        per_slice = -(-depth // (slices * tile_depth)) * tile_depth
-        slices = -(-depth // per_slice)
-        partial = self.device.empty(slices * rows * columns, np.float32) if slices > 1 else self.no_floats
         x, w, dy, y, bias, db = (
             self.no_floats if a is None else self.device.contiguous(a) for a in (x, w, dy, y, bias, db)
         )
         won, winner = (self.no_bytes if a is None else a for a in (won, winner))
-        defines = shape.defines(which, self.precision, self.device.address(w) % 16 == 0)
-        product = self.device.function(source("convolution"), "product", defines)
-        sizes, grid = map(np.int32, (rows, depth, per_slice)), (down, across, slices)
-        product(grid, threads, x, w, dy, y, won, bias, out, db, winner, partial, *sizes)
+        plan = shape.plan(which, N, self.precision, self.device.address(w) % 16 == 0)
+        slices = plan.grid[2]
+        partial = self.device.empty(slices * rows * columns, np.float32) if slices > 1 else self.no_floats
+        product = self.device.function(source(plan.file), "product", plan.defines)
+        sizes = map(np.int32, (rows, depth, plan.slice))
+        product(plan.grid, plan.threads, x, w, dy, y, won, bias, out, db, winner, partial, *sizes)
         if slices > 1:
             outputs = -(-rows // (4 if shape.pooled and which == "forward" else 1)) * columns
-            finish = self.device.function(source("convolution"), "finish", defines)
+            finish = self.device.function(source(plan.file), "finish", plan.defines)
             grid = (-(-outputs // FINISH_OUTPUTS), 1, 1)
             finish(grid, THREADS, partial, bias, out, db, winner, np.int32(rows), np.int32(slices))
 

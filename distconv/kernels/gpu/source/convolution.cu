@@ -19,116 +19,101 @@
 // FLOAT32: each factor is the sum of two numbers that tensor cores take, a large and a small one, and the product that
 // of three: large large + large small + small large. What is left out is some 2^-22 of it. An infinite factor gives NaN.
 
-// C (16 x 8) += A (16 x BK) B (BK x 8) by a warp. Lane 4 g + t holds numbers 4 t to 4 t + 3 along the depth of rows g and
-// g + 8 of A, and of column g of B. In which order the depth is added up is free, if it is the same for A and B.
-__device__ __forceinline__ void multiply(float c[4], const float upper[4], const float lower[4], const float b[4]) {
-    if constexpr (PRECISION == FLOAT16) return multiply_tile_float16(c, upper, lower, b);
-    if constexpr (PRECISION == BFLOAT16) return multiply_tile_bfloat16(c, upper, lower, b);
-    if constexpr (PRECISION == TF32 || PRECISION == FLOAT32) {
+constexpr int WARPS = BM / 32 * (BN / 16);  // of a group
+constexpr int THREADS = 32 * WARPS * GROUPS, DEPTH = BK * GROUPS;
+// Blocks that a multiprocessor must have room for, as to so many threads; with single loads these need more registers.
+constexpr int RESIDENT = PRECISION == FLOAT32 ? 512 : 640;
+constexpr int MIN_BLOCKS = VX == 4 && THREADS < RESIDENT ? RESIDENT / THREADS : 1;
+// Whether numbers that follow each other in memory do so along the depth.
+constexpr bool LEFT_ALONG_DEPTH = PASS != FILTERS, RIGHT_ALONG_DEPTH = PASS == INPUT;
+
+// A tile of DEPTH x WIDTH numbers on its way: read into registers, then written to shared memory. There it lies as it
+// was read, by the depth, BK numbers of each row one behind the other, or by the rows.
+template <int WIDTH, int STEP, bool ALONG_DEPTH>
+struct Tile {
+    static constexpr int ROW = WIDTH + GAP, SIZE = ALONG_DEPTH ? DEPTH * WIDTH : DEPTH * ROW;
+    static constexpr int SIDE = (ALONG_DEPTH ? DEPTH : WIDTH) / STEP;  // loads that follow each other in memory
+    static constexpr int LINES = ALONG_DEPTH ? WIDTH : DEPTH, AT_ONCE = THREADS / SIDE;
+    static constexpr int LOADS = (LINES + AT_ONCE - 1) / AT_ONCE;
+    static_assert(THREADS % SIDE == 0, "each thread has one place along a line");
+    float numbers[LOADS][STEP];
+
+    static __device__ __forceinline__ int place() { return threadIdx.x % SIDE * STEP; }
+    static __device__ __forceinline__ int line(int i) { return threadIdx.x / SIDE + i * AT_ONCE; }
+    static __device__ __forceinline__ bool mine(int i) { return LINES % AT_ONCE == 0 || line(i) < LINES; }
+
+    // load_at(k, j, to)
+    template <typename Load>
+    __device__ __forceinline__ void fetch(Load load_at) {
 #pragma unroll
-        for (int i = 0; i < 4; i += 2) {
-            float a[4] = {upper[i], lower[i], upper[i + 1], lower[i + 1]};
-            multiply_tile_tf32(c, a, b + i);
+        for (int i = 0; i < LOADS; i++) {
+            for (int s = 0; s < STEP; s++) numbers[i][s] = 0;
+            if (mine(i)) ALONG_DEPTH ? load_at(place(), line(i), numbers[i]) : load_at(line(i), place(), numbers[i]);
         }
     }
-}
 
-// The sums of a thread: those of a warp are 32 x 16 numbers of the block, as 2 x 2 tiles of 16 x 8.
+    __device__ __forceinline__ void store(float *shared) const {
+#pragma unroll
+        for (int i = 0; i < LOADS; i++) {
+            if (!mine(i)) continue;
+            float *to = ALONG_DEPTH ? shared + (place() / BK * WIDTH + line(i)) * BK + place() % BK
+                                    : shared + line(i) * ROW + place();
+#pragma unroll
+            for (int s = 0; s < STEP; s++) to[s] = stored(numbers[i][s]);
+        }
+    }
+
+    // Numbers 4 t to 4 t + 3 along a group's depth, of row j.
+    static __device__ __forceinline__ void read(const float *shared, int group, int j, int t, float to[4]) {
+        if constexpr (ALONG_DEPTH) {
+            load<4>(shared + (group * WIDTH + j) * BK + 4 * t, to);
+        } else {
+#pragma unroll
+            for (int s = 0; s < 4; s++) to[s] = shared[(group * BK + 4 * t + s) * ROW + j];
+        }
+    }
+};
+
+typedef Tile<BM, LEFT_STEP, LEFT_ALONG_DEPTH> Left;
+typedef Tile<BN, RIGHT_STEP, RIGHT_ALONG_DEPTH> Right;
+
+// 32 x 16 sums of a warp, as 2 x 2 tiles of 16 x 8.
 struct Sums {
     float total[4][4] = {};
 
-    __device__ __forceinline__ static int warp() { return threadIdx.x / 32 % WARPS; }
-    __device__ __forceinline__ static int group() { return threadIdx.x / 32 / WARPS; }
-    __device__ __forceinline__ static int first_row() { return warp() / (BN / 16) * 32 + threadIdx.x % 32 / 4; }
-    __device__ __forceinline__ static int first_column() { return warp() % (BN / 16) * 16; }
-
-    __device__ __forceinline__ void add(const float *left, const float *right) {
-        int t = threadIdx.x % 4, g = threadIdx.x % 32 / 4;
-        float b[2][4], small_b[2][4];  // columns g and g + 8
-#pragma unroll
-        for (int i = 0; i < 2; i++) {
-            Right::read(right, group(), first_column() + 8 * i + g, t, b[i]);
-            if (PRECISION == FLOAT32) split(b[i], small_b[i]);
-        }
+    // left(i, to) gives a lane's four numbers of row g + 8 i, right(j, to) those of column g + 8 j.
+    template <typename Left, typename Right>
+    __device__ __forceinline__ void add(Left left, Right right) {
+        Parts<4> b[2] = {Parts<4>([&](float *to) { right(0, to); }), Parts<4>([&](float *to) { right(1, to); })};
 #pragma unroll
         for (int i = 0; i < 4; i += 2) {
-            float upper[4], lower[4], small_upper[4], small_lower[4];  // rows g and g + 8, then g + 16 and g + 24
-            Left::read(left, group(), first_row() + 8 * i, t, upper);
-            Left::read(left, group(), first_row() + 8 * i + 8, t, lower);
-            if (PRECISION == FLOAT32) split(upper, small_upper), split(lower, small_lower);
+            Parts<8> a([&](float *to) {
+                float upper[4], lower[4];
+                left(i, upper), left(i + 1, lower);
+                for (int s = 0; s < 4; s++) to[2 * s] = upper[s], to[2 * s + 1] = lower[s];
+            });
 #pragma unroll
             for (int j = 0; j < 2; j++) {
-                if constexpr (PRECISION == FLOAT32) {
-                    float sum[4] = {};  // tensor cores cut off what they add; over BK steps that does not matter
-                    multiply(sum, small_upper, small_lower, b[j]);
-                    multiply(sum, upper, lower, small_b[j]);
-                    multiply(sum, upper, lower, b[j]);
-#pragma unroll
-                    for (int s = 0; s < 4; s++) total[i + j][s] += sum[s];
+                if (PRECISION != FLOAT32) {
+                    multiply(total[i + j], a, b[j]);
                 } else {
-                    multiply(total[i + j], upper, lower, b[j]);
+                    float sum[4] = {};
+                    multiply(sum, a, b[j]);
+                    for (int s = 0; s < 4; s++) total[i + j][s] += sum[s];
                 }
             }
         }
     }
 
-    // large becomes what a tensor core takes of it, small the rest.
-    __device__ __forceinline__ static void split(float large[4], float small[4]) {
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-            float rest = __uint_as_float(__float_as_uint(large[i]) & 0xFFFFE000);
-            small[i] = large[i] - rest;
-            large[i] = rest;
-        }
-    }
-
-    // sums: BM x (BN + 1) numbers of each group.
+    // sums: of the warp's first row and column, in a matrix of BN + 1 numbers a row.
     __device__ __forceinline__ void write(float *sums) const {
-        int t = threadIdx.x % 4;
+        int t = threadIdx.x % 4, g = threadIdx.x % 32 / 4;
 #pragma unroll
         for (int i = 0; i < 4; i++)
-            for (int s = 0; s < 4; s++) {
-                int row = first_row() + i / 2 * 16 + s / 2 * 8, column = first_column() + i % 2 * 8 + 2 * t + s % 2;
-                sums[(group() * BM + row) * (BN + 1) + column] = total[i][s];
-            }
+            for (int s = 0; s < 4; s++)
+                sums[(i / 2 * 16 + s / 2 * 8 + g) * (BN + 1) + i % 2 * 8 + 2 * t + s % 2] = total[i][s];
     }
 };
-
-struct Results {
-    const float *bias;      // FORWARD
-    float *out, *db;        // db: FILTERS
-    unsigned char *winner;  // POOL: what the other passes know as `won`
-};
-
-__device__ __forceinline__ float with_bias_and_relu(float sum, float bias) {
-    float y = sum + bias;
-    return RELU && y <= 0 ? 0 : y;  // what is not a number stays
-}
-
-constexpr int ROWS_AT_ONCE = PASS == FORWARD && POOL ? 4 : 1;
-
-// Write the result of a row and column of the product, or of the four rows from `row` on that are pooled.
-template <typename Sum>
-__device__ __forceinline__ void write(const Results &to, int row, int column, Sum sum) {
-    if (PASS == FORWARD) {
-        float y = with_bias_and_relu(sum(row, column), to.bias[column]);
-        if (POOL) {
-            int best = 0;
-            for (int i = 1; i < 4; i++) {
-                float other = with_bias_and_relu(sum(row + i, column), to.bias[column]);
-                if (other > y) y = other, best = i;
-            }
-            to.winner[row / 4 * F + column] = RELU && y <= 0 ? NOBODY : best;
-        }
-        to.out[row / ROWS_AT_ONCE * F + column] = y;
-    } else if (PASS == FILTERS && row == TAPS) {
-        to.db[column] += sum(row, column);
-    } else if (PASS == FILTERS) {
-        to.out[row * COLUMNS + column] += sum(row, column);
-    } else {
-        to.out[row * COLUMNS + column] = sum(row, column);
-    }
-}
 
 constexpr int TILES = Left::SIZE + Right::SIZE, SUMS = GROUPS * BM * (BN + 1);
 
@@ -147,6 +132,9 @@ extern "C" __global__ void __launch_bounds__(BM * BN / 16 * GROUPS, MIN_BLOCKS) 
         next_right.fetch([&](int k, int j, float *to) { load_right(from, start + k, first_column + j, to); });
     };
 
+    int warp = threadIdx.x / 32 % WARPS, group = threadIdx.x / 32 / WARPS, t = threadIdx.x % 4;
+    int warp_row = warp / (BN / 16) * 32, warp_column = warp % (BN / 16) * 16;
+    int row = warp_row + threadIdx.x % 32 / 4, column = warp_column + threadIdx.x % 32 / 4;
     Sums mine;
     int start = blockIdx.z * slice;
     float *now = shared, *then = shared + TILES;
@@ -156,53 +144,23 @@ extern "C" __global__ void __launch_bounds__(BM * BN / 16 * GROUPS, MIN_BLOCKS) 
         next_right.store(now + Left::SIZE);
         __syncthreads();  // and nobody reads any more what is written next, as all have passed the last one
         if (start + DEPTH < from.depth) fetch(start + DEPTH);
-        mine.add(now, now + Left::SIZE);
+        mine.add([&](int i, float *to) { Left::read(now, group, row + 8 * i, t, to); },
+                 [&](int j, float *to) { Right::read(now + Left::SIZE, group, column + 8 * j, t, to); });
         float *other = now;
         now = then, then = other;
     }
     __syncthreads();
-    mine.write(shared);
+    mine.write(shared + (group * BM + warp_row) * (BN + 1) + warp_column);
     __syncthreads();
 
-    auto sum = [&](int row, int column) {
-        float total = 0;
-        for (int group = 0; group < GROUPS; group++)
-            total += shared[(group * BM + row - first_row) * (BN + 1) + column - first_column];
-        return total;
-    };
     int step = gridDim.z > 1 ? 1 : ROWS_AT_ONCE;
     for (int i = threadIdx.x; i < BM / step * BN; i += THREADS) {
         int row = first_row + i / BN * step, column = first_column + i % BN;
         if (row >= rows || column >= COLUMNS) continue;
+        auto sum = [&](int r, int) { return sum_of_groups(shared, BM, i / BN * step + r, i % BN); };
         if (gridDim.z > 1)
-            partial[(blockIdx.z * rows + row) * COLUMNS + column] = sum(row, column);
+            partial[(blockIdx.z * rows + row) * COLUMNS + column] = sum(0, 0);
         else
-            write(Results{bias, out, db, winner}, row, column, sum);
+            write<1>(Results{bias, out, db, winner}, row, column, sum);
     }
-}
-
-constexpr int OUTPUTS = 32, PARTS = 8;  // of a block of `finish`: the threads of a warp have an output each
-
-// Add up the slices and write the result: a warp its part of the slices, in order, then the first warp the parts. A
-// block for every OUTPUTS columns of the rows, or windows, of the product.
-extern "C" __global__ void __launch_bounds__(OUTPUTS *PARTS) finish(const float *partial, const float *bias, float *out,
-                                                                    float *db, unsigned char *winner, int rows,
-                                                                    int slices) {
-    __shared__ float sums[ROWS_AT_ONCE][PARTS][OUTPUTS];
-    int lane = threadIdx.x % OUTPUTS, part = threadIdx.x / OUTPUTS, i = blockIdx.x * OUTPUTS + lane;
-    int row = i / COLUMNS * ROWS_AT_ONCE, column = i % COLUMNS, many = (slices + PARTS - 1) / PARTS;
-    for (int r = 0; r < ROWS_AT_ONCE; r++) {
-        float sum = 0;
-        if (row < rows)
-            for (int s = part * many; s < min(slices, (part + 1) * many); s++)
-                sum += partial[(s * rows + row + r) * COLUMNS + column];
-        sums[r][part][lane] = sum;
-    }
-    __syncthreads();
-    if (part > 0 || row >= rows) return;
-    write(Results{bias, out, db, winner}, row, column, [&](int r, int c) {
-        float sum = 0;
-        for (int p = 0; p < PARTS; p++) sum += sums[r - row][p][lane];
-        return sum;
-    });
 }

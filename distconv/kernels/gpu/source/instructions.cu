@@ -55,6 +55,7 @@ __device__ __forceinline__ void multiply_tile_tf32(float c[4], const float a[4],
           "r"(__float_as_uint(a[3])), "r"(__float_as_uint(b[0])), "r"(__float_as_uint(b[1])));
 }
 
+// Two numbers as 16 bits each, rounded.
 __device__ __forceinline__ unsigned bfloat_pair(float low, float high) {
     unsigned bits;
     asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(high), "f"(low));
@@ -67,18 +68,18 @@ __device__ __forceinline__ unsigned half_pair(float low, float high) {
     return bits;
 }
 
-// C (16 x 8) += A (16 x 16) B (16 x 8) in 16 bits, c as above. The lane holds numbers 4 t to 4 t + 3 along the depth of
-// rows g (upper) and g + 8 (lower) of A, and of column g of B. (The instruction has 2 t, 2 t + 1, 2 t + 8 and 2 t + 9
-// there; as the order of the depth is the same for A and B, it does not matter.)
-#define MULTIPLY_TILE(name, kind, pair)                                                                                \
-    __device__ __forceinline__ void name(float c[4], const float upper[4], const float lower[4], const float b[4]) {   \
+// C (16 x 8) += A (16 x 16) B (16 x 8) in 16 bits, c as above. The lane holds pairs along the depth, of numbers 4 t and
+// 4 t + 1, then 4 t + 2 and 4 t + 3: in even places of a those of row g of A, in odd ones those of row g + 8, in b those
+// of column g of B. (The instruction has 2 t, 2 t + 1 and 2 t + 8, 2 t + 9 there; as the order of the depth is the same
+// for A and B, it does not matter.)
+#define MULTIPLY_TILE(name, kind)                                                                                      \
+    __device__ __forceinline__ void name(float c[4], const unsigned a[4], const unsigned b[2]) {                       \
         asm("mma.sync.aligned.m16n8k16.row.col.f32." kind "." kind ".f32 "                                             \
             "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"                                                    \
             : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                                                           \
-            : "r"(pair(upper[0], upper[1])), "r"(pair(lower[0], lower[1])), "r"(pair(upper[2], upper[3])),             \
-              "r"(pair(lower[2], lower[3])), "r"(pair(b[0], b[1])), "r"(pair(b[2], b[3])));                            \
+            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));                                       \
     }
-MULTIPLY_TILE(multiply_tile_bfloat16, "bf16", bfloat_pair)
-MULTIPLY_TILE(multiply_tile_float16, "f16", half_pair)
+MULTIPLY_TILE(multiply_tile_bfloat16, "bf16")
+MULTIPLY_TILE(multiply_tile_float16, "f16")
 
 #endif

@@ -2,7 +2,7 @@
 
 __device__ __forceinline__ int thread() { return blockIdx.x * blockDim.x + threadIdx.x; }
 
-constexpr int AT_ONCE = 4;  // words that a thread asks the host's memory for before it waits
+constexpr int AT_ONCE = 16;  // words that a thread asks the host's memory for before it waits
 
 // What a step begins with: a gradient (n,) of zeros, as layers add to it, and no number known that is not finite. The
 // first block brings the message, there (words,), which lies in the host's memory in the slot `turn` of sent (slots,
