@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from distconv.kernels.cpu import arithmetic as cpu
+from distconv.kernels.gpu import convolution
 from distconv.kernels.gpu.arithmetic import Gpu
 from tests.gpu import Array, bits, error, normal, random, whole
 from tests.test_emulator import to_bfloat16, to_float16, to_tf32
@@ -58,7 +59,7 @@ CASES = {
     "in bands": Case(2, 26, 18, 16, 16, 3, 1, 1, relu=True, pooled=True),  # the last of them is not full
     "bands of an odd width": Case(1, 19, 23, 16, 24, 3, 1, 0, relu=True, pooled=True),  # rows and columns in no window
     "a whole image": Case(3, 11, 12, 16, 32, 3, 1, 2, relu=True),  # 32 filters at once, rows of y filled up
-    "many small images": Case(9, 5, 4, 32, 16, 3, 1, 1, relu=False),  # more than a block takes, and a rest
+    "many small images": Case(10, 5, 4, 32, 16, 3, 1, 1, relu=False),  # more than a block takes, and a rest
     "few filters of many channels": Case(5, 8, 8, 16, 48, 3, 1, 1, relu=True, pooled=True),
     "five by five, directly": Case(2, 9, 7, 16, 20, 5, 1, 2, relu=True),
     "one by one, directly": Case(3, 6, 6, 16, 32, 1, 1, 0, relu=True),
@@ -150,6 +151,17 @@ def test_filters_at_any_address(gpu: Gpu) -> None:
     for start in (1, 4):
         assert_equal_to_the_cpu(gpu, CASES["pooled in slices"], start)
         assert_equal_to_the_cpu(gpu, CASES["padding beyond the window"], start)
+
+
+@pytest.mark.parametrize("name", ["in bands", "many small images", "colours in bands"])
+def test_a_block_that_goes_through_many_tiles(gpu: Gpu, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it does with more images than a test can have."""
+    monkeypatch.setattr(convolution, "ENOUGH_BLOCKS", 2)
+    case = CASES[name]
+    shape = convolution.Convolution(case.H, case.W, case.C, case.F, case.K, 1, case.pad, case.relu, case.pooled)
+    plan = shape.plan("filters", case.N, gpu.precision, aligned=True)
+    assert plan.file == "direct_filters" and plan.slice > 1
+    assert_equal_to_the_cpu(gpu, case)
 
 
 @pytest.mark.slow
