@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What only a GPU can show, in some four minutes: that the kernels and whole steps are right and compute-sanitizer finds
+# What only a GPU can show, in minutes: that the kernels and whole steps are right and compute-sanitizer finds
 # nothing; then, alone on the GPU, where the time of a step goes, how fast it is beside PyTorch's, and how soon MNIST is
 # learnt. For a machine with one GPU.
 #

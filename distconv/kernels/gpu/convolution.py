@@ -15,7 +15,7 @@ from distconv.kernels.interface import output_size
 
 PRECISIONS = ("float32", "tf32", "float16", "bfloat16")  # of the products' factors; sums are in float32
 PASSES = {"forward": 0, "input": 1, "filters": 2}  # the enum of factors.cu, where the precisions follow
-STEP, GAP, PADDED_CHANNELS = 16, 2, 24  # BK and GAP there; X_PIXEL of direct_filters.cu
+STEP, PADDED_CHANNELS = 16, 24  # BK there, and X_PIXEL of direct_filters.cu
 SHARED_NUMBERS = 48 * 1024 // 4  # of a block
 ENOUGH_BLOCKS = 264  # to keep some 130 multiprocessors busy; fixed, as it decides the order of sums
 # Of the direct kernels: pixels of a whole image, of a tile else, and of an image below which they lose; threads of a
@@ -74,9 +74,9 @@ class Convolution:
 
     def plan(self, which: str, N: int, precision: str, aligned: bool) -> Plan:
         """aligned: w begins where four numbers can be loaded at once."""
-        if which == "filters":
-            return self._direct_filters(N, precision) or self._indirect(which, N, precision, aligned)
-        return self._direct(which, N, precision, aligned) or self._indirect(which, N, precision, aligned)
+        filters = which == "filters"
+        direct = self._direct_filters(N, precision) if filters else self._direct(which, N, precision, aligned)
+        return direct or self._indirect(which, N, precision, aligned)
 
     def _defines(self, which: str, precision: str, aligned: bool, tile: Mapping[str, int]) -> Defines:
         wide_x, wide_y = self.C % 4 == 0, self.F % 4 == 0

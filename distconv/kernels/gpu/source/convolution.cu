@@ -24,6 +24,7 @@ constexpr int THREADS = 32 * WARPS * GROUPS, DEPTH = BK * GROUPS;
 // Blocks that a multiprocessor must have room for, as to so many threads; with single loads these need more registers.
 constexpr int RESIDENT = PRECISION == FLOAT32 ? 512 : 640;
 constexpr int MIN_BLOCKS = VX == 4 && THREADS < RESIDENT ? RESIDENT / THREADS : 1;
+constexpr int GAP = 2;  // with it, no two lanes of a warp that read a tile of rows by the depth meet in one bank
 // Whether numbers that follow each other in memory do so along the depth.
 constexpr bool LEFT_ALONG_DEPTH = PASS != FILTERS, RIGHT_ALONG_DEPTH = PASS == INPUT;
 

@@ -12,7 +12,7 @@ constexpr int X_PIXEL = FEW ? C : 24, Y_PIXEL = BN + 8;  // from pixel to pixel;
 constexpr int QUADS = (OW + 3) / 4, TILE_H = ROWS + K - 1, TILE_W = 4 * QUADS + K - 1;
 constexpr int ALL_QUADS = IMAGES * ROWS * QUADS, STEPS = (ALL_QUADS + 3) / 4, BANDS = (OH + ROWS - 1) / ROWS;
 constexpr int SIXTEENS = FEW ? (TAPS + 16) / 16 : K * K;  // of taps and channels, and FEW: db
-constexpr int WARPS = FEW ? 1 : K, MANY = SIXTEENS / WARPS, EIGHTS = BN / 8, THREADS = 32 * WARPS * GROUPS;
+constexpr int WARPS = FEW ? 1 : K, MANY = SIXTEENS / WARPS, THREADS = 32 * WARPS * GROUPS;
 constexpr int MIN_BLOCKS = THREADS < 512 ? 512 / THREADS : 1;
 constexpr int X_STEP = FEW ? 1 : 4, Y_STEP = VY;  // numbers that one load brings
 constexpr int X_NUMBERS = IMAGES * TILE_H * TILE_W * WIDTH, Y_NUMBERS = STEPS * 16 * BN;
@@ -20,6 +20,7 @@ constexpr int X_TILE = (IMAGES * TILE_H * TILE_W * X_PIXEL + 3) / 4 * 4, Y_TILE 
 constexpr int BM = 16 * SIXTEENS + (FEW ? 0 : 1), SUMS = GROUPS * BM * (BN + 1);  // the last row is db
 constexpr int SHARED = X_TILE + Y_TILE > SUMS ? X_TILE + Y_TILE : SUMS;
 constexpr int SIDE = POOL ? 2 : 1, Y_H = OH / SIDE * SIDE, Y_W = OW / SIDE * SIDE;  // of a window; what is in windows
+static_assert(BN == 16, "two tiles of a warp");
 static_assert(IMAGES == 1 || BANDS == 1, "several images, or bands of one");
 static_assert(BANDS == 1 || ROWS % SIDE == 0, "whole windows");
 static_assert(ROWS + K <= 64 && IMAGES <= 64, "the row or image of a tile in 6 bits");
@@ -98,46 +99,43 @@ __device__ __forceinline__ int place_of(int row) { return (row / C / K * TILE_W 
 // Add to `total` the products of a tile, and to total_db, if it is wanted, the sums of dy. quads: where each lies in x.
 // In FLOAT32 the sums of a tile are made by tensor cores.
 __device__ __forceinline__ void add_products(const float *x, const float *dy, const int *quads,
-                                             float total[MANY][EIGHTS][4], float total_db[EIGHTS][4], bool sums_dy) {
+                                             float total[MANY][2][4], float total_db[2][4], bool sums_dy) {
     int warp = threadIdx.x / 32 % WARPS, group = threadIdx.x / 32 / WARPS, t = threadIdx.x % 4;
     int g = threadIdx.x % 32 / 4;
-    float sums[MANY][EIGHTS][4] = {};
+    float sums[MANY][2][4] = {};
     for (int step = group; step < STEPS; step += GROUPS) {
         auto right = [&](int j) {
             return Parts<4>([&](float *to) {
                 for (int s = 0; s < 4; s++) to[s] = dy[(16 * step + 4 * s + t) * Y_PIXEL + 8 * j + g];
             });
         };
+        Parts<4> b[2] = {right(0), right(1)};
 #pragma unroll
-        for (int j = 0; j < EIGHTS; j += 2) {
-            Parts<4> b[2] = {right(j), right(j + 1)};
+        for (int m = 0; m < MANY; m++) {
+            Parts<8> a([&](float *to) {
 #pragma unroll
-            for (int m = 0; m < MANY; m++) {
-                Parts<8> a([&](float *to) {
-#pragma unroll
-                    for (int s = 0; s < 4; s++) {
-                        const float *pixel = x + quads[4 * step + s] + t * X_PIXEL;
-                        if constexpr (!FEW) load<2>(pixel + (warp * TILE_W + m) * X_PIXEL + 2 * g, to + 2 * s);
-                        for (int i = 0; FEW && i < 2; i++) {
-                            int row = m * 16 + 8 * i + g;
-                            to[2 * s + i] = row < TAPS ? pixel[place_of(row)] : row == TAPS;
-                        }
+                for (int s = 0; s < 4; s++) {
+                    const float *pixel = x + quads[4 * step + s] + t * X_PIXEL;
+                    if constexpr (!FEW) load<2>(pixel + (warp * TILE_W + m) * X_PIXEL + 2 * g, to + 2 * s);
+                    for (int i = 0; FEW && i < 2; i++) {
+                        int row = m * 16 + 8 * i + g;
+                        to[2 * s + i] = row < TAPS ? pixel[place_of(row)] : row == TAPS;
                     }
-                });
-#pragma unroll
-                for (int i = 0; i < 2; i++) multiply((PRECISION == FLOAT32 ? sums : total)[m][j + i], a, b[i]);
-            }
-            if (!sums_dy) continue;
-            Parts<8> ones([](float *to) {
-                for (int i = 0; i < 8; i++) to[i] = 1;
+                }
             });
-            for (int i = 0; i < 2; i++) multiply(total_db[j + i], ones, b[i]);
+#pragma unroll
+            for (int j = 0; j < 2; j++) multiply((PRECISION == FLOAT32 ? sums : total)[m][j], a, b[j]);
         }
+        if (!sums_dy) continue;
+        Parts<8> ones([](float *to) {
+            for (int i = 0; i < 8; i++) to[i] = 1;
+        });
+        for (int j = 0; j < 2; j++) multiply(total_db[j], ones, b[j]);
     }
     if (PRECISION == FLOAT32)
 #pragma unroll
-        for (int i = 0; i < MANY * EIGHTS * 4; i++)
-            total[i / 4 / EIGHTS][i / 4 % EIGHTS][i % 4] += sums[i / 4 / EIGHTS][i / 4 % EIGHTS][i % 4];
+        for (int i = 0; i < MANY * 8; i++)
+            total[i / 8][i / 4 % 2][i % 4] += sums[i / 8][i / 4 % 2][i % 4];
 }
 
 // Grid: channels of x / BK, or 1 where they are few; channels of y / BN; slices, all rounded up. As `product` of
@@ -159,7 +157,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) product(
         int quad = min(i, ALL_QUADS - 1), row = quad / QUADS;
         quads[i] = ((row / ROWS * TILE_H + row % ROWS) * TILE_W + quad % QUADS * 4) * X_PIXEL;
     }
-    float total[MANY][EIGHTS][4] = {}, total_db[EIGHTS][4] = {};
+    float total[MANY][2][4] = {}, total_db[2][4] = {};
     Tiles next(f);
     next.fetch(from, images, first / BANDS * IMAGES, first % BANDS * ROWS, c, f);
     for (int tile = first; tile < last; tile++) {
@@ -173,14 +171,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) product(
     __syncthreads();
     float *to = shared + group * BM * (BN + 1);
 #pragma unroll
-    for (int i = 0; i < MANY * EIGHTS * 4; i++) {
-        int m = i / 4 / EIGHTS, column = i / 4 % EIGHTS * 8 + 2 * t + i % 2, lower = i / 2 % 2;
+    for (int i = 0; i < MANY * 8; i++) {
+        int m = i / 8, column = i / 4 % 2 * 8 + 2 * t + i % 2, lower = i / 2 % 2;
         int row = FEW ? m * 16 + lower * 8 + g : (warp * MANY + m) * 16 + 2 * g + lower;
-        to[row * (BN + 1) + column] = total[m][i / 4 % EIGHTS][i % 4];
+        to[row * (BN + 1) + column] = total[m][i / 4 % 2][i % 4];
     }
     float *to_db = to + (BM - 1) * (BN + 1) + 2 * t;
     if (sums_dy && g == 0)
-        for (int i = 0; i < EIGHTS * 2; i++) to_db[i / 2 * 8 + i % 2] = total_db[i / 2][i % 2];
+        for (int i = 0; i < 4; i++) to_db[i / 2 * 8 + i % 2] = total_db[i / 2][i % 2];
     __syncthreads();
 
     for (int i = threadIdx.x; i < BM * BN; i += THREADS) {

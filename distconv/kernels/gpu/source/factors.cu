@@ -3,10 +3,9 @@
 enum { FORWARD, INPUT, FILTERS, FLOAT32, TF32, FLOAT16, BFLOAT16 };
 
 constexpr int BK = 16;  // steps of the depth that a warp takes at once: two of tf32, one of 16 bits
-constexpr int GAP = 2;  // with it, no two lanes of a warp that read a tile of rows by the depth meet in one bank
 constexpr int TAPS = K * K * C, COLUMNS = PASS == INPUT ? C : F;
 constexpr unsigned char NOBODY = 4;
-constexpr int LEFT_STEP = PASS == INPUT ? VY : VX;                      // numbers that one load brings
+constexpr int LEFT_STEP = PASS == INPUT ? VY : VX;  // numbers that one load brings
 constexpr int RIGHT_STEP = PASS == FILTERS ? VY : VW;
 
 struct Pixel {
