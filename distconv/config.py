@@ -25,7 +25,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-MODELS = ("deepconvnet", "simpleconvnet")
+MODELS = ("deepconvnet", "simpleconvnet", "vgg11", "vgg16", "googlenet", "resnet20", "resnet56", "resnet18")
 CLASSIFY = "classify"
 OPTIMIZERS = ("adam", "sgd", "momentum", "nesterov", "adagrad", "rmsprop", "lars", "lamb")
 SCHEDULES = ("constant", "linear", "cosine", "one-cycle", "step", "exponential")
@@ -78,7 +78,7 @@ class Config:
     )
     model: str = _setting(
         "deepconvnet",
-        "deepconvnet, simpleconvnet, or package.module:function for a network of your own",
+        f"{', '.join(MODELS)}, or package.module:function for a network of your own",
         lambda v: v in MODELS or is_factory(v),
         f"one of {', '.join(MODELS)}, or package.module:function",
     )

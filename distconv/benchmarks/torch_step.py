@@ -199,7 +199,7 @@ def translate(torch: Any, model: Layer) -> Any:
     nn, modules, shape = torch.nn, [], IMAGE_SHAPE
     for _, layer in model.layers:
         if isinstance(layer, Conv):
-            modules.append(nn.Conv2d(shape[-1], layer.filters, layer.size, layer.stride, layer.pad))
+            modules.append(nn.Conv2d(shape[-1], layer.filters, layer.size, layer.stride, layer.margin))
         elif isinstance(layer, MaxPool):
             modules.append(nn.MaxPool2d(layer.size, layer.stride, layer.pad))
         elif isinstance(layer, Affine):

@@ -22,11 +22,11 @@ class ConvPool:
 
     def forward(self, x: Array, params: Views, context: Context) -> tuple[Array, Backward]:
         kernels, conv = context.kernels, self.conv
-        y, winner = kernels.conv_pool_forward(x, params["W"], params["b"], conv.stride, conv.pad, conv.relu)
+        y, winner = kernels.conv_pool_forward(x, params["W"], params["b"], conv.stride, conv.margin, conv.relu)
 
         def backward(dy: Array, grads: Views, wants_dx: bool) -> Any:
             w, dw, db = params["W"], grads["W"], grads["b"]
-            return kernels.conv_pool_backward(x, winner, dy, w, conv.stride, conv.pad, conv.relu, dw, db, wants_dx)
+            return kernels.conv_pool_backward(x, winner, dy, w, conv.stride, conv.margin, conv.relu, dw, db, wants_dx)
 
         return y, backward
 

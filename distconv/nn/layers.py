@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import textwrap
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -70,6 +70,11 @@ class Context:
         return dropped
 
 
+def kept_nothing(dy: Array, grads: Views, wants_dx: bool) -> Array | None:
+    """What a forward pass of evaluation may return as its backward pass."""
+    raise RuntimeError("evaluation keeps nothing for a backward pass: use Context(training=True)")
+
+
 class Layer(Protocol):
     """What a model is made of; a model is a layer itself.
 
@@ -91,10 +96,14 @@ def is_layer(candidate: Any) -> bool:
     return not isinstance(candidate, type) and all(callable(getattr(candidate, m, None)) for m in ("shapes", "forward"))
 
 
+def inner_layers(layer: Layer) -> Sequence[tuple[str, Layer]]:
+    """The layers that a layer of ours is made of, by name: of a Chain, or of a block of blocks.py."""
+    return getattr(layer, "layers", ()) if type(layer).__module__.startswith("distconv.nn.") else ()
+
+
 def is_ours(layer: Layer) -> bool:
-    """Whether this is a layer of this file, or a Chain of such."""
-    inner = [one for _, one in layer.layers] if isinstance(layer, Chain) else []
-    return type(layer).__module__ == __name__ and all(map(is_ours, inner))
+    """Whether this is a layer of this package, and all within it are."""
+    return type(layer).__module__.startswith("distconv.nn.") and all(is_ours(one) for _, one in inner_layers(layer))
 
 
 def kind_of(candidate: object) -> str:
@@ -125,33 +134,41 @@ def he(fan_in: int) -> float:
 class Conv:
     """2-D convolution (H, W, C) -> (OH, OW, F) with bias and, if asked, ReLU.
 
+    pad: zeros around an image, or "same", which is size // 2: at stride 1 the output is as large as the input.
     deviation: of the normal first weights; None takes He's.
     """
 
     filters: int
     size: int = 3
     stride: int = 1
-    pad: int = 0
+    pad: int | str = 0
     relu: bool = False
     deviation: float | None = None
 
     def shapes(self, input_shape: Shape) -> tuple[Shape, Specs]:
-        H, W, C = _image_shape(self, input_shape)
+        H, W, C = image_shape(self, input_shape)
         _check_whole(self, "filters", self.filters)
         K, F = self.size, self.filters
-        output_shape = (*_window_grid(self, H, W, K, self.stride, self.pad), F)
+        if self.pad == "same" and is_whole(K) and K % 2 == 0:
+            raise ValueError(f"{self}: same padding needs a window of odd size")
+        output_shape = (*window_grid(self, H, W, K, self.stride, self.margin), F)
         deviation = he(K * K * C) if self.deviation is None else self.deviation
         return output_shape, {"W": Spec((K, K, C, F), deviation), "b": Spec((F,), decay=False)}
 
     def forward(self, x: Array, params: Views, context: Context) -> tuple[Array, Backward]:
         kernels = context.kernels
-        y = kernels.conv_forward(x, params["W"], params["b"], self.stride, self.pad, self.relu)
+        y = kernels.conv_forward(x, params["W"], params["b"], self.stride, self.margin, self.relu)
 
         def backward(dy: Array, grads: Views, wants_dx: bool) -> Any:
             w, dw, db = params["W"], grads["W"], grads["b"]
-            return kernels.conv_backward(x, y, dy, w, self.stride, self.pad, self.relu, dw, db, wants_dx)
+            return kernels.conv_backward(x, y, dy, w, self.stride, self.margin, self.relu, dw, db, wants_dx)
 
         return y, backward
+
+    @property
+    def margin(self) -> Any:
+        """The padding as a number."""
+        return self.size // 2 if self.pad == "same" else self.pad
 
 
 @dataclass(frozen=True)
@@ -163,8 +180,8 @@ class MaxPool:
     pad: int = 0
 
     def shapes(self, input_shape: Shape) -> tuple[Shape, Specs]:
-        H, W, C = _image_shape(self, input_shape)
-        grid = _window_grid(self, H, W, self.size, self.stride, self.pad)
+        H, W, C = image_shape(self, input_shape)
+        grid = window_grid(self, H, W, self.size, self.stride, self.pad)
         if self.pad >= self.size:
             raise ValueError(f"{self}: a window could lie in the padding alone; use a pad below the window size")
         return (*grid, C), {}
@@ -275,7 +292,7 @@ class Chain:
 
         def backward(dy: Any, grads: Views, wants_dx: bool) -> Array | None:
             if not context.training:
-                raise RuntimeError("evaluation keeps nothing for a backward pass: use Context(training=True)")
+                return kept_nothing(dy, grads, wants_dx)
             for i, (name, layer_backward) in reversed(list(enumerate(backwards))):
                 dy = layer_backward(dy, grads.get(name, {}), wants_dx or i > 0)
                 if context.on_final and not context.path:  # a chain within a layer does not know what lies beside it
@@ -285,7 +302,8 @@ class Chain:
         return x, backward
 
 
-def _image_shape(layer: object, shape: Shape) -> tuple[int, int, int]:
+def image_shape(layer: object, shape: Shape) -> tuple[int, int, int]:
+    """The shape (H, W, C). Raises ValueError for one of no images."""
     if len(shape) != 3:
         raise ValueError(f"{layer} needs images (H, W, C), but what comes in has shape {shape}")
     return shape
@@ -296,7 +314,8 @@ def _check_whole(layer: object, name: str, number: Any, least: int = 1) -> None:
         raise ValueError(f"{layer}: {name} must be a whole number, at least {least}")
 
 
-def _window_grid(layer: object, H: int, W: int, K: int, stride: int, pad: int) -> tuple[int, int]:
+def window_grid(layer: object, H: int, W: int, K: int, stride: int, pad: int) -> tuple[int, int]:
+    """(OH, OW): how many windows fit. Raises ValueError where none does, or for what is no whole number."""
     _check_whole(layer, "size", K)
     _check_whole(layer, "stride", stride)
     _check_whole(layer, "pad", pad, least=0)

@@ -30,7 +30,8 @@ class Spec:
     """What a layer asks for: an array of this shape, first drawn from a normal distribution (deviation 0: all `mean`).
 
     trained: else no optimizer moves it, but what the layer adds to its gradient, summed over the ranks, is added to it
-    after each step: running means, for instance. decay: whether weight decay, if any, makes it smaller.
+    after each step: running means, for instance. decay: whether weight decay, if any, makes it smaller. of_data: the
+    first values are instead this attribute of the training data, an array of the shape, where the data has it.
     """
 
     shape: Shape
@@ -38,6 +39,7 @@ class Spec:
     mean: float = 0.0
     trained: bool = True
     decay: bool = True
+    of_data: str = ""
 
 
 Specs = Mapping[str, "Spec | Specs"]  # by name, nested as the layers are
@@ -100,14 +102,16 @@ def is_within(number: Any, least: float, most: float) -> bool:
 
 
 class Parameters:
-    """Values and gradients of a model, laid out in the order in which its layers list them.
+    """Values and gradients of a model: what is not trained first, then the rest, as its layers list them.
+
+    So what is trained is one piece, and the gradients of a layer and of all behind it are, too.
 
     vector and gradient are contiguous, of one dtype and `size` elements; values and grads are nested read-only mappings
     of views into them: values["conv1"]["W"].
     """
 
     def __init__(self, specs: Specs, dtype: DTypeLike = np.float32) -> None:
-        self.specs = dict(_flatten(specs))
+        self.specs = dict(sorted(_flatten(specs), key=lambda named: named[1].trained))
         sizes = [math.prod(spec.shape) for spec in self.specs.values()]
         self.size = sum(sizes)
         self.starts = dict(zip(self.specs, itertools.accumulate([0, *sizes]), strict=False))  # where each array begins
@@ -132,8 +136,16 @@ class Parameters:
         """The same views, nested as the layers are: ["conv1"]["W"]."""
         return _nest(self.named(vector))
 
-    def initialize(self, seed: int) -> None:
-        """Draw the first values; each array has a stream of its own, so adding a layer changes no other."""
+    @property
+    def trained_size(self) -> int:
+        """How many numbers are trained: what people call a model's parameters."""
+        return sum(math.prod(spec.shape) for spec in self.specs.values() if spec.trained)
+
+    def initialize(self, seed: int, data: Any = None) -> None:
+        """Draw the first values; each array has a stream of its own, so adding a layer changes no other.
+
+        data: see Spec.of_data.
+        """
         for name, view in self.named(self.vector).items():
             stream = np.random.default_rng([seed, zlib.crc32(name.encode())])
             numbers = view.reshape(-1)
@@ -142,6 +154,8 @@ class Parameters:
                 piece[...] = self.specs[name].deviation * stream.standard_normal(piece.size)
                 if self.specs[name].mean:
                     piece += self.specs[name].mean
+            if self.specs[name].of_data:
+                view[...] = getattr(data, self.specs[name].of_data, view)
 
     def runs(self, of: Callable[[Spec], bool], apart: bool = False) -> list[slice]:
         """The parts of the vectors whose arrays are of a kind, neighbours as one, or each array apart."""
@@ -154,8 +168,11 @@ class Parameters:
         return found
 
     def start(self, layer: str) -> int | None:
-        """Index of the first number of a layer of the model, or None where it has no parameters."""
-        return next((start for name, start in self.starts.items() if name.startswith(f"{layer}.")), None)
+        """Index of the first trained number of a layer of the model, or None where it has none."""
+        starts = (
+            start for name, start in self.starts.items() if self.specs[name].trained and name.startswith(f"{layer}.")
+        )
+        return next(starts, None)
 
     def name_at(self, index: int) -> str:
         """The name of the array that holds the number at this index of the vectors."""

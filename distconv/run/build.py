@@ -211,7 +211,8 @@ def build_model(
             raise UsageError(f"--model {settings.model} has {count(specs):,} parameters: {error}") from None
     agree_on_code(world, settings.model, settings.data, settings.task, settings.optimizer, settings.augment)
     world.agree("the model", parameters.layout(), "give all hosts the same code")
-    parameters.initialize(settings.seed)
+    with world.together():
+        parameters.initialize(settings.seed, data)
     world.comm.Bcast(parameters.vector)
     return model, parameters
 

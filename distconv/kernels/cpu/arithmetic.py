@@ -176,6 +176,45 @@ def max_pool_backward(dy: Array, winner: Array, K: int, stride: int, pad: int, s
     return padded[:, pad : pad + H, pad : pad + W]
 
 
+def average_pool_forward(x: Array, K: int, stride: int, pad: int) -> Array:
+    """Mean of each K x K window of x (N, H, W, C), zeros of the padding counted -> y (N, OH, OW, C)."""
+    padded = np.pad(x, ((0, 0), (pad, pad), (pad, pad), (0, 0))) if pad else x
+    y: Array = sum(_window_offsets(padded, K, stride)) * x.dtype.type(1 / K**2)
+    return y
+
+
+def average_pool_backward(dy: Array, K: int, stride: int, pad: int, shape: tuple[int, ...]) -> Array:
+    """The adjoint of average_pool_forward: dx of the given shape (N, H, W, C)."""
+    N, H, W, C = shape
+    padded, share = np.zeros((N, H + 2 * pad, W + 2 * pad, C), dy.dtype), dy * dy.dtype.type(1 / K**2)
+    for window in _window_offsets(padded, K, stride):
+        window += share
+    return padded[:, pad : pad + H, pad : pad + W]
+
+
+def pixel_mean(x: Array) -> Array:
+    """Mean over the pixels of each image of x (N, H, W, C) -> (N, C)."""
+    y: Array = x.mean(axis=(1, 2), dtype=_compute_dtype(x.dtype)).astype(x.dtype, copy=False)
+    return y
+
+
+def pixel_mean_backward(dy: Array, shape: tuple[int, ...]) -> Array:
+    """The adjoint of pixel_mean: dy (N, C) -> dx of the given shape (N, H, W, C)."""
+    dx = np.empty(shape, dy.dtype)
+    dx[...] = dy[:, None, None] * dy.dtype.type(1 / (shape[1] * shape[2]))
+    return dx
+
+
+def join_channels(parts: Sequence[Array]) -> Array:
+    """Arrays (..., C) side by side, (..., sum of C)."""
+    return np.concatenate(parts, axis=-1)
+
+
+def split_channels(x: Array, sizes: Sequence[int]) -> Sequence[Array]:
+    """The adjoint of join_channels: x (..., sum of sizes) -> contiguous arrays of so many channels each."""
+    return [np.ascontiguousarray(part) for part in np.split(x, np.cumsum(sizes)[:-1], axis=-1)]
+
+
 def _halves(dtype: DTypeLike, shape: tuple[int, ...], K: int, stride: int, pad: int) -> bool:
     """Whether kernels.pooling can do such a pooling."""
     return dtype == np.float32 and shape[3] % 16 == 0 and (K, stride, pad) == (2, 2, 0)

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import DTypeLike
 
-from distconv.kernels.cpu import arithmetic, updates
+from distconv.kernels.cpu import arithmetic, normalization, updates
 from distconv.kernels.interface import FINITE, Agreed, Array
 
 Result = TypeVar("Result")
@@ -18,6 +18,9 @@ Result = TypeVar("Result")
 
 class Host:
     """The memory of this process; its work is done when it is started."""
+
+    def zeros(self, shape: int | tuple[int, ...], dtype: DTypeLike) -> Array:
+        return np.zeros(shape, dtype)
 
     def upload(self, array: Array) -> Array:
         return array
@@ -84,10 +87,22 @@ class Cpu:
     conv_backward = staticmethod(arithmetic.conv_backward)
     max_pool_forward = staticmethod(arithmetic.max_pool_forward)
     max_pool_backward = staticmethod(arithmetic.max_pool_backward)
+    average_pool_forward = staticmethod(arithmetic.average_pool_forward)
+    average_pool_backward = staticmethod(arithmetic.average_pool_backward)
+    pixel_mean = staticmethod(arithmetic.pixel_mean)
+    pixel_mean_backward = staticmethod(arithmetic.pixel_mean_backward)
     affine_forward = staticmethod(arithmetic.affine_forward)
     affine_backward = staticmethod(arithmetic.affine_backward)
     relu = staticmethod(arithmetic.relu)
     relu_backward = staticmethod(arithmetic.relu_backward)
+    norm_forward = staticmethod(normalization.norm_forward)
+    norm_backward = staticmethod(normalization.norm_backward)
+    norm_follow = staticmethod(normalization.norm_follow)
+    norm_factors = staticmethod(normalization.norm_factors)
+    scale_channels = staticmethod(normalization.scale_channels)
+    plus = staticmethod(normalization.plus)
+    join_channels = staticmethod(arithmetic.join_channels)
+    split_channels = staticmethod(arithmetic.split_channels)
     scale = staticmethod(arithmetic.scale)
     dropout = staticmethod(arithmetic.dropout)
     softmax_cross_entropy = staticmethod(arithmetic.softmax_cross_entropy)

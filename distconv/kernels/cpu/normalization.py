@@ -1,0 +1,238 @@
+"""Batch normalisation on the CPU: in passes over pixels that lie in the first cache, for channels in multiples of 16.
+
+For other channels and types, NumPy does it in more passes. Statistics are those of all pixels of all images together.
+They are found in one pass: of a block of pixels in two, while it is in the cache, and then blocks are joined in float64
+(Chan, Golub and LeVeque 1983), so large means cost no accuracy.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from llvmlite import ir
+
+from distconv.kernels.compiled import compiled
+from distconv.kernels.cpu.vector import LANES, Index, Pointer, Sum, Vector, emitted, repeat, zeros
+from distconv.kernels.interface import Array
+
+BLOCK_BYTES = 1 << 14  # of pixels that pass together: half of a core's first cache
+WIDE = 16  # channels come in multiples of this, which both LANES divide
+
+
+def norm_forward(x: Array, gamma: Array, beta: Array, epsilon: float, relu: bool) -> tuple[Array, Array, Array]:
+    """gamma (x - mean) / sqrt(variance + epsilon) + beta and, if asked, ReLU: x (..., C), gamma, beta (C,).
+
+    Returns y (..., C), and mean and variance (C,) of the numbers of each channel (biased).
+    """
+    pixels = _pixels(x)
+    if _is_wide(x):
+        mean, variance = (np.empty(x.shape[-1], x.dtype) for _ in range(2))
+        _statistics(pixels, _rows(x), mean, variance)
+    else:
+        mean = pixels.mean(axis=0)
+        variance = np.square(pixels - mean).mean(axis=0)
+    factor = gamma / np.sqrt(variance + x.dtype.type(epsilon))
+    return _scaled(x, mean, factor, beta, relu), mean, variance
+
+
+def norm_backward(
+    x: Array, y: Array, dy: Array, gamma: Array, mean: Array, variance: Array, epsilon: float, relu: bool,
+    dgamma: Array, dbeta: Array
+) -> Array:  # fmt: skip
+    """The adjoint of norm_forward, which returned y, mean and variance: add to dgamma and dbeta (C,), return dx.
+
+    The statistics depend on x, so dx = factor (g - mean(g) - s mean(g s)) with s = (x - mean) / deviation, and g = dy
+    where y is positive, if there is a ReLU.
+    """
+    C, dtype = x.shape[-1], x.dtype.type
+    M, inverse = x.size // C, 1 / np.sqrt(variance + dtype(epsilon))
+    if _is_wide(x):
+        sums, products, dx = np.empty(C, x.dtype), np.empty(C, x.dtype), np.empty(x.shape, x.dtype)
+        arrays = _pixels(x), _pixels(y), _pixels(np.ascontiguousarray(dy)), np.float32(0.0 if relu else np.nan)
+        _gradient_sums(*arrays, _rows(x), mean, sums, products)
+        products *= inverse
+        factor = gamma * inverse
+        slope, offset = -factor * inverse * products / dtype(M), -factor * sums / dtype(M)
+        _gradient(*arrays, _rows(x), mean, factor, slope, offset, _pixels(dx))
+    else:
+        g, s = _pixels(np.where(y > 0, dy, 0) if relu else dy), (_pixels(x) - mean) * inverse
+        sums, products = g.sum(axis=0), (g * s).sum(axis=0)
+        dx = (gamma * inverse * (g - sums / dtype(M) - s * (products / dtype(M)))).reshape(x.shape)
+    dgamma += products
+    dbeta += sums
+    return dx
+
+
+def norm_follow(
+    dmean: Array, dvariance: Array, running_mean: Array, running_variance: Array, mean: Array, variance: Array,
+    share: float, unbiased: float
+) -> None:  # fmt: skip
+    """Add to the gradients of running statistics (C,) what brings them `share` of the way to those of a batch."""
+    dtype = dmean.dtype.type
+    dmean += dtype(share) * (mean - running_mean)
+    dvariance += dtype(share) * (dtype(unbiased) * variance - running_variance)
+
+
+def norm_factors(gamma: Array, beta: Array, mean: Array, variance: Array, epsilon: float) -> tuple[Array, Array]:
+    """factor and offset (C,) with gamma (x - mean) / sqrt(variance + epsilon) + beta = factor x + offset."""
+    dtype = np.promote_types(gamma.dtype, np.float32)  # of halves, a variance and an epsilon would be lost
+    gamma, beta, mean, variance = (array.astype(dtype, copy=False) for array in (gamma, beta, mean, variance))
+    factor = gamma / np.sqrt(variance + dtype.type(epsilon))
+    return factor, beta - mean * factor
+
+
+def scale_channels(x: Array, factor: Array, offset: Array, relu: bool) -> Array:
+    """factor x + offset and, if asked, ReLU: x (..., C), factor and offset (C,)."""
+    return _scaled(x, np.zeros_like(factor), factor, offset, relu)
+
+
+def _scaled(x: Array, mean: Array, factor: Array, offset: Array, relu: bool) -> Array:
+    """factor (x - mean) + offset and, if asked, ReLU."""
+    if _is_wide(x):
+        y = np.empty(x.shape, x.dtype)
+        _scale(_pixels(x), _rows(x), mean, factor, offset, np.float32(0.0 if relu else -np.inf), _pixels(y))
+        return y
+    y = (x - mean) * factor + offset
+    if relu:
+        np.maximum(y, 0, out=y)
+    return y.astype(x.dtype, copy=False)
+
+
+def plus(x: Array, other: Array, relu: bool) -> Array:
+    """x + other and, if asked, ReLU."""
+    y: Array = x + other
+    if relu:
+        np.maximum(y, 0, out=y)
+    return y
+
+
+def _is_wide(x: Array) -> bool:
+    return x.dtype == np.float32 and x.shape[-1] % WIDE == 0 and x.flags.c_contiguous and x.size > 0
+
+
+def _pixels(x: Array) -> Array:
+    """(..., C) -> (M, C)"""
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+
+
+def _rows(x: Array) -> int:
+    """How many pixels pass together."""
+    return max(16, BLOCK_BYTES // (x.itemsize * int(x.shape[-1])))
+
+
+@emitted
+def block_statistics(
+    builder: ir.IRBuilder, x: Pointer, at: Index, rows: Index, C: Index, share: Vector, c: Index, mean: Pointer,
+    squares: Pointer
+) -> None:  # fmt: skip
+    """mean and sum of squares around it, of LANES channels of `rows` pixels; share: 1 / rows."""
+    total, around = Sum(zeros(builder)), Sum(zeros(builder))
+    with repeat(rows) as row:
+        total.set(total.get() + (x + at + C * row).load())
+    middle = total.get() * share
+    with repeat(rows) as row:
+        gap = (x + at + C * row).load() - middle
+        around.set(gap.times(gap, around.get()))
+    (mean + c).store(middle)
+    (squares + c).store(around.get())
+
+
+@emitted
+def block_gradient_sums(
+    builder: ir.IRBuilder, x: Pointer, y: Pointer, dy: Pointer, at: Index, rows: Index, C: Index, floor: Vector,
+    mean: Pointer, c: Index, sums: Pointer, products: Pointer
+) -> None:  # fmt: skip
+    """Sums of g and of g (x - mean), of LANES channels of `rows` pixels; g = dy where y > floor."""
+    middle, zero = (mean + c).load(), zeros(builder)
+    first, second = Sum(zero), Sum(zero)
+    with repeat(rows) as row:
+        place = at + C * row
+        g = (dy + place).load().where((y + place).load().above(floor), zero)
+        first.set(first.get() + g)
+        second.set(((x + place).load() - middle).times(g, second.get()))
+    (sums + c).store(first.get())
+    (products + c).store(second.get())
+
+
+@emitted
+def block_gradient(
+    builder: ir.IRBuilder, x: Pointer, y: Pointer, dy: Pointer, at: Index, rows: Index, C: Index, floor: Vector,
+    mean: Pointer, factor: Pointer, slope: Pointer, offset: Pointer, c: Index, dx: Pointer
+) -> None:  # fmt: skip
+    """dx = factor g + slope (x - mean) + offset, of LANES channels of `rows` pixels."""
+    middle, a, b, d, zero = *((array + c).load() for array in (mean, factor, slope, offset)), zeros(builder)
+    with repeat(rows) as row:
+        place = at + C * row
+        g = (dy + place).load().where((y + place).load().above(floor), zero)
+        (dx + place).store(g.times(a, ((x + place).load() - middle).times(b, d)))
+
+
+@emitted
+def block_scale(
+    builder: ir.IRBuilder, x: Pointer, at: Index, rows: Index, C: Index, mean: Pointer, factor: Pointer,
+    offset: Pointer, floor: Vector, c: Index, y: Pointer
+) -> None:  # fmt: skip
+    """y = max(factor (x - mean) + offset, floor), of LANES channels of `rows` pixels."""
+    middle, a, b = ((array + c).load() for array in (mean, factor, offset))
+    with repeat(rows) as row:
+        place = at + C * row
+        (y + place).store(((x + place).load() - middle).times(a, b).at_least(floor))
+
+
+@compiled
+def _statistics(x: Array, rows: int, mean: Array, variance: Array) -> None:
+    M, C = x.shape
+    block_mean, block_squares = np.empty(C, np.float32), np.empty(C, np.float32)
+    middle, squares = np.zeros(C), np.zeros(C)
+    for first in range(0, M, rows):
+        n = min(rows, M - first)
+        for c in range(0, C, LANES):
+            block_statistics(x, first * C + c, n, C, np.float32(1 / n), c, block_mean, block_squares)
+        for c in range(C):
+            gap = block_mean[c] - middle[c]
+            middle[c] += gap * (n / (first + n))
+            squares[c] += block_squares[c] + gap * gap * (first * n / (first + n))
+    for c in range(C):
+        mean[c] = middle[c]
+        variance[c] = squares[c] / M
+
+
+@compiled
+def _gradient_sums(
+    x: Array, y: Array, dy: Array, floor: np.float32, rows: int, mean: Array, sums: Array, products: Array
+) -> None:
+    M, C = x.shape
+    block_sums, block_products = np.empty(C, np.float32), np.empty(C, np.float32)
+    all_sums, all_products = np.zeros(C), np.zeros(C)
+    for first in range(0, M, rows):
+        n = min(rows, M - first)
+        for c in range(0, C, LANES):
+            block_gradient_sums(x, y, dy, first * C + c, n, C, floor, mean, c, block_sums, block_products)
+        for c in range(C):
+            all_sums[c] += block_sums[c]
+            all_products[c] += block_products[c]
+    for c in range(C):
+        sums[c] = all_sums[c]
+        products[c] = all_products[c]
+
+
+@compiled
+def _gradient(
+    x: Array, y: Array, dy: Array, floor: np.float32, rows: int, mean: Array, factor: Array, slope: Array,
+    offset: Array, dx: Array
+) -> None:  # fmt: skip
+    M, C = x.shape
+    for first in range(0, M, rows):
+        n = min(rows, M - first)
+        for c in range(0, C, LANES):
+            block_gradient(x, y, dy, first * C + c, n, C, floor, mean, factor, slope, offset, c, dx)
+
+
+@compiled
+def _scale(x: Array, rows: int, mean: Array, factor: Array, offset: Array, floor: np.float32, y: Array) -> None:
+    M, C = x.shape
+    for first in range(0, M, rows):
+        n = min(rows, M - first)
+        for c in range(0, C, LANES):
+            block_scale(x, first * C + c, n, C, mean, factor, offset, floor, c, y)

@@ -1,0 +1,132 @@
+"""Layers that bring numbers to mean 0 and deviation 1, channel by channel: by their batch, or by the training set."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from distconv.kernels.interface import Array
+from distconv.nn.layers import Backward, Context, Conv, kept_nothing
+from distconv.nn.parameters import Shape, Spec, Specs, Views
+
+
+@dataclass(frozen=True)
+class BatchNorm:
+    """Batch normalisation (Ioffe and Szegedy 2015, arXiv 1502.03167) of each channel, the last axis; if asked, ReLU.
+
+    In training, mean and variance are those of the samples of this forward pass: a rank's part of the batch, or with
+    --shards that of a shard (ghost batch normalisation, Hoffer et al. 2017, arXiv 1705.08741). So a layer waits for no
+    other rank, and shards have the same statistics on any number of ranks. In a step, the running mean and the running
+    variance (unbiased, as everybody's) go `momentum` of the way to those of the batch; evaluation normalises by them.
+    """
+
+    relu: bool = False
+    epsilon: float = 1e-5
+    momentum: float = 0.1
+
+    def shapes(self, input_shape: Shape) -> tuple[Shape, Specs]:
+        if not input_shape:
+            raise ValueError(f"{self} needs channels, but what comes in has shape {input_shape}")
+        C = input_shape[-1:]
+        return input_shape, {
+            "gamma": Spec(C, mean=1.0, decay=False),
+            "beta": Spec(C, decay=False),
+            "mean": Spec(C, trained=False),
+            "variance": Spec(C, mean=1.0, trained=False),
+        }
+
+    def forward(self, x: Array, params: Views, context: Context) -> tuple[Array, Backward]:
+        kernels, gamma, beta = context.kernels, params["gamma"], params["beta"]
+        running = params["mean"], params["variance"]
+        if not context.training:
+            factor, offset = kernels.norm_factors(gamma, beta, *running, self.epsilon)
+            return kernels.scale_channels(x, factor, offset, self.relu), kept_nothing
+        y, mean, variance = kernels.norm_forward(x, gamma, beta, self.epsilon, self.relu)
+        M = math.prod(x.shape[:-1])
+        share = self.momentum * len(x) / context.global_batch
+
+        def backward(dy: Array, grads: Views, wants_dx: bool) -> Array:
+            batch = mean, variance
+            kernels.norm_follow(grads["mean"], grads["variance"], *running, *batch, share, M / max(1, M - 1))
+            dx: Array = kernels.norm_backward(
+                x, y, dy, gamma, *batch, self.epsilon, self.relu, grads["gamma"], grads["beta"]
+            )
+            return dx
+
+        return y, backward
+
+
+@dataclass(frozen=True)
+class ConvNorm:
+    """A convolution without bias, BatchNorm and ReLU, (H, W, C) -> (OH, OW, F): what deep networks are built of.
+
+    In evaluation the normalisation is folded into the filters and a bias, so it costs nothing.
+    """
+
+    filters: int
+    size: int = 3
+    stride: int = 1
+    pad: int | str = "same"
+    relu: bool = True
+
+    def shapes(self, input_shape: Shape) -> tuple[Shape, Specs]:
+        shape, specs = self._conv.shapes(input_shape)
+        return shape, {"W": specs["W"], **self._norm.shapes(shape)[1]}
+
+    def forward(self, x: Array, params: Views, context: Context) -> tuple[Array, Backward]:
+        kernels, conv, norm, w = context.kernels, self._conv, self._norm, params["W"]
+        if not context.training:
+            factor, offset = kernels.norm_factors(
+                params["gamma"], params["beta"], params["mean"], params["variance"], norm.epsilon
+            )
+            folded = kernels.scale_channels(w, factor, kernels.device.zeros(self.filters, x.dtype), False)
+            return kernels.conv_forward(x, folded, offset, conv.stride, conv.margin, self.relu), kept_nothing
+        no_bias = kernels.device.zeros(self.filters, x.dtype)
+        c = kernels.conv_forward(x, w, no_bias, conv.stride, conv.margin, False)
+        y, norm_backward = norm.forward(c, params, context)
+
+        def backward(dy: Array, grads: Views, wants_dx: bool) -> Array | None:
+            dc = norm_backward(dy, grads, True)
+            dw, db = grads["W"], kernels.device.zeros(self.filters, x.dtype)  # of a bias that is not there
+            dx: Array | None = kernels.conv_backward(x, c, dc, w, conv.stride, conv.margin, False, dw, db, wants_dx)
+            return dx
+
+        return y, backward
+
+    @property
+    def _conv(self) -> Conv:
+        return Conv(self.filters, self.size, self.stride, self.pad)
+
+    @property
+    def _norm(self) -> BatchNorm:
+        return BatchNorm(self.relu)
+
+
+@dataclass(frozen=True)
+class Standardize:
+    """(x - mean) / deviation of each channel, over all pixels of the training images, (..., C) -> (..., C).
+
+    Both are a part of the model: saved with it, and used on whatever it judges.
+    """
+
+    def shapes(self, input_shape: Shape) -> tuple[Shape, Specs]:
+        C = input_shape[-1:]
+        mean = Spec(C, trained=False, of_data="channel_means")
+        return input_shape, {
+            "mean": mean,
+            "deviation": Spec(C, mean=1.0, trained=False, of_data="channel_deviations"),
+        }
+
+    def forward(self, x: Array, params: Views, context: Context) -> tuple[Array, Backward]:
+        kernels = context.kernels
+        factor = 1 / params["deviation"]
+        y: Array = kernels.scale_channels(x, factor, -params["mean"] * factor, False)
+
+        def backward(dy: Array, grads: Views, wants_dx: bool) -> Array | None:
+            return (
+                kernels.scale_channels(dy, factor, kernels.device.zeros(x.shape[-1], x.dtype), False)
+                if wants_dx
+                else None
+            )
+
+        return y, backward
