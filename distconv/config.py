@@ -167,7 +167,8 @@ class Config:
         0,
         "cut each minibatch into so many shards, of which a rank computes one or more, and add them up in whole "
         "numbers: then 1 to so many ranks train to the same bits, each with a gradient in memory for each shard of its "
-        "own; 0: one a rank, and rounding differs",
+        "own; batch norm takes its statistics shard by shard, with --wire float16, too, which rounds differently on "
+        "other numbers of ranks; 0: one a rank",
         lambda v: 0 <= v <= MOST_SHARDS,
         f"a whole number from 0 to {MOST_SHARDS}",
     )
@@ -253,11 +254,6 @@ class Config:
                     value = "with a number of more than 64 bits"  # Python shows no number of thousands of digits
                 shown = str(value)[:LONGEST_SHOWN]
                 raise UsageError(f"{flag(field.name)} {shown}: expected {expected}{nearest(value, expected)}")
-        if self.shards and self.wire not in EXACT:
-            raise UsageError(
-                f"--shards {self.shards} with --wire {self.wire}: a sum of floats hangs on the number of ranks; use "
-                f"--wire {' or '.join(EXACT)}"
-            )
         if self.wire in EXACT and not self.shards:
             raise UsageError(f"--wire {self.wire} adds up shards: say how many by --shards, 8 say, or use float16")
 
@@ -265,6 +261,11 @@ class Config:
     def step_size(self) -> int:
         """Images of a step, of all ranks."""
         return self.batch_size * self.accumulate
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether shards are added up in whole numbers, so that any number of ranks has the same bits."""
+        return self.wire in EXACT
 
     def is_out_of_patience(self, epoch: int, best: int) -> bool:
         """Whether a run is over after this epoch, as no later one than `best` had a better score; counted from 1."""

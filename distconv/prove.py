@@ -1,8 +1,9 @@
 """`python -m distconv.prove`: does the number of ranks change what is computed? On this machine, with this MPI.
 
 One rank computes the gradients of a few global batches alone, without any exchange. Then jobs of 1, 2, 4, ... ranks
-compute the same, dropout and uneven shards included, each with each wire, and are held against it. With --shards, which
-the wires int16 and int32 are for, they train too, and all must end with the bits of the one rank.
+compute the same, dropout and uneven shards included, each with each wire, and are held against it. A batch is cut into
+the same shards for all, as batch norm takes its statistics from them. On the wires int16 and int32, which add shards up
+exactly, all must end a training with the bits of the one rank.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[int], list[Conf
     parser.add_argument("--ranks", default="1,2,4", help="numbers of ranks, with commas (default: 1,2,4)")
     parser.add_argument("--wires", help="wires, with commas (default: all; float64 is for the CPU only)")
     parser.add_argument(
-        "--shards", type=int, metavar="V", help=f"on {' and '.join(EXACT)} (default: {SHARDS}, or the most ranks)"
+        "--shards", type=int, metavar="V", help=f"as in distconv.train (default: {SHARDS}, or the most ranks)"
     )
     parser.add_argument("--device", choices=DEVICES, default="cpu", help="as in distconv.train (default: cpu)")
     parser.add_argument(
@@ -75,16 +76,12 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[int], list[Conf
     names = ("data", "model", "batch_size", "seed", "device")
     common = {name: getattr(flags, name) for name in names}
     shards = min(max(SHARDS, *numbers), flags.batch_size) if flags.shards is None else flags.shards
-    if flags.shards is not None and not set(wires) & set(EXACT):
-        raise UsageError(f"--shards {flags.shards} is for the wires {' and '.join(EXACT)}: add one to --wires")
-    if set(wires) & set(EXACT) and not max(numbers) <= shards <= flags.batch_size:
+    if not max(numbers) <= shards <= flags.batch_size:
         raise UsageError(
             f"--shards {shards} with {max(numbers)} ranks and --batch-size {flags.batch_size}: a number from that of "
             "the ranks to that of the images was expected"
         )
-    settings = [
-        Config(epochs=1, eval_samples=1, wire=wire, shards=shards if wire in EXACT else 0, **common) for wire in wires
-    ]
+    settings = [Config(epochs=1, eval_samples=1, wire=wire, shards=shards, **common) for wire in wires]
     return flags, numbers, settings
 
 
@@ -125,10 +122,10 @@ def work(settings: list[Config], folder: Path, writes: bool, world: World) -> No
     for config in settings:
         run = build_run(config, dataset, world)
         # The wires of a type share it, but for those on which what one rank has, too, is rounded.
-        reference = folder / f"{config.wire if config.shards else run.parameters.vector.dtype}.npy"
+        reference = folder / f"{config.wire if config.is_exact else run.parameters.vector.dtype}.npy"
         if writes:
             np.save(reference, [shared_gradient(run, batch, alone=True) for batch in range(BATCHES)])
-            if config.shards:
+            if config.is_exact:
                 reference.with_suffix(".json").write_text(json.dumps(trained(run)))
             continue
         differences = [
@@ -140,7 +137,7 @@ def work(settings: list[Config], folder: Path, writes: bool, world: World) -> No
         difference, bound = max(differences), BOUNDS[config.wire]
         row = {"wire": config.wire, "ranks": world.size, "max_relative_difference": difference, "bound": bound}
         row |= {"replicas_equal": equal, "ok": difference <= bound and equal}
-        if config.shards:
+        if config.is_exact:
             parting = first_difference(json.loads(reference.with_suffix(".json").read_text()), steps)
             row |= {"ok": row["ok"] and not parting, "shards": config.shards}
             row |= {"parameters_sha256": sha256, "differs_at": parting}
@@ -181,7 +178,7 @@ def shared_gradient(run: Run, batch: int, alone: bool) -> Array:
     samples = np.arange(batch * B, (batch + 1) * B)
     mine = samples if alone else samples[run.shards.part(B)]
     share = run.replica.share(batch, mine, B)
-    return (share if alone and not run.config.shards else run.replica.sum_shares()).copy()
+    return (share if alone and not run.config.is_exact else run.replica.sum_shares()).copy()
 
 
 def largest_difference(run: Run, gradient: Array, reference: Array) -> float:

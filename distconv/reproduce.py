@@ -90,7 +90,7 @@ def train_again(settings: Config, metrics: Metrics, world: World, log: RunLog, q
             f"the run had a data set of SHA-256 {sha256[:12]}..., but {name} now has {dataset.digest[:12]}...: bring "
             "the old one back"
         ).on_all_ranks()
-    if not settings.shards and (ranks := started.get("ranks", world.size)) != world.size:
+    if not settings.is_exact and (ranks := started.get("ranks", world.size)) != world.size:
         raise MismatchError(
             f"the run had no --shards, so its bits need as many ranks as it had, {ranks} and not {world.size}"
         ).on_all_ranks()

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from distconv.kernels.interface import Array
-from distconv.nn.layers import Backward, Context, Conv, kept_nothing
+from distconv.nn.layers import Backward, Context, Conv, Layer, inner_layers, kept_nothing
 from distconv.nn.parameters import Shape, Spec, Specs, Views
 
 
@@ -130,3 +130,8 @@ class Standardize:
             )
 
         return y, backward
+
+
+def takes_statistics(model: Layer) -> bool:
+    """Whether a model has batch norm, so that what it computes of a sample hangs on the others beside it."""
+    return isinstance(model, BatchNorm | ConvNorm) or any(takes_statistics(layer) for _, layer in inner_layers(model))

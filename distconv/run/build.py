@@ -81,7 +81,7 @@ def build_run(
         placed = placed or place(world, settings.device, settings.precision)
         device = open_gpu(placed, say)
     shared = placed is not None and placed.shared
-    kernels: Kernels = Cpu(parameters.vector.dtype, in_order=settings.shards > 0)
+    kernels: Kernels = Cpu(parameters.vector.dtype, in_order=settings.is_exact)
     if device is not None:
         check_for_gpu(settings, optimizer, world)
         apart = is_ours(model)  # a user's layer may look at gradients before the backward pass is over
@@ -244,7 +244,9 @@ def choose_exchange(
             return choose(world, size, wire, kind, header, settings.seed, shards.count)
 
         if isinstance(kernels, Gpu):
-            return choose_on_gpu(world, kernels, size, wire, kind, shared, connect, len(shards.own))
+            return choose_on_gpu(
+                world, kernels, size, wire, kind, shared, connect, len(shards.own) if settings.is_exact else 1
+            )
         return OnCpu(connect())
 
 
@@ -255,7 +257,7 @@ def make_probe(settings: Config, exchange: DeviceExchange, size: int, world: Wor
     def exact(n: int) -> Exchange:
         return choose(world, n, "int32", contributions=settings.shards)
 
-    return WireProbe(exchange.wire, size, lambda n: choose(world, n, floats), exact if settings.shards else None)
+    return WireProbe(exchange.wire, size, lambda n: choose(world, n, floats), exact if settings.is_exact else None)
 
 
 def compile_kernels(run: Run) -> None:

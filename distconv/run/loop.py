@@ -6,11 +6,12 @@ is a plain sum and every sample weighs the same, however unevenly the batch divi
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -88,6 +89,14 @@ class StopRecord:
 
 
 Record = StepRecord | EpochRecord | StopRecord
+
+
+def logged(record: Record) -> dict[str, Any]:
+    """What metrics.jsonl holds of a record."""
+    fields = {f.name: getattr(record, f.name) for f in dataclasses.fields(record) if f.metadata.get("log", True)}
+    scores: Mapping[str, float] = getattr(record, "scores", {})
+    fields |= getattr(record, "others", {})
+    return fields | {f"{part}_{record.metric}": score for part, score in scores.items()}  # type: ignore[union-attr]
 
 
 def train(
@@ -216,7 +225,10 @@ def _note_loss(run: Run, updated: bool, loss: float, global_batch: int, headers:
 
 
 def _note_noise(run: Run, headers: Headers, global_batch: int) -> None:
-    squares, samples = headers["squares"][run.shards.places], np.array(run.shards.sizes(global_batch))
+    if run.config.is_exact:  # a gradient for each shard, else for each rank
+        squares, samples = headers["squares"][run.shards.places], np.array(run.shards.sizes(global_batch))
+    else:
+        squares, samples = headers["squares"][:, 0], headers["samples"]
     noise, signal = estimate(squares, samples, run.replica.square)
     if math.isfinite(noise + signal):
         run.noise += noise

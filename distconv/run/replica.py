@@ -54,8 +54,9 @@ class Replica:
         if settings.ema:
             self.state[EMA] = parameters.vector.copy()
         self.header = step_header(shards.most)
-        # A gradient for each shard. The exchange puts the sum into the first, or into the only one.
-        K = len(shards.own)
+        # What is summed in whole numbers is a gradient for each shard; the exchange puts the sum into the first. In
+        # floats, a rank's shards add to the same gradient.
+        K = len(shards.own) if settings.is_exact else 1
         try:
             several = np.zeros((K, parameters.size), parameters.gradient.dtype) if K > 1 else parameters.gradient
         except MemoryError as error:
@@ -71,7 +72,7 @@ class Replica:
         self.state_there = {slot: self.device.upload(vector) for slot, vector in self.state.items()}
         self.averages = parameters.nested(self.state_there[EMA]) if settings.ema else self.values
         self.mailbox = kernels.mailbox(
-            len(self._numbers(0)), settings.step_size, len(task.sums) * settings.accumulate * K
+            len(self._numbers(0)), settings.step_size, len(task.sums) * settings.accumulate * len(shards.own)
         )
         self.trained = [
             (part, rule) for rule, of in optimizer.rules() for part in parameters.runs(of, apart=optimizer.layerwise)
@@ -79,8 +80,8 @@ class Replica:
         self.untrained = parameters.runs(lambda spec: not spec.trained)
         decays = optimizer.weight_decay and not optimizer.layerwise
         self.decaying = parameters.runs(lambda spec: spec.trained and spec.decay) if decays else []
-        # Squared norms of the shards' gradients and of their sum tell the noise; of one shard, they are the same.
-        self.notes_squares = shards.count > 1 and not exchange.overlaps
+        # Squared norms of gradients and of their sum tell the noise; of a single gradient, they are the same.
+        self.notes_squares = (shards.count if settings.is_exact else shards.size) > 1 and not exchange.overlaps
         self.looks, self.square = False, math.nan  # whether this step takes them, and that of the sum
         self.begun: dict[int, Any] = {}  # steps whose results nobody has waited for yet, by their number
 
@@ -97,7 +98,7 @@ class Replica:
         self.device.wait(self.begun.pop(step))
         count, parts = len(self.task.sums), self._parts(len(samples), global_batch)
         found = np.array(self.mailbox.sums(step)[: len(parts) * count], np.float64).reshape(-1, count)
-        sums = np.zeros((len(self.grads_by_shard), count))
+        sums = np.zeros((len(self.shards.own), count))
         for (k, _), of_part in zip(parts, found, strict=True):
             sums[k] += of_part
         return sums
@@ -167,15 +168,15 @@ class Replica:
                 kernels=kernels,
                 global_batch=global_batch,
             )
-            batch = self.data.batch("train", samples, context)
-            sums += self.task.gradient(self.model, self.values, self.grads_by_shard[k], batch, context)
+            batch, grads = self.data.batch("train", samples, context), self.grads_by_shard[k % len(self.rows)]
+            sums += self.task.gradient(self.model, self.values, grads, batch, context)
             self.device.join()
         return sums
 
     def _parts(self, n: int, global_batch: int) -> list[tuple[int, slice]]:
         """The parts of n samples, one after the other, each with the number of its shard; none is empty."""
         parts = []
-        for k, shard in enumerate(self.shards.parts(global_batch) if len(self.grads_by_shard) > 1 else [slice(0, n)]):
+        for k, shard in enumerate(self.shards.parts(global_batch) if len(self.shards.own) > 1 else [slice(0, n)]):
             size = shard.stop - shard.start
             for i in range(min(size, self.settings.accumulate)):
                 part = split(size, self.settings.accumulate, i)
@@ -220,7 +221,7 @@ class Replica:
     def share(self, step: int, samples: Samples, global_batch: int) -> Array:
         """This rank's share of a gradient, on the host until anything else is computed; no step is made.
 
-        (size,), or (K, size) where it has K shards.
+        (size,), or (K, size) where it has K shards that are summed in whole numbers.
         """
         self.mailbox.send(step, self._numbers(step), samples)
         self._differentiate(len(samples), global_batch, sends=False)

@@ -6,7 +6,6 @@ written down, told to people, and saved.
 
 from __future__ import annotations
 
-import dataclasses
 import platform
 import textwrap
 import time
@@ -21,6 +20,7 @@ from distconv.comm.placement import Placement, place
 from distconv.comm.world import World, blas_threads
 from distconv.config import Config
 from distconv.kernels.compiled import CACHE
+from distconv.nn.normalization import takes_statistics
 from distconv.nn.optimizers import EMA
 from distconv.nn.schedules import Schedule
 from distconv.run import agreement
@@ -30,7 +30,7 @@ from distconv.run.checkpoint import Checkpoint
 from distconv.run.folder import BEST, LOCK, check_folder, held_folder, lock_file, make_ready
 from distconv.run.loading import load_dataset
 from distconv.run.log import RunLog, describe_noise, describe_steps, read_metrics, write_text
-from distconv.run.loop import EpochRecord, Record, StepRecord, StopRecord
+from distconv.run.loop import EpochRecord, Record, StepRecord, StopRecord, logged
 from distconv.run.loop import train as records
 from distconv.run.run import Run
 from distconv.run.stopping import StopRequest
@@ -121,14 +121,6 @@ def follow(records: Iterator[Record], run: Run, saver: Saver, out: Path, log: Ru
     return 0
 
 
-def logged(record: Record) -> dict[str, Any]:
-    """What metrics.jsonl holds of a record."""
-    fields = {f.name: getattr(record, f.name) for f in dataclasses.fields(record) if f.metadata.get("log", True)}
-    scores: Mapping[str, float] = getattr(record, "scores", {})
-    fields |= getattr(record, "others", {})
-    return fields | {f"{part}_{record.metric}": score for part, score in scores.items()}  # type: ignore[union-attr]
-
-
 def check_settings(settings: Config, world: World) -> None:
     """What can be known only with the ranks and the machine at hand. Raises UsageError."""
     if settings.step_size < world.size:
@@ -181,17 +173,24 @@ def introduce(run: Run, out: Path, data_name: str, checkpoint: Checkpoint | None
     )  # fmt: skip
     threads = blas_threads()
     wire = f"{settings.wire} on the wire"
-    if settings.shards:
+    if settings.is_exact:
         wire = f"{settings.shards} shards, which give the same bits on 1 to {settings.shards} ranks, {wire}"
+    elif settings.shards:
+        wire = f"{settings.shards} shards, {wire}"
     where = f"{device} in {settings.precision}"
     if device == "cpu":
         where = f"cpu with {threads} BLAS thread{'s' * (threads > 1)} a rank"
     log.say(
         f"distconv {__version__}: {world.size} rank{'s' * (world.size > 1)} on {world.hosts} "
         f"host{'s' * (world.hosts > 1)}, {where}, {world.library} | "
-        f"{settings.model}, {run.parameters.size:,} parameters, {wire} ({exchange.how}) | "
+        f"{settings.model}, {run.parameters.trained_size:,} parameters, {wire} ({exchange.how}) | "
         f"{data_name}, {data.size('train'):,} training and {data.size('test'):,} test images"
     )
+    if world.size > 1 and not settings.shards and takes_statistics(run.replica.model):
+        log.say(
+            "batch norm takes its statistics from the images of one rank, so another number of ranks trains another "
+            f"model; with --shards {world.size}, 1 to {world.size} ranks train the same one"
+        )
     optimizer = run.replica.optimizer
     peak = optimizer.lr.lr if isinstance(optimizer.lr, Schedule) else optimizer.rate(1)
     if isinstance(optimizer.lr, Schedule) or settings.scale_lr != "none" or settings.accumulate > 1:
@@ -214,7 +213,7 @@ def introduce(run: Run, out: Path, data_name: str, checkpoint: Checkpoint | None
         exchange=exchange.how,
         bus_bytes=exchange.bus_bytes,  # of a step, between a GPU and its host
         model=settings.model,
-        parameter_count=run.parameters.size,
+        parameter_count=run.parameters.trained_size,
         data=data_name,
         data_sha256=data.digest,
         train_images=data.size("train"),
