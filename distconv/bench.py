@@ -69,21 +69,23 @@ def step(argv: Sequence[str]) -> int:
             from distconv.benchmarks import torch_step
 
             compiled = flags.against == "torch-compile"
-            rival = rivals.enter_context(torch_step.rivals(world, threads, device, flags.precision, compiled))
+            rival = rivals.enter_context(
+                torch_step.rivals(world, flags.model, threads, device, flags.precision, compiled)
+            )
         if device == "cpu":
-            bench = benchmark.bench_cpu(world)
+            bench = benchmark.bench_cpu(world, flags.model)
         else:
             from distconv.benchmarks.gpu_step import bench_gpu
 
-            bench = bench_gpu(world, flags.precision, log.say_aside)
+            bench = bench_gpu(world, flags.model, flags.precision, log.say_aside)
         many = f"{world.size} rank{'s' * (world.size > 1)} x {threads} thread{'s' * (threads > 1)}"
-        title = f"deepconvnet, {many}, {device}" + f" in {flags.precision}" * (device == "cuda")
+        title = f"{flags.model}, {many}, {device}" + f" in {flags.precision}" * (device == "cuda")
         if not flags.json:
             log.say(f"{title}: medians of {flags.repeats}\n{benchmark.HEAD}")
         results = []
         for batch_size in sizes:
             engines, look_inside = bench(batch_size, flags.repeats)
-            dataset = benchmark.random_dataset(batch_size, 0)
+            dataset = benchmark.random_dataset(flags.model, batch_size, 0)
             engines += rival(dataset, batch_size) if rival else []
             rows: list[benchmark.Row] = []
             for phase in ("step", "evaluate") if flags.evaluate else ("step",):

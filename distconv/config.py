@@ -310,8 +310,11 @@ def read_toml(path: Path) -> dict[str, Any]:
     return settings
 
 
-def from_command_line(argv: Sequence[str]) -> tuple[Config, bool]:
-    """The configuration, and whether --print-config was asked for. Raises UsageError, MissingInputError."""
+def from_command_line(argv: Sequence[str]) -> tuple[Config, str]:
+    """The configuration, and what to do instead of training: print_config, describe or nothing.
+
+    Raises UsageError, MissingInputError.
+    """
     parser = Parser(
         prog="python -m distconv.train",
         description="Train a convolutional network, its minibatches shared out among the ranks of an MPI job.",
@@ -321,6 +324,7 @@ def from_command_line(argv: Sequence[str]) -> tuple[Config, bool]:
         "  mpirun -n 4 python -m distconv.train --out runs/mine      # again: goes on where it stopped\n"
         "  python -m distconv.train --batch-size 400 --print-config > big.toml\n"
         "  mpirun -n 4 python -m distconv.train --config big.toml --seed 1\n"
+        "  python -m distconv.train --model resnet20 --describe\n"
         "  mpirun -n 2 python -m distconv.train --recipe mnist-fast      # 99 % within seconds\n\n"
         "exit codes: 0 done, 1 failure or target missed, 2 usage, 65 bad data, 66 missing input, 69 cannot download,\n"
         "70 replicas differ, 73 cannot create, 74 I/O, 75 stopped on request (run me again), 76 a rank hangs,\n"
@@ -341,11 +345,13 @@ def from_command_line(argv: Sequence[str]) -> tuple[Config, bool]:
     parser.add_argument(
         "--config", type=Path, metavar="FILE", help="TOML file with settings; wins over a recipe, and flags over it"
     )
-    parser.add_argument("--print-config", action="store_true", help="print the settings as TOML and stop")
+    instead = {"print_config": "print the settings as TOML and stop", "describe": "print the layers and stop"}
+    for name, text in instead.items():
+        parser.add_argument(flag(name), action="store_true", help=text)
     flags: Mapping[str, Any] = vars(parser.parse_args(argv))
     settings = read_toml(RECIPES[flags["recipe"]]) if flags["recipe"] else {}
     settings |= read_toml(flags["config"]) if flags["config"] else {}
-    settings |= {name: value for name, value in flags.items() if name not in ("recipe", "config", "print_config")}
+    settings |= {name: value for name, value in flags.items() if name not in ("recipe", "config", *instead)}
     if settings.get("shards"):
         settings.setdefault("wire", EXACT[0])
-    return Config(**settings), flags["print_config"]
+    return Config(**settings), next((name for name in instead if flags[name]), "")

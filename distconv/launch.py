@@ -12,15 +12,16 @@ from distconv.command_line import Parser
 from distconv.errors import CannotCreateError, UsageError
 from distconv.process.voice import write
 from distconv.run.folder import new_folder
+from distconv.run.instead import printed
 from distconv.supervise.launcher import job_command, job_starter, refuse_to_nest
 from distconv.supervise.supervisor import Supervisor
 
 
 def main(argv: Sequence[str]) -> int:
     flags, train = from_command_line(argv)
-    settings, print_only = config.from_command_line(train)
-    if print_only:
-        print(settings.toml(), end="")
+    settings, instead = config.from_command_line(train)
+    if instead:
+        print(printed(settings, instead), end="")
         return 0
     refuse_to_nest("launch")
     if settings.ensemble > 1:

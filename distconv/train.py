@@ -7,14 +7,15 @@ from collections.abc import Sequence
 from distconv import config
 from distconv.comm.start import run_command, start
 from distconv.process.launched import launcher_rank
+from distconv.run.instead import printed
 from distconv.run.stopping import StopRequest
 
 
 def main(argv: Sequence[str]) -> int:
-    settings, print_only = config.from_command_line(argv)
-    if print_only:
+    settings, instead = config.from_command_line(argv)
+    if instead:
         if launcher_rank() == 0:
-            print(settings.toml(), end="")
+            print(printed(settings, instead), end="")
         return 0
     stop = StopRequest()
     with start() as world:

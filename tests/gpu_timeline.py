@@ -69,7 +69,7 @@ def main() -> None:
     arguments = parser.parse_args()
     steps = max(20, 20000 // arguments.batch_size)
     settings = Config(batch_size=arguments.batch_size, epochs=1, device="cuda", precision=arguments.precision)
-    dataset = random_dataset(arguments.batch_size, WARM_UP + steps + PROFILED)
+    dataset = random_dataset("deepconvnet", arguments.batch_size, WARM_UP + steps + PROFILED)
     run = build_run(settings, dataset, start(), print)
     device, records = run.replica.device, train(run, lambda: False, ahead=True)
     seconds_of_steps(records, WARM_UP)

@@ -58,6 +58,51 @@ def max_pool_backward(x, dy, K, stride, pad):
     return _cropped(dpadded, x, pad)
 
 
+def average_pool_forward(x, K, stride, pad):
+    """x (N, H, W, C) -> y (N, OH, OW, C), zeros of the padding counted."""
+    padded = _padded(x, pad, 0.0)
+    y = np.zeros((*_grid(padded, K, stride), x.shape[3]))
+    for out, window in _places(padded, K, stride):
+        y[out] = padded[window].sum(axis=(0, 1)) / K**2
+    return y
+
+
+def average_pool_backward(x, dy, K, stride, pad):
+    """x (N, H, W, C), dy (N, OH, OW, C) -> dx like x."""
+    padded = _padded(x, pad, 0.0)
+    dpadded = np.zeros(padded.shape)
+    for out, window in _places(padded, K, stride):
+        dpadded[window] += dy[out] / K**2
+    return _cropped(dpadded, x, pad)
+
+
+def norm_forward(x, gamma, beta, epsilon):
+    """x (M, C), gamma, beta (C,) -> y (M, C), mean and variance (C,): algorithm 1 of Ioffe and Szegedy 2015."""
+    y, (M, C) = np.zeros(x.shape), x.shape
+    mean = np.array([math.fsum(x[:, c]) / M for c in range(C)])
+    variance = np.array([math.fsum((float(n) - mean[c]) ** 2 for n in x[:, c]) / M for c in range(C)])
+    for m, c in np.ndindex(M, C):
+        y[m, c] = float(gamma[c]) * (float(x[m, c]) - mean[c]) / math.sqrt(variance[c] + epsilon) + float(beta[c])
+    return y, mean, variance
+
+
+def norm_backward(x, gamma, dy, epsilon):
+    """x, dy (M, C), gamma (C,) -> dx (M, C), dgamma, dbeta (C,): the chain rule of their section 3, term by term."""
+    dx, dgamma, dbeta, (M, C) = np.zeros(x.shape), np.zeros(x.shape[1]), np.zeros(x.shape[1]), x.shape
+    _, mean, variance = norm_forward(x, gamma, np.zeros(C), epsilon)
+    for c in range(C):
+        deviation = math.sqrt(variance[c] + epsilon)
+        gaps = [float(n) - mean[c] for n in x[:, c]]
+        dscaled = [float(d) * float(gamma[c]) for d in dy[:, c]]
+        dvariance = math.fsum(d * gap for d, gap in zip(dscaled, gaps, strict=True)) * -0.5 * deviation**-3
+        dmean = -math.fsum(dscaled) / deviation + dvariance * -2 * math.fsum(gaps) / M
+        for m in range(M):
+            dx[m, c] = dscaled[m] / deviation + dvariance * 2 * gaps[m] / M + dmean / M
+            dgamma[c] += float(dy[m, c]) * gaps[m] / deviation
+            dbeta[c] += float(dy[m, c])
+    return dx, dgamma, dbeta
+
+
 def affine_forward(x, w, b):
     """x (N, C), w (C, F), b (F,) -> y (N, F)."""
     (N, C), F = x.shape, len(b)

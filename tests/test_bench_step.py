@@ -34,6 +34,7 @@ from distconv.comm.start import start
 from distconv.config import Config
 from distconv.errors import UsageError
 from distconv.nn.layers import Affine, Chain, Context, Conv, Dropout, MaxPool
+from distconv.nn.networks import build_network, image_shape
 from distconv.nn.parameters import Parameters
 from distconv.run.build import build_run
 from distconv.run.run import Run
@@ -104,7 +105,7 @@ def test_a_timed_chain_computes_what_the_chain_computes() -> None:
 
 
 def test_the_operations_of_a_step_are_those_of_its_products() -> None:
-    found = step_flops()
+    found = step_flops("deepconvnet")
     assert sum(found.values()) == pytest.approx(52.5e6, rel=0.01)
     pixels = {"conv1": 28 * 28, "conv2": 28 * 28, "conv3": 14 * 14, "conv4": 16 * 16, "conv5": 8 * 8, "conv6": 8 * 8}
     widths = {"conv1": 9 * 16, "conv2": 256 * 9, "conv3": 512 * 9, "conv4": 1024 * 9, "conv5": 2048 * 9}
@@ -125,7 +126,9 @@ def test_the_tables_say_what_the_rows_say() -> None:
     assert ours.split() == ["step", "100", "distconv", "float16", "50.00", "2,000"]
     assert theirs.split()[2:] == ["torch-ddp", "float16", "60.00", "1,667", "1.20", "times"]
     parts = {("conv1", "forward"): 0.01, ("conv1", "backward"): 0.02, ("exchange", ""): 0.01}
-    head, conv1, exchange, step, rate, memory = where(Breakdown(100, parts, 7, 3 << 20), 2, 100e9).splitlines()
+    head, conv1, exchange, step, rate, memory = where(
+        Breakdown(100, parts, 7, 3 << 20), step_flops("deepconvnet"), 2, 100e9
+    ).splitlines()
     assert "rank 0" in head and conv1.split() == ["conv1", "10.00", "20.00", "75.0%", "0.8"]
     assert exchange.split() == ["exchange", "10.00", "25.0%"]
     assert step.split() == ["step", "40.00", "100.0%", "65.5"]  # 50 images of 52.4 MFLOP in 40 ms
@@ -160,27 +163,38 @@ def test_pytorch_takes_turns_with_ours(ranks: int, rival: str) -> None:
     assert found == [(engine, 21, phase) for phase in ("step", "evaluate") for engine in ("distconv", rival)]
 
 
-def test_pytorchs_network_is_the_same() -> None:
+@pytest.mark.parametrize("name", ["deepconvnet", "vgg11", "resnet20", "googlenet"])
+def test_pytorchs_network_is_the_same(name: str) -> None:
+    """In training: batch norm takes its statistics from the batch. It knows the gradients, too, of our inputs."""
     torch = pytest.importorskip("torch")
-    from distconv.benchmarks.torch_step import translate
-    from distconv.nn.networks import deepconvnet
+    from distconv.benchmarks.torch_model import translate
 
+    shape = image_shape(name)
     # PyTorch's dropout scales in training, ours in evaluation.
-    ours = Chain(*(layer for _, layer in deepconvnet(10).layers if not isinstance(layer, Dropout)))
-    parameters = Parameters(ours.shapes((28, 28, 1))[1])
+    layers = build_network(name, shape, 10, (10,))[0].layers  # type: ignore[attr-defined]
+    ours = Chain.named((name, layer) for name, layer in layers if not isinstance(layer, Dropout))
+    parameters = Parameters(ours.shapes(shape)[1])
     parameters.initialize(0)
-    theirs = translate(torch, ours)
-    arrays = list(parameters.named(parameters.vector).values())
+    theirs = translate(torch, ours, shape)
+    arrays = [view for path, view in parameters.named(parameters.vector).items() if parameters.specs[path].trained]
     with torch.no_grad():
         for array, parameter in zip(arrays, theirs.parameters(), strict=True):
             if array.shape == (1024, 50):  # PyTorch flattens an image in (C, H, W) order
                 array = array.reshape(4, 4, 64, 50).transpose(2, 0, 1, 3).reshape(1024, 50)
             axes = (3, 2, 0, 1) if array.ndim == 4 else tuple(reversed(range(array.ndim)))
             parameter.copy_(torch.from_numpy(array.transpose(axes).copy()))
-        x = np.random.default_rng(0).random((2, 28, 28, 1), np.float32)
-        scores = theirs(torch.from_numpy(x).permute(0, 3, 1, 2)).numpy()
-    expected, _ = ours.forward(x, parameters.values, Context(training=False))
-    np.testing.assert_allclose(scores, expected, rtol=1e-3, atol=1e-3 * np.abs(expected).max())
+    x = np.random.default_rng(0).random((4, *shape), np.float32)
+    their_x = torch.from_numpy(x).permute(0, 3, 1, 2).requires_grad_()
+    scores, dscores = theirs(their_x), np.random.default_rng(1).standard_normal((4, 10), np.float32)
+    scores.backward(torch.from_numpy(dscores))
+    y, backward = ours.forward(x, parameters.values, Context(training=True, global_batch=4))
+    dx, their_dx = backward(dscores, parameters.grads, True), their_x.grad.permute(0, 2, 3, 1).numpy()
+    np.testing.assert_allclose(scores.detach().numpy(), y, rtol=1e-3, atol=1e-3 * np.abs(y).max())
+    assert np.linalg.norm(their_dx - dx) < 1e-2 * np.linalg.norm(dx)
+    means = [view for path, view in parameters.named(parameters.gradient).items() if path.endswith(".mean")]
+    theirs_too = [buffer for path, buffer in theirs.named_buffers() if path.endswith("running_mean")]
+    for mean, running in zip(means[-len(theirs_too) :] if theirs_too else [], theirs_too, strict=True):
+        np.testing.assert_allclose(mean, running.numpy(), rtol=0, atol=1e-3 * np.abs(mean).max())
 
 
 # mistakes
@@ -207,7 +221,7 @@ def test_a_mistake_is_seen_before_anything_starts(line: str, named: str) -> None
         (("--batch-size", "1"), 2, "--batch-size 1 with 2 ranks"),
         (("--repeats", "none"), 2, "--repeats"),
         (("--png", "none/step.png"), 73, "none"),
-        (("--device", "cpu", "--against", "torch-compile"), 2, "on the CPU use --against torch"),
+        (("--model", "resnet21"), 2, "expected one of"),
     ],
 )
 def test_a_mistake_is_one_sentence(arguments: tuple[str, ...], code: int, named: str) -> None:
@@ -228,8 +242,8 @@ def test_both_ways_through_each_layer_of_a_gpu_are_told(monkeypatch: pytest.Monk
     monkeypatch.setattr(gpu_step, "AT_ONCE", 2)
     monkeypatch.setattr(gpu_step, "TURNS", 1)
     settings = Config(model="tests.test_bench_step:small_network", batch_size=2, epochs=1)
-    run = build_run(settings, random_dataset(2, 1), start(), device=emulator.Emulator())
-    rows = gpu_step.layer_rows(run.replica, 2)
+    run = build_run(settings, random_dataset("deepconvnet", 2, 1), start(), device=emulator.Emulator())
+    rows = gpu_step.layer_rows(run.replica, "deepconvnet", 2)
     assert [(row.layer, row.way) for row in rows] == [
         (name, way) for name in ("conv1", "affine1", "dropout1") for way in ("forward", "backward")
     ]

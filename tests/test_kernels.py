@@ -11,6 +11,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from distconv.kernels.cpu import arithmetic as cpu
+from distconv.kernels.cpu import normalization as norm
 from tests import reference
 
 steady = settings(derandomize=True, deadline=None, max_examples=100)
@@ -238,3 +239,82 @@ def test_sums_of_halves_do_not_stop_at_2048():
     x, b = np.ones((1, 5, 5, 200), np.float16), np.zeros(1, np.float16)
     assert cpu.conv_forward(x, np.ones((5, 5, 200, 1), np.float16), b, stride=1, pad=0, relu=False) == 5000
     assert cpu.affine_forward(x.reshape(1, 5000), np.ones((5000, 1), np.float16), b, relu=False) == 5000
+
+
+@either_precision
+@given(poolings)
+@steady
+def test_average_pooling_is_that_of_the_loops(dtype: type, case: Case) -> None:
+    x, dy = normal(dtype, case.x_shape, (case.N, *case.grid, case.C))
+    window = case.K, case.stride, case.pad
+    assert_close(cpu.average_pool_forward(x, *window), reference.average_pool_forward(x, *window), dtype)
+    dx = cpu.average_pool_backward(dy, *window, x.shape)
+    assert_close(dx, reference.average_pool_backward(x, dy, *window), dtype)
+
+
+@either_precision
+def test_the_mean_of_all_pixels_is_that_of_one_window_as_large_as_the_image(dtype: type) -> None:
+    x, dy = normal(dtype, (3, 4, 4, 5), (3, 5))
+    assert_close(cpu.pixel_mean(x), reference.average_pool_forward(x, 4, 1, 0)[:, 0, 0], dtype)
+    dx = reference.average_pool_backward(x, dy[:, None, None], 4, 1, 0)
+    assert_close(cpu.pixel_mean_backward(dy, x.shape), dx, dtype)
+
+
+# 16 and 48 channels have compiled kernels; with 16, more than 256 pixels are more than one block.
+@pytest.mark.parametrize(
+    "shape", [(3, 5), (2, 3, 4, 3), (2, 3, 4, 16), (5, 48), (1, 16), (3, 11, 13, 16), (2, 23, 8, 32)]
+)
+@pytest.mark.parametrize("relu", [False, True])
+@either_precision
+def test_batch_norm_is_that_of_the_loops(dtype: type, relu: bool, shape: tuple[int, ...]) -> None:
+    C = shape[-1]
+    x, dy, gamma, beta = normal(dtype, shape, shape, (C,), (C,))
+    x = read_only(3 * x + 10)
+    y, mean, variance = norm.norm_forward(x, gamma, beta, 1e-3, relu)
+    wanted_y, *wanted = reference.norm_forward(x.reshape(-1, C), gamma, beta, 1e-3)
+    assert_close(y.reshape(-1, C), np.maximum(wanted_y, 0) if relu else wanted_y, dtype)
+    for found, one in zip((mean, variance), wanted, strict=True):
+        assert found.dtype == dtype
+        np.testing.assert_allclose(found, one, rtol=10 * TOLERANCE[dtype], atol=1e-12)
+
+    dgamma, dbeta = np.full(C, 2, dtype), np.full(C, 3, dtype)  # they are added to
+    dx = norm.norm_backward(x, read_only(y), dy, gamma, mean, variance, 1e-3, relu, dgamma, dbeta)
+    gated = np.where(y > 0, dy, 0) if relu else dy
+    wanted_dx, wanted_dgamma, wanted_dbeta = reference.norm_backward(
+        x.reshape(-1, C), gamma, gated.reshape(-1, C), 1e-3
+    )
+    if len(x.reshape(-1, C)) > 1:  # of one pixel, dx is 0 but for rounding
+        error = np.linalg.norm(dx.reshape(-1, C) - wanted_dx)
+        assert error <= 10 * TOLERANCE[dtype] * np.linalg.norm(wanted_dx)
+    assert dx.shape == x.shape and dx.dtype == dtype
+    assert_close(dgamma, wanted_dgamma + 2, dtype)
+    assert_close(dbeta, wanted_dbeta + 3, dtype)
+
+
+def test_the_variance_of_numbers_far_from_zero_is_theirs() -> None:
+    x = (1e4 + np.random.default_rng(0).standard_normal((4000, 16))).astype(np.float32)
+    _, _, variance = norm.norm_forward(x, np.ones(16, np.float32), np.zeros(16, np.float32), 1e-5, False)
+    np.testing.assert_allclose(variance, x.astype(np.float64).var(axis=0), rtol=1e-3)  # 1e8 - 1e8 would leave nothing
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+@pytest.mark.parametrize("C", [5, 32])
+def test_what_evaluation_does_with_running_statistics_is_the_formula(dtype: type, C: int) -> None:
+    x, gamma, beta, mean, deviation = normal(dtype, (3, 7, C), (C,), (C,), (C,), (C,))
+    variance = deviation**2
+    y = norm.scale_channels(x, *norm.norm_factors(gamma, beta, mean, variance, 1e-5), True)
+    exact = [array.astype(np.float64) for array in (x, gamma, beta, mean, variance)]
+    wanted = np.maximum((exact[0] - exact[3]) / np.sqrt(exact[4] + 1e-5) * exact[1] + exact[2], 0)
+    assert y.dtype == dtype
+    np.testing.assert_allclose(
+        y, wanted, rtol=4e-3 if dtype == np.float16 else 1e-4, atol=1e-2 if dtype == np.float16 else 1e-4
+    )
+
+
+def test_channels_that_are_joined_come_apart_again() -> None:
+    parts = list(normal(np.float32, (2, 3, 1), (2, 3, 4), (2, 3, 2)))
+    joined = cpu.join_channels(parts)
+    assert joined.shape == (2, 3, 7)
+    for found, part in zip(cpu.split_channels(joined, [1, 4, 2]), parts, strict=True):
+        np.testing.assert_array_equal(found, part)
+        assert found.flags.c_contiguous

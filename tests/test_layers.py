@@ -9,9 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from distconv.nn.blocks import Branches, Residual
 from distconv.nn.layers import Affine, Chain, Context, Conv, Dropout, Layer, MaxPool, ReLU
 from distconv.nn.networks import deepconvnet, simpleconvnet
+from distconv.nn.normalization import BatchNorm, ConvNorm, Standardize
 from distconv.nn.parameters import Parameters
+from distconv.nn.pooling import AveragePool, GlobalAveragePool
 
 # Of the central difference. Outputs are linear in a tensor until a ReLU or a pool changes sides, so the step is small.
 STEP = 1e-7
@@ -47,7 +50,8 @@ def assert_gradients_are_the_slopes(model: Layer, N: int, *input_shape: int) -> 
         return float(np.vdot(u, model.forward(x, parameters.values, training(N))[0]))
 
     values, grads = parameters.named(parameters.vector), parameters.named(parameters.gradient)
-    for name, value, gradient in [*((name, values[name], grads[name]) for name in values), ("x", x, dx)]:
+    trained = [name for name in values if parameters.specs[name].trained]
+    for name, value, gradient in [*((name, values[name], grads[name]) for name in trained), ("x", x, dx)]:
         v, saved = rng.standard_normal(value.shape), value.copy()
         value[...] = saved + STEP * v
         above = output()
@@ -64,54 +68,11 @@ def without_dropout(model: Any) -> Layer:
     return Chain(*(layer for _, layer in model.layers if not isinstance(layer, Dropout)))
 
 
-@dataclass(frozen=True)
-class Residual:
-    """x + body(x): how a user writes the block of a ResNet."""
-
-    body: Layer
-
-    def shapes(self, input_shape):
-        return self.body.shapes(input_shape)
-
-    def forward(self, x, params, context):
-        y, body_backward = self.body.forward(x, params, context)
-        return x + y, lambda dy, grads, wants_dx: dy + body_backward(dy, grads, True)
-
-
-@dataclass(frozen=True)
-class Branches:
-    """The channels of several layers of one input, side by side: how a user writes an inception block."""
-
-    branches: dict[str, Layer]
-
-    def shapes(self, input_shape):
-        found = {name: branch.shapes(input_shape) for name, branch in self.branches.items()}
-        (H, W, _), *_ = (shape for shape, _ in found.values())
-        channels = sum(shape[2] for shape, _ in found.values())
-        return (H, W, channels), {name: specs for name, (_, specs) in found.items()}
-
-    def forward(self, x, params, context):
-        passes = {
-            name: branch.forward(x, params.get(name, {}), context.within(name))
-            for name, branch in self.branches.items()
-        }
-        ends = np.cumsum([y.shape[3] for y, _ in passes.values()])
-
-        def backward(dy, grads, wants_dx):
-            parts = np.split(dy, ends[:-1], axis=3)
-            return sum(
-                branch_backward(part, grads.get(name, {}), True)
-                for part, (name, (_, branch_backward)) in zip(parts, passes.items(), strict=True)
-            )
-
-        return np.concatenate([y for y, _ in passes.values()], axis=3), backward
-
-
 NOT_A_CHAIN = Chain(
     Conv(4, pad=1),
-    Residual(Chain(Conv(4, pad=1, relu=True), Dropout(0.3), Conv(4, pad=1))),
+    Residual(Chain(Conv(4, pad=1, relu=True), Dropout(0.3), Conv(4, pad=1)), relu=False),
     ReLU(),
-    Branches({"wide": Conv(2, size=5, pad=2), "pool": MaxPool(3, stride=1, pad=1), "narrow": Conv(3, size=1)}),
+    Branches(Conv(2, size=5, pad=2), MaxPool(3, stride=1, pad=1), Conv(3, size=1)),
     MaxPool(),
     Affine(3),
 )
@@ -126,6 +87,18 @@ NOT_A_CHAIN = Chain(
         pytest.param(Chain(Conv(3, size=3, stride=2, pad=2), ReLU(), MaxPool(3, 2, pad=1)), (8, 7, 2), id="strides"),
         pytest.param(Chain(Chain(Affine(5), ReLU()), Chain(Affine(4), Dropout())), (6,), id="chains in a chain"),
         pytest.param(NOT_A_CHAIN, (8, 6, 2), id="branches and a skip"),
+        pytest.param(Chain(BatchNorm(relu=True), Conv(3), AveragePool(3, 2, pad=1)), (8, 7, 2), id="batch norm"),
+        pytest.param(Chain(Affine(4, relu=True), BatchNorm(), Affine(3)), (6,), id="batch norm of no images"),
+        pytest.param(Chain(ConvNorm(16, 5, 2), ConvNorm(4), GlobalAveragePool()), (9, 6, 3), id="convolution and norm"),
+        pytest.param(
+            Chain(
+                Standardize(),
+                Residual(Chain(ConvNorm(4, stride=2), ConvNorm(4, relu=False)), ConvNorm(4, 1, 2, relu=False)),
+                Branches(ConvNorm(3, 1), Chain(MaxPool(3, 1, pad=1), Conv(2, pad="same"))),
+            ),
+            (7, 6, 3),
+            id="projection and branches",
+        ),
     ],
 )
 def test_gradients_are_the_slopes(model, shape):

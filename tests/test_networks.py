@@ -1,20 +1,23 @@
-"""The two networks of the source: their tables, their first weights, their outputs; and networks of a user's own."""
+"""The networks that have a name: their tables, first weights, outputs and sizes; and networks of a user's own."""
 
 from __future__ import annotations
 
 import importlib
+import math
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from distconv.config import MODELS
 from distconv.data import mnist
 from distconv.errors import UsageError
 from distconv.kernels.cpu.device import Cpu
-from distconv.nn.layers import Context
+from distconv.nn.blocks import Branches
+from distconv.nn.layers import Chain, Context, Dropout, inner_layers
 from distconv.nn.networks import NETWORKS, build_network
-from distconv.nn.parameters import Parameters
+from distconv.nn.parameters import Parameters, _flatten, count
 from distconv.tasks.classify import Classification
 from tests import reference
 
@@ -33,6 +36,19 @@ SIMPLE_SHAPES = {"conv1": (5, 5, 1, 30), "affine1": (12 * 12 * 30, 100), "affine
 SHAPES = {"deepconvnet": DEEP_SHAPES, "simpleconvnet": SIMPLE_SHAPES}
 both_networks = pytest.mark.parametrize("name", SHAPES)
 
+CIFAR = (32, 32, 3)
+# Trained parameters for 10 classes. VGG: what common implementations for CIFAR-10 have (9,231,114 and 14,728,266), less
+# the biases before batch norm, one for each filter, which do nothing. ResNet: what they have. GoogLeNet: see below.
+COUNTS = {
+    "vgg11": 9_231_114 - (64 + 128 + 2 * 256 + 4 * 512),
+    "vgg16": 14_728_266 - (2 * 64 + 2 * 128 + 3 * 256 + 6 * 512),
+    "resnet20": 272_474,
+    "resnet56": 855_770,
+    "resnet18": 11_173_962,
+    "googlenet": 5_983_402,
+}
+deep_networks = pytest.mark.parametrize("name", COUNTS)
+
 
 def initialized(name: str, dtype: type = np.float32):
     model, specs = build_network(name, MNIST, 10, (10,))
@@ -42,7 +58,92 @@ def initialized(name: str, dtype: type = np.float32):
 
 
 def test_no_network_goes_untested():
-    assert sorted(NETWORKS) == sorted(SHAPES)
+    assert sorted(NETWORKS) == sorted([*SHAPES, *COUNTS]) == sorted(MODELS)
+
+
+@deep_networks
+def test_deep_networks_have_the_parameters_that_others_count(name):
+    _, specs = build_network(name, CIFAR, 10, (10,))
+    assert Parameters(specs).trained_size == COUNTS[name]
+
+
+def test_the_weights_of_inception_blocks_are_those_of_the_papers_table():
+    """In thousands of 1,024. Some of its rows are up to 8 % off what their own columns of filters give."""
+    table = [159, 380, 364, 437, 463, 580, 840, 1072, 1388]
+    model, specs = build_network("googlenet", CIFAR, 10, (10,))
+    blocks = [specs[name] for name, layer in model.layers if isinstance(layer, Branches)]
+    filters = [{name: spec for name, spec in _flatten(block) if name.endswith(".W")} for block in blocks]
+    assert [count(weights) / 1024 for weights in filters] == pytest.approx(table, rel=0.08)
+
+
+def test_a_residual_network_has_the_layers_of_its_name():
+    for name in ("resnet20", "resnet56", "resnet18"):
+        convolutions = [
+            path for path, spec in _flatten(build_network(name, CIFAR, 10, (10,))[1])
+            if path.endswith(".W") and "shortcut" not in path
+        ]  # fmt: skip
+        assert f"resnet{len(convolutions)}" == name  # the affine layer among them
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name != "resnet20" else ()) for name in COUNTS]
+)
+def test_the_gradient_of_a_deep_network_is_its_slope(name):
+    """Along one random direction through all that is trained, in float64."""
+    model, specs = build_network(name, CIFAR, 10, (10,))
+    parameters, rng = Parameters(specs, np.float64), np.random.default_rng(0)
+    parameters.initialize(0)
+    x, context = rng.random((2, *CIFAR)), Context(training=True, samples=np.arange(2), global_batch=2)
+    y, backward = model.forward(x, parameters.values, context)
+    u, v, saved = rng.standard_normal(y.shape), rng.standard_normal(parameters.size), parameters.vector.copy()
+    backward(u, parameters.grads, False)
+    for untrained in parameters.runs(lambda spec: not spec.trained):
+        v[untrained] = 0
+    outputs = []
+    for step in (1e-8, -1e-8):
+        parameters.vector[...] = saved + step * v
+        outputs.append(float(np.vdot(u, model.forward(x, parameters.values, context)[0])))
+    slope = (outputs[0] - outputs[1]) / 2e-8
+    assert float(v @ parameters.gradient) == pytest.approx(slope, rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["vgg11", "resnet20", "googlenet"])
+def test_evaluation_of_a_deep_network_is_training_where_running_statistics_are_the_batchs(name):
+    """With a momentum of 1, they are after one step. So filters into which a normalisation is folded do the same."""
+    model, specs = build_network(name, CIFAR, 10, (10,))
+    parameters = Parameters(specs)
+    parameters.initialize(0)
+    x = np.random.default_rng(0).random((4, *CIFAR), np.float32)
+    context = Context(training=True, samples=np.arange(4), global_batch=4)
+    without_dropout = Chain.named((n, layer) for n, layer in model.layers if not isinstance(layer, Dropout))
+    scores, backward = without_dropout.forward(x, parameters.values, context)
+    backward(np.zeros_like(scores), parameters.grads, False)
+    for part in parameters.runs(lambda spec: not spec.trained):
+        parameters.vector[part] += 10 * parameters.gradient[part]  # of which momentum took a tenth
+    for path, view in parameters.named(parameters.vector).items():
+        if path.endswith(".variance"):  # the batch's own is not the unbiased one
+            view *= 1 - 1 / (view_pixels(model, path) * len(x))
+    evaluated, _ = without_dropout.forward(x, parameters.values, Context(training=False))
+    np.testing.assert_allclose(evaluated, scores, rtol=0, atol=2e-3 * np.abs(scores).max())
+
+
+def view_pixels(model, path):
+    """How many pixels of an image the layer with this variance sees."""
+    sizes = {".".join(names): math.prod(shape[:-1]) for names, shape in leaf_shapes(model, CIFAR)}
+    return sizes[path.removesuffix(".variance")]
+
+
+def leaf_shapes(layer, shape, names=()):
+    """The names and the output shape of each layer that is made of no others."""
+    if isinstance(layer, Chain):
+        for name, one in layer.layers:
+            yield from leaf_shapes(one, shape, (*names, name))
+            shape = one.shapes(shape)[0]
+    elif inner_layers(layer):
+        for name, one in inner_layers(layer):
+            yield from leaf_shapes(one, shape, (*names, name))
+    else:
+        yield names, layer.shapes(shape)[0]
 
 
 @both_networks
@@ -134,8 +235,8 @@ def test_scores_in_evaluation_are_those_of_the_loops(name, by_loops):
     np.testing.assert_allclose(scores, expected, rtol=0, atol=1e-12 * np.abs(expected).max())
 
 
-@both_networks
-@pytest.mark.parametrize(("shape", "classes"), [((32, 32, 3), 100), ((17, 30, 2), 2)])
+@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize(("shape", "classes"), [((32, 32, 3), 100), ((37, 50, 2), 2)])
 def test_networks_take_other_images_and_numbers_of_classes(name, shape, classes):
     model, specs = build_network(name, shape, classes, (classes,))
     parameters = Parameters(specs)

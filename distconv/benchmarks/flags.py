@@ -17,20 +17,24 @@ FLOATS = tuple(wire for wire in WIRES if wire not in EXACT)  # what needs no --s
 def step_flags(argv: Sequence[str]) -> argparse.Namespace:
     parser = Parser(
         prog="python -m distconv.bench step",
-        description="Time one training step of deepconvnet on these ranks, on random images of MNIST's shape, and show "
-        "where the\ntime goes. A barrier before each step; the slowest rank counts; medians. One BLAS thread a rank, "
-        "unless\nOMP_NUM_THREADS is set.",
+        description="Time one training step of a network on these ranks, on random images of the shape it is made "
+        "for, and show\nwhere the time goes. A barrier before each step; the slowest rank counts; medians. One BLAS "
+        "thread a rank, unless\nOMP_NUM_THREADS is set.",
         epilog="examples:\n"
         "  python -m distconv.bench step --png step.png\n"
         "  mpirun -n 2 python -m distconv.bench step --batch-size 100 --evaluate --json\n"
         "  mpirun -n 2 python -m distconv.bench step --against torch     # PyTorch takes turns with it\n"
-        "  python -m distconv.bench step --device cuda --precision tf32 --against torch     # eager, and as a graph\n"
-        "  python -m distconv.bench step --device cuda --against torch-compile     # compiled too, in minutes\n\n"
-        "--json: engine (distconv, torch, torch-ddp; on a GPU distconv, distconv-eager, torch, torch-graph, "
-        "torch-compile)\ndevice ranks threads batch_size wire phase (step, evaluate) median_seconds images_per_second.",
+        "  python -m distconv.bench step --model resnet20 --against torch-compile        # compiled, too, in minutes\n"
+        "  python -m distconv.bench step --device cuda --precision tf32 --against torch     # eager, and as a graph\n\n"
+        "--json: engine (distconv, torch, torch-ddp, and -compile; on a GPU distconv, distconv-eager, torch, "
+        "torch-graph,\ntorch-compile) device ranks threads batch_size wire phase (step, evaluate) median_seconds "
+        "images_per_second.",
     )
     parser.add_argument(
         "--batch-size", nargs="+", type=int, metavar="B", help="of all ranks (default: 100 400, on a GPU 4096 too)"
+    )
+    parser.add_argument(
+        "--model", default="deepconvnet", help="as in distconv.train (default: deepconvnet); your own takes 32 x 32 x 3"
     )
     parser.add_argument("--device", choices=DEVICES, default="auto", help="as in distconv.train (default: auto)")
     parser.add_argument("--precision", choices=PRECISIONS, default="float32", help="of a GPU's products")
@@ -45,7 +49,7 @@ def step_flags(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--against",
         choices=("torch", "torch-compile"),
-        help="run PyTorch beside it, on several ranks its DDP; torch-compile: on a GPU, its compiled model too",
+        help="run PyTorch beside it, on several ranks its DDP; torch-compile: its compiled model, too",
     )
     parser.add_argument("--png", type=Path, metavar="FILE", help="draw where the time goes")
     parser.add_argument("--json", action="store_true", help="one JSON object a line")

@@ -37,13 +37,13 @@ class LayerRow:
     nbytes: int
 
 
-def bench_gpu(world: World, precision: str, say: Callable[[str], None]) -> Bench:
+def bench_gpu(world: World, model: str, precision: str, say: Callable[[str], None]) -> Bench:
     """distconv with its steps recorded as graphs, and with kernels that start one by one; collective."""
 
     def bench(batch_size: int, repeats: int) -> tuple[list[Engine], Callable[[Sequence[Row]], tuple[Parts, str]]]:
-        settings = Config(batch_size=batch_size, epochs=1, device="cuda", precision=precision)
+        settings = Config(model=model, batch_size=batch_size, epochs=1, device="cuda", precision=precision)
         steps = steps_of_a_turn(batch_size)
-        runs = [build_run(settings, random_dataset(batch_size, repeats, steps), world, say) for _ in range(2)]
+        runs = [build_run(settings, random_dataset(model, batch_size, repeats, steps), world, say) for _ in range(2)]
         names = ("distconv", "distconv-eager")
         for run, graphs in zip(runs, (True, False), strict=True):
             run.replica.device.records = graphs
@@ -51,7 +51,7 @@ def bench_gpu(world: World, precision: str, say: Callable[[str], None]) -> Bench
         def look_inside(rows: Sequence[Row]) -> tuple[Parts, str]:
             replica = runs[0].replica
             step = next(r.median_seconds for r in rows if (r.engine, r.batch_size) == ("distconv", batch_size))
-            layers = layer_rows(replica, -(-batch_size // world.size))
+            layers = layer_rows(replica, model, -(-batch_size // world.size))
             parts = {(row.layer, row.way): row.seconds for row in layers}
             parts["rest", ""] = max(0.0, step - sum(parts.values()))
             try:
@@ -76,14 +76,14 @@ def _engine(name: str, run: Run, steps: int) -> Engine:
     return Engine(name, run.config.wire, turn, lambda: run.measure("test"), steps)
 
 
-def layer_rows(replica: Replica, batch_size: int) -> list[LayerRow]:
+def layer_rows(replica: Replica, name_of_model: str, batch_size: int) -> list[LayerRow]:
     """Both ways through each layer of the replica's model, on random numbers."""
     kernels, model = replica.kernels, replica.model
     assert isinstance(model, Chain)
     samples = kernels.device.upload(np.arange(batch_size, dtype=np.int32))
     context = Context(training=True, step=kernels.device.zeros(2, np.uint32), samples=samples, kernels=kernels)
-    x, _ = random_dataset(batch_size, 0).batch("train", samples, context)
-    flops = step_flops()
+    x, _ = random_dataset(name_of_model, batch_size, 0).batch("train", samples, context)
+    flops = step_flops(name_of_model)
     rows: list[LayerRow] = []
     for name, layer in model.layers:
         row, x = _both_ways(replica, name, layer, x, context.within(name), first=not rows)

@@ -1,13 +1,12 @@
-"""One training step and one evaluation of deepconvnet on these ranks, and where the time of the step goes.
+"""One training step and one evaluation of a network on these ranks, and where the time of the step goes.
 
-The step is the loop's own, on random images of MNIST's shape. Its layers, exchange and optimizer are put behind a
-stopwatch, which costs some 20 microseconds a step. Engines take turns, so that a disturbance of the machine meets all
-of them. Each turn begins with a barrier and takes as long as its slowest rank.
+The step is the loop's own, on random images of the shape that the network is made for. Its layers, exchange and
+optimizer are put behind a stopwatch, which costs some 20 microseconds a step. Engines take turns, so that a disturbance
+of the machine meets all of them. Each turn begins with a barrier and takes as long as its slowest rank.
 """
 
 from __future__ import annotations
 
-import math
 import resource
 import time
 from collections import defaultdict
@@ -22,12 +21,12 @@ from distconv.config import Config
 from distconv.data.dataset import Dataset
 from distconv.kernels.interface import Array
 from distconv.nn.layers import Backward, Chain, Context, Layer
-from distconv.nn.networks import deepconvnet
-from distconv.nn.parameters import Shape, Spec, Specs, Views
+from distconv.nn.networks import build_network, image_shape
+from distconv.nn.parameters import Shape, Specs, Views
+from distconv.nn.summary import parts
 from distconv.run.build import build_run
 from distconv.run.loop import StepRecord, train
 
-IMAGE_SHAPE: Shape = (28, 28, 1)
 CLASSES = 10
 WARM_UP = 3  # turns that do not count: they compile, touch memory and try the wire
 PRODUCT, PRODUCTS = 1024, 9  # rows and columns of the matrices whose product is the peak, and how often
@@ -120,10 +119,10 @@ class TimedChain(Chain):
         object.__setattr__(self, "layers", timed)  # as Chain itself does it
 
 
-def random_dataset(batch_size: int, repeats: int, steps: int = 1) -> Dataset:
-    """Enough images of MNIST's shape that no turn of so many steps ends an epoch, and a batch of test images."""
+def random_dataset(model: str, batch_size: int, repeats: int, steps: int = 1) -> Dataset:
+    """Enough images for a model that no turn of so many steps ends an epoch, and a batch of test images."""
     stream, count = np.random.default_rng(0), ((WARM_UP + repeats) * steps + 2) * batch_size
-    images = stream.integers(0, 256, (count, *IMAGE_SHAPE), np.uint8)
+    images = stream.integers(0, 256, (count, *image_shape(model)), np.uint8)
     labels = stream.integers(0, CLASSES, count, np.uint8)
     return Dataset("random", images, labels, images[:batch_size], labels[:batch_size], CLASSES)
 
@@ -140,9 +139,9 @@ def steps_of_a_turn(batch_size: int) -> int:
 class Trainer:
     """Our own engine on the CPU, with notes of each step. None of `repeats` steps ends an epoch; made collectively."""
 
-    def __init__(self, world: World, batch_size: int, repeats: int) -> None:
-        settings = Config(batch_size=batch_size, epochs=1, device="cpu")
-        run = build_run(settings, random_dataset(batch_size, repeats), world)
+    def __init__(self, world: World, model: str, batch_size: int, repeats: int) -> None:
+        settings = Config(model=model, batch_size=batch_size, epochs=1, device="cpu")
+        run = build_run(settings, random_dataset(model, batch_size, repeats), world)
         replica = run.replica
         assert isinstance(replica.model, Chain)
         self.run, self.watch = run, Stopwatch()
@@ -187,16 +186,16 @@ Parts = Mapping[tuple[str, str], float]
 Bench = Callable[[int, int], tuple[list[Engine], Callable[[Sequence[Row]], tuple[Parts, str]]]]
 
 
-def bench_cpu(world: World) -> Bench:
+def bench_cpu(world: World, model: str) -> Bench:
     """Collective."""
     peak = peak_flops(world)
 
     def bench(batch_size: int, repeats: int) -> tuple[list[Engine], Callable[[Sequence[Row]], tuple[Parts, str]]]:
-        trainer = Trainer(world, batch_size, repeats)
+        trainer = Trainer(world, model, batch_size, repeats)
 
         def look_inside(rows: Sequence[Row]) -> tuple[Parts, str]:
             breakdown = trainer.breakdown()
-            return breakdown.parts, where(breakdown, world.size, peak)
+            return breakdown.parts, where(breakdown, step_flops(model), world.size, peak)
 
         return [trainer.engine()], look_inside
 
@@ -223,21 +222,19 @@ def measure(
     ]
 
 
-def step_flops() -> dict[tuple[str, str], int]:
-    """Floating-point operations of one image in the matrix products of each layer's forward and backward pass.
+def step_flops(name: str) -> dict[tuple[str, str], int]:
+    """Floating-point operations of one image in the matrix products of the forward and backward pass of each layer.
 
-    dw and dx cost what y costs; the first layer needs no dx. Winograd's convolution takes fewer of them than this.
+    dw and dx cost what y costs; the first product needs no dx. Winograd's convolution takes fewer of them than this.
     """
-    model, shape = deepconvnet(CLASSES), IMAGE_SHAPE
-    assert isinstance(model, Chain)
-    parts: dict[tuple[str, str], int] = {}
-    for name, layer in model.layers:
-        shape, specs = layer.shapes(shape)
-        if isinstance(w := specs.get("W"), Spec):
-            flops = 2 * math.prod(w.shape) * math.prod(shape[:-1])
-            parts[name, "backward"] = flops * (2 if parts else 1)
-            parts[name, "forward"] = flops
-    return parts
+    model, _ = build_network(name, image_shape(name), CLASSES, (CLASSES,))
+    found: dict[tuple[str, str], int] = defaultdict(int)
+    for part in parts(model, image_shape(name)):
+        if part.flops:
+            layer = part.name.partition(".")[0]
+            found[layer, "backward"] += part.flops * (2 if found else 1)
+            found[layer, "forward"] += part.flops
+    return dict(found)
 
 
 def peak_flops(world: World) -> float:
@@ -268,9 +265,9 @@ def table(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
-def where(step: Breakdown, ranks: int, peak: float) -> str:
+def where(step: Breakdown, flops: Mapping[tuple[str, str], int], ranks: int, peak: float) -> str:
     """For people: the parts of a step in ms, its rate beside the peak (FLOP/s of all ranks), its memory."""
-    images, flops, seconds = -(-step.batch_size // ranks), step_flops(), sum(step.parts.values())  # of rank 0
+    images, seconds = -(-step.batch_size // ranks), sum(step.parts.values())  # of rank 0
     lines = [f"batch {step.batch_size}, rank 0:".ljust(20) + "forward   backward ms  of step  GFLOP/s"]
     for name in dict.fromkeys(name for name, _ in step.parts):
         ways = [step.parts.get((name, way), 0.0) for way in ("forward", "backward")]

@@ -10,19 +10,19 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from distconv.benchmarks.step import CLASSES, IMAGE_SHAPE, Engine, steps_of_a_turn
+from distconv.benchmarks.step import CLASSES, Engine, steps_of_a_turn
+from distconv.benchmarks.torch_model import translate
 from distconv.comm.world import World
 from distconv.data.dataset import Dataset
 from distconv.data.shard import split
 from distconv.errors import DistconvError, UsageError
 from distconv.kernels.cpu.device import Cpu
-from distconv.nn.layers import Affine, Chain, Conv, Dropout, Layer, MaxPool
-from distconv.nn.networks import deepconvnet
+from distconv.nn.layers import Layer
+from distconv.nn.networks import build_network
 
 HOST = "127.0.0.1"
 
@@ -31,14 +31,12 @@ Rivals = Callable[[Dataset, int], list[Engine]]  # for a data set and a global b
 
 
 @contextlib.contextmanager
-def rivals(world: World, threads: int, device: str, precision: str, compiled: bool) -> Iterator[Rivals]:
-    """What makes the engines; collective. device: cpu or cuda. compiled: the compiled model too, on a GPU.
+def rivals(world: World, model: str, threads: int, device: str, precision: str, compiled: bool) -> Iterator[Rivals]:
+    """What makes the engines; collective. device: cpu or cuda. compiled: the compiled model too.
 
     Raises DistconvError where there is no PyTorch for the device, UsageError for ranks that it cannot compare.
     """
     with world.together():
-        if compiled and device == "cpu":
-            raise UsageError("--against torch-compile compares on a GPU; on the CPU use --against torch")
         try:
             torch = importlib.import_module("torch")
         except (ImportError, OSError) as error:
@@ -58,12 +56,15 @@ def rivals(world: World, threads: int, device: str, precision: str, compiled: bo
         torch.backends.cudnn.benchmark = True
         torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
         names = ["torch", "torch-graph", *["torch-compile"] * compiled]
-        yield lambda dataset, batch_size: gpu_engines(torch, names, precision, dataset, batch_size)
+        yield lambda dataset, batch_size: gpu_engines(torch, model, names, precision, dataset, batch_size)
         return
     if world.size > 1:
         join(torch, world)
     try:
-        yield lambda dataset, batch_size: [make_engine(torch, world, dataset, batch_size)]
+        yield lambda dataset, batch_size: [
+            make_engine(torch, world, model, dataset, batch_size, with_compiler)
+            for with_compiler in ((False, True) if compiled else (False,))
+        ]
     finally:
         if world.size > 1:
             torch.distributed.destroy_process_group()
@@ -80,11 +81,17 @@ def join(torch: Any, world: World) -> None:
     torch.distributed.init_process_group("gloo", store=store, rank=world.rank, world_size=world.size)
 
 
-def gpu_engines(torch: Any, names: Sequence[str], precision: str, dataset: Dataset, batch_size: int) -> list[Engine]:
+def network(name: str, dataset: Dataset) -> Layer:
+    return build_network(name, dataset.image_shape, CLASSES, (CLASSES,))[0]
+
+
+def gpu_engines(
+    torch: Any, network_name: str, names: Sequence[str], precision: str, dataset: Dataset, batch_size: int
+) -> list[Engine]:
     """PyTorch on GPU 0: torch as it is, torch-graph with its step recorded, torch-compile with its model compiled."""
     made, steps = [], steps_of_a_turn(batch_size)
     for name in names:
-        model = translate(torch, deepconvnet(CLASSES)).cuda()
+        model = translate(torch, network(network_name, dataset), dataset.image_shape).cuda()
         optimizer = torch.optim.Adam(model.parameters(), lr=0.001, fused=True, capturable=name == "torch-graph")
         images = torch.from_numpy(dataset.train_images[:batch_size]).cuda().permute(0, 3, 1, 2)
         labels = torch.from_numpy(dataset.train_labels[:batch_size]).cuda().long()
@@ -152,15 +159,20 @@ def gpu_evaluation(torch: Any, model: Any, images: Any, labels: Any) -> Callable
     return evaluate
 
 
-def make_engine(torch: Any, world: World, dataset: Dataset, batch_size: int) -> Engine:
+def make_engine(
+    torch: Any, world: World, network_name: str, dataset: Dataset, batch_size: int, with_compiler: bool
+) -> Engine:
     """PyTorch, training on the data set's first images and evaluating its test images; collective."""
-    model = translate(torch, deepconvnet(CLASSES))
+    model = translate(torch, network(network_name, dataset), dataset.image_shape)
+    if with_compiler:
+        model = torch.compile(model)
     wrapped, name, wire = model, "torch", "none"
     if world.size > 1:
         hooks = importlib.import_module("torch.distributed.algorithms.ddp_comm_hooks.default_hooks")
         wrapped = torch.nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
         wrapped.register_comm_hook(None, hooks.fp16_compress_hook)
         name, wire = "torch-ddp", "float16"
+    name += "-compile" * with_compiler
     optimizer = torch.optim.Adam(model.parameters(), lr=0.001, fused=True)
     mine = split(batch_size, world.size, world.rank)
     # (N, H, W, 1) becomes (N, 1, H, W) without moving a byte, which is channels_last.
@@ -191,23 +203,3 @@ def make_engine(torch: Any, world: World, dataset: Dataset, batch_size: int) -> 
         return int(world.comm.allreduce(correct))
 
     return Engine(name, wire, step, evaluate)
-
-
-def translate(torch: Any, model: Layer) -> Any:
-    """The same network as a torch.nn.Sequential in channels_last."""
-    assert isinstance(model, Chain)
-    nn, modules, shape = torch.nn, [], IMAGE_SHAPE
-    for _, layer in model.layers:
-        if isinstance(layer, Conv):
-            modules.append(nn.Conv2d(shape[-1], layer.filters, layer.size, layer.stride, layer.margin))
-        elif isinstance(layer, MaxPool):
-            modules.append(nn.MaxPool2d(layer.size, layer.stride, layer.pad))
-        elif isinstance(layer, Affine):
-            modules += [nn.Flatten()] * (len(shape) == 3)
-            modules.append(nn.Linear(math.prod(shape), layer.outputs))
-        elif isinstance(layer, Dropout):
-            modules.append(nn.Dropout(layer.ratio))
-        if isinstance(layer, Conv | Affine) and layer.relu:
-            modules.append(nn.ReLU(inplace=True))
-        shape, _ = layer.shapes(shape)
-    return nn.Sequential(*modules).to(memory_format=torch.channels_last)

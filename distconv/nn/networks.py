@@ -147,6 +147,11 @@ NETWORKS = {
 }
 
 
+def image_shape(name: str) -> Shape:
+    """Of the images that a network is made for: MNIST's or CIFAR-10's."""
+    return (28, 28, 1) if name in ("deepconvnet", "simpleconvnet") else (32, 32, 3)
+
+
 def build_network(
     name: str, image_shape: Shape, classes: int, output_shape: Shape | None, model: Layer | None = None
 ) -> tuple[Layer, Specs]:

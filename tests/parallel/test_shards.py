@@ -23,7 +23,9 @@ from distconv.config import OPTIMIZERS, Config
 from distconv.data.dataset import Dataset
 from distconv.data.shard import Shards
 from distconv.errors import UsageError
+from distconv.nn.blocks import Branches, Residual
 from distconv.nn.layers import Affine, Chain, Conv, Dropout, Layer, MaxPool
+from distconv.nn.normalization import ConvNorm, Standardize
 from distconv.run import loop
 from distconv.run.build import build_run
 from distconv.run.run import Run
@@ -62,10 +64,16 @@ def told(run: Run) -> list[Any]:
 
 
 def some_network(rng: Generator) -> Layer:
-    """Layers of all roads of the CPU: Winograd's, of one channel, patches, any pooling, dropout."""
+    """Layers of all roads of the CPU: Winograd's, of one channel, patches, any pooling, dropout, batch norm, blocks."""
     filters = int(rng.choice([8, 16, 30]))
     first: list[Layer] = [Conv(filters, 3, 1, 1, relu=True), MaxPool()]
-    more = [Conv(16, 3, 1, 1, relu=True), Conv(int(rng.choice([5, 16])), 3, int(rng.integers(1, 3)), 1), Dropout(0.3)]
+    more: list[Layer] = [
+        Conv(16, 3, 1, 1, relu=True),
+        Residual(Chain(ConvNorm(16, stride=2), ConvNorm(16, relu=False)), ConvNorm(16, 1, 2, relu=False)),
+        Branches(ConvNorm(16, 1), Chain(ConvNorm(5, 1), ConvNorm(16, 5)), Chain(MaxPool(3, 1, 1), Conv(3, 1))),
+        Conv(int(rng.choice([5, 16])), 3, int(rng.integers(1, 3)), 1),
+        Dropout(0.3),
+    ]
     middle = [layer for layer in more if rng.random() < 0.7]
     return Chain(*first, *middle, Affine(int(rng.integers(3, 40)), relu=True), Dropout(0.5), Affine(4))
 
@@ -102,7 +110,7 @@ def test_every_optimizer_ends_with_the_bits_of_one_rank(world: World, alone: Wor
 
 
 def test_a_run_goes_on_in_the_middle_of_an_epoch_on_another_number_of_ranks(world: World, alone: World) -> None:
-    data, model = dataset(np.random.default_rng(1), 100, 10, 1), Chain(Conv(16, relu=True), MaxPool(), Affine(4))
+    data, model = dataset(np.random.default_rng(1), 100, 10, 1), Chain(ConvNorm(16), MaxPool(), Affine(4))
     wanted = told(build_run(SETTINGS, data, alone, model=model))
     first, middle = build_run(SETTINGS, data, world, model=model), None
     for record in loop.train(first, never):
@@ -113,6 +121,32 @@ def test_a_run_goes_on_in_the_middle_of_an_epoch_on_another_number_of_ranks(worl
     second.restore(*middle)
     rest = told(second)
     assert rest == wanted[-len(rest) :] and len(rest) == 3 + 1 + 2  # the steps 8 to 10, the epoch, test and digest
+
+
+@pytest.mark.parametrize("batch_size", [23, 7])
+def test_batch_norm_on_a_wire_of_floats_is_that_of_one_rank(world: World, alone: World, batch_size: int) -> None:
+    """Running means too. With 7 shards of 23 or of 7 samples, and a last batch of 4 or 2, some ranks have no sample."""
+    settings = dataclasses.replace(
+        SETTINGS, wire="float64", shards=7, batch_size=batch_size, epochs=1, optimizer="momentum", lr=0.01
+    )
+    data = dataset(np.random.default_rng(3), 23 * 4 + 4 if batch_size == 23 else 58, 9, 3)
+    body = Chain(ConvNorm(16, stride=2), ConvNorm(16, relu=False))
+    model = Chain(Standardize(), ConvNorm(8), Residual(body, ConvNorm(16, 1, 2, relu=False)), Affine(4))
+    one, many = (build_run(settings, data, where, model=model) for where in (alone, world))
+    share = one.replica.share(3, np.arange(batch_size), batch_size).copy()
+    many.replica.share(3, np.arange(batch_size)[many.shards.part(batch_size)], batch_size)
+    together = many.replica.sum_shares()
+    for name, wanted in one.parameters.named(share).items():
+        assert np.linalg.norm(many.parameters.named(together)[name] - wanted) <= 1e-12 * np.linalg.norm(wanted), name
+
+    first = one.parameters.vector.copy()
+    for run in (one, many):
+        list(loop.train(run, never))
+    for name, wanted in one.parameters.named(one.parameters.vector).items():
+        found = many.parameters.named(many.parameters.vector)[name]
+        assert np.linalg.norm(found - wanted) <= 1e-9 * np.linalg.norm(wanted), name
+        is_fixed = name.startswith("standardize1")
+        assert is_fixed == np.array_equal(wanted, one.parameters.named(first)[name]), name
 
 
 def vectors(count: int, size: int) -> np.ndarray:

@@ -1,0 +1,24 @@
+"""What the training command prints where it is asked for something else than training."""
+
+from __future__ import annotations
+
+from distconv.config import Config
+
+
+def printed(settings: Config, what: str) -> str:
+    """The settings as TOML (print_config), or the layers of the model (describe). Raises what reading data raises."""
+    return settings.toml() if what == "print_config" else _description(settings)
+
+
+def _description(settings: Config) -> str:
+    """For the images of the data set; where none is named, for those that the model is made for, of 10 classes."""
+    from distconv import data  # NumPy, which the settings can do without
+    from distconv.nn.networks import build_network, image_shape
+    from distconv.nn.summary import describe
+
+    shape, classes = image_shape(settings.model), 10
+    if settings.data != data.AUTO:
+        found = data.load(data.prepare(settings.data)[0])
+        shape, classes = found.image_shape, found.classes
+    model, _ = build_network(settings.model, shape, classes, None)
+    return f"{describe(settings.model, model, shape)}\n"
