@@ -146,10 +146,10 @@ def max_pool_forward(x: Array, K: int, stride: int, pad: int) -> tuple[Array, Ar
 
     The first of equal elements counts. pad is below K, so that no window lies in the padding alone.
     """
-    if _halves(x.dtype, x.shape, K, stride, pad):
+    if _pools_fast(x.dtype, x.shape, K):
         from distconv.kernels.cpu import pooling
 
-        return pooling.max_pool_forward(x)
+        return pooling.max_pool_forward(x, K, stride, pad)
     best, winner = None, None
     padded = np.pad(x, ((0, 0), (pad, pad), (pad, pad), (0, 0)), constant_values=-np.inf) if pad else x
     for i, window in enumerate(_window_offsets(padded, K, stride)):
@@ -165,10 +165,10 @@ def max_pool_forward(x: Array, K: int, stride: int, pad: int) -> tuple[Array, Ar
 
 def max_pool_backward(dy: Array, winner: Array, K: int, stride: int, pad: int, shape: tuple[int, ...]) -> Array:
     """Gradient dx of the given shape (N, H, W, C): each dy (N, OH, OW, C) goes to the element that won its window."""
-    if _halves(dy.dtype, shape, K, stride, pad):
+    if _pools_fast(dy.dtype, shape, K):
         from distconv.kernels.cpu import pooling
 
-        return pooling.max_pool_backward(dy, winner, shape)
+        return pooling.max_pool_backward(dy, winner, K, stride, pad, shape)
     N, H, W, C = shape
     padded = np.zeros((N, H + 2 * pad, W + 2 * pad, C), dy.dtype)
     for i, window in enumerate(_window_offsets(padded, K, stride)):
@@ -215,9 +215,9 @@ def split_channels(x: Array, sizes: Sequence[int]) -> Sequence[Array]:
     return [np.ascontiguousarray(part) for part in np.split(x, np.cumsum(sizes)[:-1], axis=-1)]
 
 
-def _halves(dtype: DTypeLike, shape: tuple[int, ...], K: int, stride: int, pad: int) -> bool:
+def _pools_fast(dtype: DTypeLike, shape: tuple[int, ...], K: int) -> bool:
     """Whether kernels.pooling can do such a pooling."""
-    return dtype == np.float32 and shape[3] % 16 == 0 and (K, stride, pad) == (2, 2, 0)
+    return dtype == np.float32 and shape[3] % 16 == 0 and K <= 16
 
 
 def _window_offsets(x: Array, K: int, stride: int) -> Iterator[Array]:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from llvmlite import ir
 from numba.core import cgutils, types
@@ -140,12 +140,20 @@ class Bytes(Value):
     def all(cls, builder: ir.IRBuilder, number: int) -> Bytes:
         return cls(builder, BYTES([number] * LANES))
 
+    @classmethod
+    def spread(cls, number: Index) -> Bytes:
+        """The number, from 0 to 255, in all of them."""
+        builder, lanes = number.builder, ir.VectorType(ir.IntType(32), LANES)
+        one = builder.insert_element(BYTES(ir.Undefined), builder.trunc(number.value, BYTES.element), ir.IntType(32)(0))
+        return cls(builder, builder.shuffle_vector(one, BYTES(ir.Undefined), lanes([0] * LANES)))
+
     def where(self, mask: ir.Value, otherwise: Bytes) -> Bytes:
         return Bytes(self.builder, self.builder.select(mask, self.value, otherwise.value))
 
-    def equal(self, number: int) -> ir.Value:
+    def equal(self, number: int | Index) -> ir.Value:
         """Mask of the bytes that are this number."""
-        return self.builder.icmp_unsigned("==", self.value, BYTES([number] * LANES))
+        other = Bytes.spread(number) if isinstance(number, Index) else Bytes.all(self.builder, number)
+        return self.builder.icmp_unsigned("==", self.value, other.value)
 
     @classmethod
     def load(cls, place: Pointer) -> Bytes:
@@ -163,18 +171,23 @@ def repeat(count: Index) -> Iterator[Index]:
         yield Index(count.builder, loop.index)
 
 
-class Sum:
-    """A Vector that a loop changes; it lives in a register."""
+Kind = TypeVar("Kind", Vector, Bytes)
 
-    def __init__(self, start: Vector) -> None:
+
+class Sum(Generic[Kind]):
+    """A Vector, or Bytes, that a loop changes; it lives in a register."""
+
+    def __init__(self, start: Kind) -> None:
         self.builder = start.builder
+        self.kind: type[Kind] = type(start)
         self.place = cgutils.alloca_once_value(start.builder, start.value)
 
-    def get(self) -> Vector:
-        return Vector(self.builder, self.builder.load(self.place))
+    def get(self) -> Kind:
+        value: Kind = self.kind(self.builder, self.builder.load(self.place))
+        return value
 
-    def set(self, vector: Vector) -> None:
-        self.builder.store(vector.value, self.place)
+    def set(self, value: Kind) -> None:
+        self.builder.store(value.value, self.place)
 
 
 def zeros(builder: ir.IRBuilder) -> Vector:
