@@ -9,7 +9,6 @@ import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 
-from distconv import config
 from distconv.benchmarks.flags import (
     accuracy_flags,
     check_png,
@@ -23,6 +22,7 @@ from distconv.comm.world import BLAS_THREADS, blas_threads
 from distconv.command_line import Parser
 from distconv.config import Config
 from distconv.errors import UsageError
+from distconv.settings import read_settings
 from distconv.supervise.launcher import end_on_sigterm, job_starter, refuse_to_nest
 
 
@@ -182,7 +182,7 @@ def scaling(argv: Sequence[str]) -> int:
 def accuracy(argv: Sequence[str]) -> int:
     """Starts jobs of distconv.train."""
     flags, train = accuracy_flags(argv)
-    config.from_command_line(train)  # raises for a flag that cannot be before anything is started
+    read_settings(train)  # raises for a flag that cannot be before anything is started
     refuse_to_nest("bench accuracy")
     starter = job_starter(flags.mpirun)
     end_on_sigterm()

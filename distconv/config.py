@@ -1,29 +1,20 @@
 """Every setting of a run in one frozen dataclass, which the command line, config.toml, checkpoints and logs all read.
 
-Precedence: flag > file (--config) > recipe > default. A field's metadata is its help text and the test that a value
-must pass.
+A field's metadata is its help text and the test that a value must pass. settings.py has what gives them their values.
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import math
-import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from distconv.command_line import Parser, nearest
-from distconv.errors import MissingInputError, UsageError
+from distconv.command_line import nearest
+from distconv.errors import UsageError
 from distconv.factory import is_factory
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 MODELS = ("deepconvnet", "simpleconvnet", "vgg11", "vgg16", "googlenet", "resnet20", "resnet56", "resnet18")
 CLASSIFY = "classify"
@@ -36,10 +27,8 @@ EXCHANGES = ("auto", "flat", "two-level", "buckets", "mpi", "nccl", "cuda-mpi")
 DEVICES = ("auto", "cpu", "cuda")
 PRECISIONS = ("float32", "tf32", "float16", "bfloat16")
 RESUME = ("auto", "never")
-RECIPES = {path.stem: path for path in sorted((Path(__file__).parent / "recipes").glob("*.toml"))}
 LR_BATCH = 100  # the batch size that --lr is meant for where --scale-lr is given
 MOST_SHARDS = 1024  # 16 bits leave each of them 5
-LARGEST_TOML = 1 << 14  # bytes: tomllib's time grows with the square of some files' length
 LONGEST_SHOWN = 200  # characters of a wrong value
 
 
@@ -284,74 +273,3 @@ def _toml_value(value: Any) -> str:
 def flag(name: str) -> str:
     """limit_train -> --limit-train"""
     return "--" + name.replace("_", "-")
-
-
-def read_toml(path: Path) -> dict[str, Any]:
-    """Settings from a file, which may begin with a byte order mark. Raises MissingInputError or UsageError."""
-    try:
-        if path.exists() and not path.is_file():  # to open a pipe is to wait for its writer
-            raise MissingInputError(f"--config {path} is not a file: give one that --print-config has written")
-        with path.open("rb") as file:
-            content = file.read(LARGEST_TOML + 1)
-        if len(content) > LARGEST_TOML:
-            raise UsageError(f"--config {path} has more than {LARGEST_TOML:,} bytes: settings take fewer than 1,000")
-        settings = tomllib.loads(content.decode("utf-8-sig"))
-    except RecursionError:
-        raise UsageError(f"--config {path} is not a TOML file of settings: it has lists within lists") from None
-    except ValueError as error:  # not UTF-8, not TOML, or a number of thousands of digits
-        raise UsageError(f"--config {path} is not a TOML file: {error}") from None
-    except OSError as error:
-        raise MissingInputError(f"--config {path} cannot be read: {error.strerror}") from None
-    names = [field.name for field in dataclasses.fields(Config)]
-    for name in settings:
-        if name not in names:
-            meant = nearest(name, " ".join(names))
-            raise UsageError(f"--config {path} sets {name[:LONGEST_SHOWN]}, which is no setting{meant}")
-    return settings
-
-
-def from_command_line(argv: Sequence[str]) -> tuple[Config, str]:
-    """The configuration, and what to do instead of training: print_config, describe or nothing.
-
-    Raises UsageError, MissingInputError.
-    """
-    parser = Parser(
-        prog="python -m distconv.train",
-        description="Train a convolutional network, its minibatches shared out among the ranks of an MPI job.",
-        epilog="examples:\n"
-        "  mpirun -n 4 python -m distconv.train\n"
-        "  mpirun -n 2 python -m distconv.train --data mnist --epochs 1 --target-accuracy 0.97\n"
-        "  mpirun -n 4 python -m distconv.train --out runs/mine      # again: goes on where it stopped\n"
-        "  python -m distconv.train --batch-size 400 --print-config > big.toml\n"
-        "  mpirun -n 4 python -m distconv.train --config big.toml --seed 1\n"
-        "  python -m distconv.train --model resnet20 --describe\n"
-        "  mpirun -n 2 python -m distconv.train --recipe mnist-fast      # 99 % within seconds\n\n"
-        "exit codes: 0 done, 1 failure or target missed, 2 usage, 65 bad data, 66 missing input, 69 cannot download,\n"
-        "70 replicas differ, 73 cannot create, 74 I/O, 75 stopped on request (run me again), 76 a rank hangs,\n"
-        "78 configurations differ",
-    )
-    for field in dataclasses.fields(Config):
-        shown = f" (default: {field.default})" if field.default not in ("", 0, 0.0) else ""
-        parser.add_argument(
-            flag(field.name),
-            type=type(field.default),
-            default=argparse.SUPPRESS,
-            metavar=type(field.default).__name__.upper().replace("STR", "NAME"),
-            help=(field.metadata["help"] + shown).replace("%", "%%"),
-        )
-    parser.add_argument(
-        "--recipe", choices=RECIPES, metavar="NAME", help=f"settings that go together: {', '.join(RECIPES)}; flags win"
-    )
-    parser.add_argument(
-        "--config", type=Path, metavar="FILE", help="TOML file with settings; wins over a recipe, and flags over it"
-    )
-    instead = {"print_config": "print the settings as TOML and stop", "describe": "print the layers and stop"}
-    for name, text in instead.items():
-        parser.add_argument(flag(name), action="store_true", help=text)
-    flags: Mapping[str, Any] = vars(parser.parse_args(argv))
-    settings = read_toml(RECIPES[flags["recipe"]]) if flags["recipe"] else {}
-    settings |= read_toml(flags["config"]) if flags["config"] else {}
-    settings |= {name: value for name, value in flags.items() if name not in ("recipe", "config", *instead)}
-    if settings.get("shards"):
-        settings.setdefault("wire", EXACT[0])
-    return Config(**settings), next((name for name in instead if flags[name]), "")

@@ -6,20 +6,20 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from distconv import config
 from distconv.comm.start import run_command
 from distconv.command_line import Parser
 from distconv.errors import CannotCreateError, UsageError
 from distconv.process.voice import write
 from distconv.run.folder import new_folder
 from distconv.run.instead import printed
+from distconv.settings import read_settings
 from distconv.supervise.launcher import job_command, job_starter, refuse_to_nest
 from distconv.supervise.supervisor import Supervisor
 
 
 def main(argv: Sequence[str]) -> int:
     flags, train = from_command_line(argv)
-    settings, instead = config.from_command_line(train)
+    settings, instead = read_settings(train)
     if instead:
         print(printed(settings, instead), end="")
         return 0

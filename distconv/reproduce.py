@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 from distconv.comm.start import run_command, start
 from distconv.command_line import Parser
-from distconv.config import Config, read_toml
+from distconv.config import Config
 from distconv.errors import MismatchError, MissingInputError
+from distconv.settings import read_toml
 
 if TYPE_CHECKING:
     from distconv.comm.world import World

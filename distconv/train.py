@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from distconv import config
 from distconv.comm.start import run_command, start
 from distconv.process.launched import launcher_rank
 from distconv.run.instead import printed
 from distconv.run.stopping import StopRequest
+from distconv.settings import read_settings
 
 
 def main(argv: Sequence[str]) -> int:
-    settings, instead = config.from_command_line(argv)
+    settings, instead = read_settings(argv)
     if instead:
         if launcher_rank() == 0:
             print(printed(settings, instead), end="")

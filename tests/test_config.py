@@ -14,12 +14,13 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from distconv import train
-from distconv.config import RECIPES, Config, flag, from_command_line, read_toml
+from distconv.config import Config, flag
 from distconv.errors import MissingInputError, UsageError
+from distconv.settings import RECIPES, read_settings, read_toml
 
 
 def parse(*arguments: str | Path) -> Config:
-    return from_command_line([str(argument) for argument in arguments])[0]
+    return read_settings([str(argument) for argument in arguments])[0]
 
 
 def refused(*arguments: str | Path) -> str:
@@ -85,7 +86,7 @@ def test_a_flag_goes_before_the_file_and_the_file_before_the_default(tmp_path: P
         ("ema", math.nan, "a fraction from 0 to below 1"),
         ("wire", "float8", "one of float16"),
         ("device", "tpu", "one of auto, cpu, cuda"),
-        ("model", "resnet", "one of deepconvnet, simpleconvnet, or package.module:function"),
+        ("model", "resnet", "one of deepconvnet, simpleconvnet, vgg11"),
         ("model", "deepconvnett", "did you mean deepconvnet?"),
         ("data", "", "name of a data set"),
         ("resume", "", "auto, never or a checkpoint file"),

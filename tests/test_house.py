@@ -22,6 +22,7 @@ FLOORS = (
     ("benchmarks", "checkup"),
     ("supervise",),
     ("run",),
+    ("settings",),
     ("config",),
     ("command_line",),
     ("tasks",),

@@ -13,9 +13,10 @@ from typing import Any
 
 import pytest
 
-from distconv.config import Config, from_command_line
+from distconv.config import Config
 from distconv.errors import UsageError
 from distconv.run.checkpoint import find_checkpoints
+from distconv.settings import read_settings
 from distconv.supervise.supervisor import last_record
 from tests import jobs
 from tests.test_train import metrics, parameters
@@ -140,18 +141,18 @@ def test_more_ranks_than_shards_are_one_sentence(tmp_path: Path) -> None:
     assert few.returncode == 2 and "--shards 6 with --batch-size 5: every shard needs an image" in few.stderr
 
 
-def test_shards_take_an_exact_wire_and_only_they_do() -> None:
-    assert from_command_line(["--shards", "4"])[0] == Config(shards=4, wire="int16")
-    assert from_command_line(["--shards", "4", "--wire", "int32"])[0].wire == "int32"
-    assert from_command_line(["--shards", "0"])[0].wire == "float16"
+def test_shards_take_an_exact_wire_where_none_is_named() -> None:
+    assert read_settings(["--shards", "4"])[0] == Config(shards=4, wire="int16")
+    assert read_settings(["--shards", "4", "--wire", "int32"])[0].wire == "int32"
+    assert read_settings(["--shards", "0"])[0].wire == "float16"
+    assert not read_settings(["--shards", "4", "--wire", "float16"])[0].is_exact  # for batch norm alone
     for wrong, part in (
-        (["--shards", "4", "--wire", "float16"], "--shards 4 with --wire float16: .* use --wire int16 or int32"),
         (["--wire", "int16"], "--wire int16 adds up shards: say how many by --shards"),
         (["--shards", "1025"], "--shards 1025: expected a whole number from 0 to 1024"),
         (["--shards", "-1"], "--shards -1: expected"),
     ):
         with pytest.raises(UsageError, match=part):
-            from_command_line(wrong)
+            read_settings(wrong)
 
 
 @pytest.mark.slow
