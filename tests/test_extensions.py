@@ -26,6 +26,7 @@ from tests.test_train import metrics, parameters
 BATCH = 33  # does not divide among two ranks
 EXAMPLES = {  # by what is taken from each, and how short a run tells enough
     "running_means": ("--model", "--data=digits", "--epochs=2", "--limit-train=99"),
+    "blocks": ("--model", "--data=digits", "--epochs=2", "--limit-train=99", "--shards=2"),
     "siamese": ("--model", "--data", "--task", "--epochs=3", "--limit-train=66"),
     "schedule": ("--optimizer", "--data=digits", "--model=simpleconvnet", "--epochs=3", "--limit-train=66"),
     "segmentation": ("--model", "--data", "--task", "--epochs=3", "--limit-train=99", "--lr=0.01"),
