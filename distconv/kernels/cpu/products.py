@@ -9,7 +9,7 @@ from llvmlite import ir
 from numpy.typing import NDArray
 
 from distconv.kernels.compiled import compiled
-from distconv.kernels.cpu.vector import LANES, Index, Pointer, Sum, emitted, repeat, zeros
+from distconv.kernels.cpu.vector import LANES, Index, Pointer, Sum, emitted_with, repeat, zeros
 
 Array = NDArray[Any]
 # A block of sums is ROWS x 2 vectors: 8 x 2 of the 32 registers of AVX-512, 4 x 2 of the 16 of AVX2. The latter are
@@ -18,13 +18,14 @@ ROWS = 8 if LANES == 16 else 4
 
 
 def _product_block(
-    builder: ir.IRBuilder, vectors: int, a: Pointer, a_row: Index, a_step: Index, b: Pointer, b_step: Index,
-    depth: Index, c: Pointer, c_row: Index, keep: Index
+    vectors: int, builder: ir.IRBuilder, a: Pointer, a_at: Index, a_row: Index, a_step: Index, b: Pointer, b_at: Index,
+    b_step: Index, depth: Index, c: Pointer, c_at: Index, c_row: Index, keep: Index
 ) -> None:  # fmt: skip
     """c (ROWS, vectors * LANES) = keep * c + a (ROWS, depth) @ b (depth, vectors * LANES), the sums in registers.
 
-    a[i, k] lies at a_row * i + a_step * k, b[k] at b_step * k, c[i] at c_row * i.
+    a[i, k] lies at a_at + a_row * i + a_step * k, b[k] at b_at + b_step * k, c[i] at c_at + c_row * i.
     """
+    a, b, c = a + a_at, b + b_at, c + c_at
     places = [[c + c_row * i + LANES * j for j in range(vectors)] for i in range(ROWS)]
     sums = [[Sum(zeros(builder)) for _ in row] for row in places]
     with builder.if_then(builder.trunc(keep.value, ir.IntType(1))):
@@ -42,20 +43,7 @@ def _product_block(
             place.store(total.get())
 
 
-@emitted
-def product_block_1(
-    builder: ir.IRBuilder, a: Pointer, a_at: Index, a_row: Index, a_step: Index, b: Pointer, b_at: Index,
-    b_step: Index, depth: Index, c: Pointer, c_at: Index, c_row: Index, keep: Index
-) -> None:  # fmt: skip
-    _product_block(builder, 1, a + a_at, a_row, a_step, b + b_at, b_step, depth, c + c_at, c_row, keep)
-
-
-@emitted
-def product_block_2(
-    builder: ir.IRBuilder, a: Pointer, a_at: Index, a_row: Index, a_step: Index, b: Pointer, b_at: Index,
-    b_step: Index, depth: Index, c: Pointer, c_at: Index, c_row: Index, keep: Index
-) -> None:  # fmt: skip
-    _product_block(builder, 2, a + a_at, a_row, a_step, b + b_at, b_step, depth, c + c_at, c_row, keep)
+product_block_1, product_block_2 = (emitted_with(vectors, _product_block) for vectors in (1, 2))
 
 
 @compiled

@@ -12,6 +12,7 @@ is told apart in Numba's cache as well, which keeps code apart by the same list 
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 from collections.abc import Callable, Iterator
 from typing import Any, Generic, TypeVar
@@ -213,6 +214,13 @@ def emitted(emit: Callable[..., None]) -> Callable[..., None]:
     typed.__name__ = emit.__name__
     operation: Callable[..., None] = intrinsic(typed)
     return operation
+
+
+def emitted_with(number: int, emit: Callable[..., None]) -> Callable[..., None]:
+    """emit(number, builder, *arguments) as an operation for this number, which is known when it is compiled."""
+    with_number = functools.partial(emit, number)
+    with_number.__name__ = f"{emit.__name__}_{number}"  # type: ignore[attr-defined]
+    return emitted(with_number)
 
 
 def _argument(context: Any, builder: ir.IRBuilder, kind: Any, value: ir.Value) -> Value:
