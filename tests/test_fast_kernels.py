@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 from distconv.kernels.cpu import arithmetic as cpu
 from distconv.kernels.cpu.products import matmul
 from distconv.kernels.cpu.vector import LANES
+from tests import reference
 
 TOLERANCE = 1e-4  # of each tensor's norm
 
@@ -35,7 +37,11 @@ ODD = [
     (9, 5, 1, 16, 2),
     (1, 1, 16, 16, 3),
 ]
-REFUSED = [(7, 6, 15, 16, 1), (7, 6, 16, 17, 1), (6, 6, 3, 16, 1)]  # channels that fill no vector: NumPy's road
+REFUSED = [
+    (7, 6, 15, 16, 1),
+    (7, 6, 16, 17, 1),
+    (6, 6, 3, 16, 1),
+]  # channels that fill no vector: NumPy, for dx at least
 cases = pytest.mark.parametrize(("H", "W", "C", "F", "pad"), NETWORK + ODD + REFUSED)
 
 
@@ -45,10 +51,10 @@ def assert_close(found: np.ndarray, expected: np.ndarray) -> None:
     assert np.linalg.norm(found - expected) <= TOLERANCE * np.linalg.norm(expected)
 
 
-def backward(x, y, dy, w, pad, relu, wants_dx):
+def backward(x, y, dy, w, pad, relu, wants_dx, stride=1):
     dw, db = np.zeros_like(w), np.zeros(w.shape[3], w.dtype)
     for _ in range(2):  # what is there stays in the sum
-        dx = cpu.conv_backward(x, y, dy, w, 1, pad, relu, dw, db, wants_dx)
+        dx = cpu.conv_backward(x, y, dy, w, stride, pad, relu, dw, db, wants_dx)
     return dw / 2, db / 2, dx
 
 
@@ -75,36 +81,136 @@ def test_convolution(H: int, W: int, C: int, F: int, pad: int, N: int, relu: boo
     assert_close(db, expected[1])
 
 
-def test_a_slice_of_a_batch_and_what_is_not_contiguous() -> None:
+# N, H, W, C, F, K, stride, pad: filters and strides of all kinds, on sizes that fill no block and no stride.
+ANY = [
+    (3, 5, 7, 16, 32, 1, 1, 0),
+    (1, 7, 4, 48, 16, 1, 2, 0),
+    (5, 3, 3, 16, 48, 1, 2, 1),
+    (2, 8, 8, 16, 32, 3, 2, 1),
+    (3, 7, 6, 32, 16, 3, 2, 1),
+    (1, 9, 5, 16, 16, 3, 3, 2),
+    (2, 6, 5, 32, 16, 5, 1, 2),
+    (1, 7, 5, 16, 48, 5, 2, 4),
+    (3, 2, 2, 32, 16, 3, 1, 1),
+    (2, 1, 5, 16, 16, 3, 1, 1),
+    (1, 5, 6, 16, 32, 2, 1, 0),
+    (2, 4, 3, 48, 16, 2, 3, 1),
+    (1, 3, 2, 16, 16, 2, 2, 4),  # windows that see nothing but padding
+    (9, 1, 1, 16, 16, 1, 1, 0),
+    (2, 1, 1, 16, 16, 1, 3, 0),
+    (3, 6, 7, 3, 32, 3, 1, 1),
+    (2, 8, 5, 3, 16, 5, 1, 2),
+    (1, 5, 5, 4, 48, 3, 2, 1),
+    (2, 5, 6, 2, 16, 1, 1, 0),
+    (3, 4, 6, 1, 16, 5, 1, 4),
+]
+
+
+@pytest.mark.parametrize("shape", ANY, ids=str)
+@pytest.mark.parametrize("relu", [True, False])
+def test_any_filter_and_stride_is_the_loops(shape: tuple[int, ...], relu: bool) -> None:
+    N, H, W, C, F, K, stride, pad = shape
     rng = np.random.default_rng(0)
-    x = rng.standard_normal((6, 9, 8, 32)).astype(np.float32)[::2, :, ::-1]
-    w, b = rng.standard_normal((3, 3, 32, 16)).astype(np.float32), np.zeros(16, np.float32)
-    y = cpu.conv_forward(x, w, b, 1, 1, True)
-    np.testing.assert_array_equal(y, cpu.conv_forward(x.copy(), w, b, 1, 1, True))
-    dy = rng.standard_normal((16, 9, 8, 3)).astype(np.float32).T
+    x, w, b = (rng.standard_normal(size).astype(np.float32) for size in ((N, H, W, C), (K, K, C, F), (F,)))
+    x.flags.writeable = False
+    y = cpu.conv_forward(x, w, b, stride, pad, relu)
+    expected = reference.conv_forward(x, w, b, stride, pad)
+    assert_close(y, np.maximum(expected, 0) if relu else expected)
+
+    dy = rng.standard_normal(y.shape).astype(np.float32)
+    dx, dw, db = reference.conv_backward(x, w, dy * (y > 0) if relu else dy, stride, pad)
+    for wants_dx in (True, False):
+        found = backward(x, y, dy, w, pad, relu, wants_dx, stride)
+        assert_close(found[0], dw)
+        assert_close(found[1], db)
+        if wants_dx:
+            assert_close(found[2], dx)
+        else:
+            assert found[2] is None
+
+
+# H, C, F, K, stride, pad, and who computes it
+LAYERS = [
+    (32, 3, 16, 3, 1, 1, "direct"),
+    (32, 16, 16, 3, 1, 1, "winograd"),
+    (32, 16, 32, 3, 2, 1, "direct"),
+    (32, 16, 32, 1, 2, 0, "direct"),
+    (8, 192, 64, 1, 1, 0, "direct"),
+    (8, 16, 32, 5, 1, 2, "direct"),
+    (4, 128, 128, 3, 1, 1, "winograd"),
+    (28, 1, 16, 3, 1, 1, "thin"),
+]
+
+
+@pytest.mark.parametrize("layer", LAYERS, ids=str)
+def test_the_layers_of_networks_are_compiled_and_their_gradients_are_adjoint(layer: tuple) -> None:
+    H, C, F, K, stride, pad, road = layer
+    rng = np.random.default_rng(0)
+    x, w = (rng.standard_normal(size).astype(np.float32) for size in ((5, H, H, C), (K, K, C, F)))
+    found = cpu._fast_road(x, w, stride, pad)
+    assert found is not None and found.__name__.endswith(road)
+    y = cpu.conv_forward(x, w, np.zeros(F, np.float32), stride, pad, False)
+    dy = rng.standard_normal(y.shape).astype(np.float32)
+    dw, _, dx = backward(x, y, dy, w, pad, False, True, stride)
+    product = np.vdot(y.astype(np.float64), dy)
+    error = TOLERANCE * np.linalg.norm(y) * np.linalg.norm(dy)
+    assert abs(np.vdot(x.astype(np.float64), dx) - product) <= error
+    assert abs(np.vdot(w.astype(np.float64), dw) - product) <= error
+
+
+kinds = pytest.mark.parametrize(
+    ("C", "K", "stride"), [(32, 3, 1), (32, 3, 2), (32, 1, 1), (16, 5, 1), (3, 3, 1)]
+)  # Winograd's, and four that are computed directly
+
+
+@kinds
+def test_no_images_give_no_output_and_no_gradient(C: int, K: int, stride: int) -> None:
+    x, w = np.empty((0, 8, 8, C), np.float32), np.ones((K, K, C, 16), np.float32)
+    y = cpu.conv_forward(x, w, np.ones(16, np.float32), stride, K // 2, True)
+    assert y.shape == (0, 8 // stride, 8 // stride, 16)
+    dw, db, dx = backward(x, y, y, w, K // 2, True, C == 32, stride)
+    assert not dw.any() and not db.any()
+    assert dx is None or dx.shape == x.shape
+
+
+@kinds
+def test_a_slice_of_a_batch_and_what_is_not_contiguous(C: int, K: int, stride: int) -> None:
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((6, 9, 8, C)).astype(np.float32)[::2, :, ::-1]
+    w, b = rng.standard_normal((K, K, C, 16)).astype(np.float32), np.zeros(16, np.float32)
+    y = cpu.conv_forward(x, w, b, stride, K // 2, True)
+    np.testing.assert_array_equal(y, cpu.conv_forward(x.copy(), w, b, stride, K // 2, True))
+    dy = rng.standard_normal(y.T.shape).astype(np.float32).T
     for one, other in zip(
-        backward(x, y, dy, w, 1, True, True), backward(x, y, dy.copy(), w, 1, True, True), strict=True
+        backward(x, y, dy, w, K // 2, True, C == 32, stride),
+        backward(x.copy(), y, dy.copy(), w, K // 2, True, C == 32, stride),
+        strict=True,
     ):
         np.testing.assert_array_equal(one, other)
 
 
-def test_an_image_has_the_same_output_in_any_batch() -> None:
+@kinds
+def test_an_image_has_the_same_output_and_dx_in_any_batch(C: int, K: int, stride: int) -> None:
     rng = np.random.default_rng(0)
-    x, w = (
-        rng.standard_normal((30, 14, 14, 16)).astype(np.float32),
-        rng.standard_normal((3, 3, 16, 32)).astype(np.float32),
-    )
+    x, w = (rng.standard_normal(size).astype(np.float32) for size in ((30, 14, 14, C), (K, K, C, 32)))
     b = np.ones(32, np.float32)
-    alone = np.concatenate([cpu.conv_forward(x[n : n + 1], w, b, 1, 1, False) for n in range(30)])
-    np.testing.assert_array_equal(cpu.conv_forward(x, w, b, 1, 1, False), alone)
+
+    def output_and_dx(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        y = cpu.conv_forward(images, w, b, stride, K // 2, True)
+        dx = backward(images, y, y, w, K // 2, True, True, stride)[2] if C % 16 == 0 else images
+        return y, dx
+
+    alone = [output_and_dx(x[n : n + 1]) for n in range(30)]
+    for together, one_by_one in zip(output_and_dx(x), zip(*alone, strict=True), strict=True):
+        np.testing.assert_array_equal(together, np.concatenate(one_by_one))
 
 
-@pytest.mark.parametrize("C", [1, 16])
-def test_what_is_not_a_number_shows(C: int) -> None:
-    x, w = np.full((1, 4, 4, C), np.nan, np.float32), np.ones((3, 3, C, 16), np.float32)
-    y = cpu.conv_forward(x, w, np.zeros(16, np.float32), 1, 1, True)
+@pytest.mark.parametrize(("C", "K", "stride"), [(1, 3, 1), (16, 3, 1), (3, 3, 1), (16, 1, 2)])
+def test_what_is_not_a_number_shows(C: int, K: int, stride: int) -> None:
+    x, w = np.full((1, 4, 4, C), np.nan, np.float32), np.ones((K, K, C, 16), np.float32)
+    y = cpu.conv_forward(x, w, np.zeros(16, np.float32), stride, K // 2, True)
     assert np.isnan(y).all()
-    dw, db, _ = backward(np.ones_like(x), np.ones_like(y), y, w, 1, True, False)
+    dw, db, _ = backward(np.ones_like(x), np.ones_like(y), y, w, K // 2, True, False, stride)
     assert np.isnan(dw).all()
     assert np.isnan(db).all()
 
@@ -149,7 +255,7 @@ numba.njit(lambda: None)()  # from here on Numba compiles for this machine, as i
 numba.config.CPU_FEATURES = {features!r}
 from distconv.kernels.cpu import products, vector
 assert (vector.LANES, products.ROWS) == {layout}
-sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", {here!r}, "-k", "convolution and True-5 or pooling"]))
+sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", {here!r}, "-k", "convolution and True-5 or loops or pooling"]))
 """
 
 
@@ -161,6 +267,37 @@ def test_the_layout_for_another_kind_of_processor_is_right_too(tmp_path: Path) -
     environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)}
     result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert result.returncode == 0 and " passed" in result.stdout, result.stdout + result.stderr
+
+
+BITS = """
+import hashlib, sys
+import numpy as np
+from distconv.kernels.cpu import arithmetic as cpu
+from distconv.kernels.cpu.vector import LANES
+rng, bits = np.random.default_rng(0), hashlib.sha256()
+for N, H, W, C, F, K, stride, pad in {shapes}:
+    x, w, b = (rng.standard_normal(size).astype(np.float32) for size in ((N, H, W, C), (K, K, C, F), (F,)))
+    dw, db, fast = np.ones_like(w), np.ones_like(b), C % 16 == 0
+    y = cpu.conv_forward(x, w, b, stride, pad, True)
+    dx = cpu.conv_backward(x, y, rng.standard_normal(y.shape).astype(np.float32), w, stride, pad, True, dw, db, fast)
+    for array in (y, dw, db) + (dx,) * fast:
+        bits.update(array.tobytes())
+print(LANES, bits.hexdigest())
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="names a processor of x86")
+def test_convolutions_have_the_same_bits_with_shorter_vectors() -> None:
+    code = BITS.format(shapes=[*ANY, (3, 9, 8, 16, 48, 3, 1, 1), (3, 9, 8, 1, 48, 3, 1, 1)])
+    features = ",".join(f"+{name}" for name in ("avx", "avx2", "fma", "f16c", "sse4.2", "bmi", "bmi2"))
+    told = []
+    for other in ({}, {"NUMBA_CPU_NAME": "haswell", "NUMBA_CPU_FEATURES": features}):
+        result = subprocess.run([sys.executable, "-c", code], env=os.environ | other, capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr
+        told.append(result.stdout.split())
+    assert told[0][1] == told[1][1]
+    assert told[0][0] == str(LANES) and told[1][0] == "8"
 
 
 def test_the_layout_is_that_of_the_processor_that_numba_compiles_for() -> None:

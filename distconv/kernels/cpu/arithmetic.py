@@ -56,8 +56,8 @@ def conv_forward(
     x: Array, w: Array, b: Array, stride: int, pad: int, relu: bool, multiply: Multiply = np.matmul
 ) -> Array:
     """Convolution, bias and, if asked, ReLU: x (N, H, W, C), w (K, K, C, F), b (F,) -> y (N, OH, OW, F)."""
-    if fast := _fast_road(x, w, stride):
-        found: Array = fast.conv_forward(x, w, b, pad, relu)
+    if fast := _fast_road(x, w, stride, pad):
+        found: Array = fast.conv_forward(x, w, b, stride, pad, relu)
         return found
     (N, H, W, _), (K, _, _, F) = x.shape, w.shape
     y = np.empty((N, output_size(H, K, stride, pad), output_size(W, K, stride, pad), F), x.dtype)
@@ -79,9 +79,9 @@ def conv_backward(
 
     y (N, OH, OW, F) is what conv_forward returned for x and w, dy its gradient.
     """
-    fast = _fast_road(x, w, stride)
-    if fast and not (wants_dx and fast.ONLY_FILTERS):
-        dx: Array | None = fast.conv_backward(x, y, dy, w, pad, relu, dw, db, wants_dx)
+    fast = _fast_road(x, w, stride, pad)
+    if fast and not (wants_dx and x.shape[3] % 16):  # their dx has channels that fill vectors
+        dx: Array | None = fast.conv_backward(x, y, dy, w, stride, pad, relu, dw, db, wants_dx)
         return dx
     if relu:
         dy = relu_backward(dy, y)
@@ -89,20 +89,22 @@ def conv_backward(
     return conv_backward_input(dy, w, stride, pad, x.shape, multiply) if wants_dx else None
 
 
-def _fast_road(x: Array, w: Array, stride: int) -> Any:
+def _fast_road(x: Array, w: Array, stride: int, pad: int) -> Any:
     """The module of compiled kernels for such a convolution, or None. Numba is imported when it is first needed."""
     K, _, C, F = w.shape
-    if not (K == 3 and stride == 1 and x.dtype == w.dtype == np.float32 and F % 16 == 0):
+    if not (x.dtype == w.dtype == np.float32 and F % 16 == 0):
         return None
-    if C % 16 == 0:
+    if K == 3 and stride == 1 and C % 16 == 0:
         from distconv.kernels.cpu import winograd
 
         return winograd
-    if C == 1:
+    if K == 3 and stride == 1 and C == 1:
         from distconv.kernels.cpu import thin
 
         return thin
-    return None
+    from distconv.kernels.cpu import direct
+
+    return direct
 
 
 def conv_backward_filters(

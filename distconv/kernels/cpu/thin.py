@@ -12,13 +12,12 @@ from distconv.kernels.compiled import compiled
 from distconv.kernels.cpu.vector import LANES, Index, Pointer, Sum, Vector, emitted, repeat, zeros
 
 Array = NDArray[Any]
-ONLY_FILTERS = True  # conv_backward does not know dx
 
 
-def conv_forward(x: Array, w: Array, b: Array, pad: int, relu: bool) -> Array:
+def conv_forward(x: Array, w: Array, b: Array, stride: int, pad: int, relu: bool) -> Array:
     """Convolution, bias and, if asked, ReLU: x (N, H, W, 1), w (3, 3, 1, F), b (F,) -> y (N, OH, OW, F), all float32.
 
-    F is a multiple of 16.
+    F is a multiple of 16, stride is 1.
     """
     padded = _padded(x, pad)
     N, H, W = padded.shape
@@ -28,7 +27,7 @@ def conv_forward(x: Array, w: Array, b: Array, pad: int, relu: bool) -> Array:
 
 
 def conv_backward(
-    x: Array, y: Array, dy: Array, w: Array, pad: int, relu: bool, dw: Array, db: Array, wants_dx: bool
+    x: Array, y: Array, dy: Array, w: Array, stride: int, pad: int, relu: bool, dw: Array, db: Array, wants_dx: bool
 ) -> None:
     """The adjoint of conv_forward, as far as it concerns the filters: add to dw (3, 3, 1, F) and db (F,)."""
     padded = _padded(x, pad)

@@ -116,6 +116,10 @@ class Pointer(Value):
         """The one float here, in all lanes."""
         return spread(self.builder, self.builder.load(self.value))
 
+    def index(self) -> Index:
+        """The one integer here, of 64 bits."""
+        return Index(self.builder, self.builder.load(self.value))
+
     def where(self, condition: ir.Value, otherwise: Pointer) -> Pointer:
         return Pointer(self.builder, self.builder.select(condition, self.value, otherwise.value))
 

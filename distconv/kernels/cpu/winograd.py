@@ -30,13 +30,12 @@ from distconv.kernels.cpu.zero_windows import fill_zero_windows
 Array = NDArray[Any]
 LINE = 16  # floats of a cache line
 CACHE = 1 << 17  # floats: half of a core's L2 cache to fill with tiles; 2^14 to 2^18 measured within 2 %
-ONLY_FILTERS = False  # conv_backward knows dx too
 
 
-def conv_forward(x: Array, w: Array, b: Array, pad: int, relu: bool) -> Array:
+def conv_forward(x: Array, w: Array, b: Array, stride: int, pad: int, relu: bool) -> Array:
     """Convolution, bias and, if asked, ReLU: x (N, H, W, C), w (3, 3, C, F), b (F,) -> y (N, OH, OW, F), all float32.
 
-    C and F are multiples of 16.
+    C and F are multiples of 16, stride is 1.
     """
     (N, H, W, C), F = x.shape, w.shape[3]
     y = np.empty((N, H + 2 * pad - 2, W + 2 * pad - 2, F), np.float32)
@@ -49,7 +48,7 @@ def conv_forward(x: Array, w: Array, b: Array, pad: int, relu: bool) -> Array:
 
 
 def conv_backward(
-    x: Array, y: Array, dy: Array, w: Array, pad: int, relu: bool, dw: Array, db: Array, wants_dx: bool
+    x: Array, y: Array, dy: Array, w: Array, stride: int, pad: int, relu: bool, dw: Array, db: Array, wants_dx: bool
 ) -> Array | None:
     """The adjoint of conv_forward: add to dw (3, 3, C, F) and db (F,), return dx (N, H, W, C) if it is wanted."""
     C, F = w.shape[2:]
