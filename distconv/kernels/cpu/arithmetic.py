@@ -97,7 +97,8 @@ def _fast_road(x: Array, w: Array, stride: int, pad: int) -> Any:
     if K == 3 and stride == 1 and C % 16 == 0:
         from distconv.kernels.cpu import winograd
 
-        return winograd
+        if winograd.pays(*(output_size(size, K, stride, pad) for size in x.shape[1:3])):
+            return winograd
     if K == 3 and stride == 1 and C == 1:
         from distconv.kernels.cpu import thin
 

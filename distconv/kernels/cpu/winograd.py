@@ -32,6 +32,11 @@ LINE = 16  # floats of a cache line
 CACHE = 1 << 17  # floats: half of a core's L2 cache to fill with tiles; 2^14 to 2^18 measured within 2 %
 
 
+def pays(OH: int, OW: int) -> bool:
+    """Whether the tiles of an output of this size are more than half full; direct.py is faster where they are not."""
+    return TILE * TILE * _tiles(OH, OW) < 2 * OH * OW
+
+
 def conv_forward(x: Array, w: Array, b: Array, stride: int, pad: int, relu: bool) -> Array:
     """Convolution, bias and, if asked, ReLU: x (N, H, W, C), w (3, 3, C, F), b (F,) -> y (N, OH, OW, F), all float32.
 
@@ -64,13 +69,17 @@ def conv_backward(
     return dx if wants_dx else None
 
 
+def _tiles(OH: int, OW: int) -> int:
+    return -(-OH // TILE) * -(-OW // TILE)
+
+
 def _room(shape: tuple[int, ...], C: int) -> tuple[int, Array, Array]:
     """How many images to take at a time for outputs (N, OH, OW, F), and room for their tiles, seen from both sides.
 
     All filters pass through the cache with every round, so large filters call for more images a round.
     """
     N, OH, OW, F = shape
-    tiles = -(-OH // TILE) * -(-OW // TILE)
+    tiles = _tiles(OH, OW)
     few = max(1, (CACHE + 2 * 36 * C * F) // (36 * tiles * (C + F)))
     few = -(-N // -(-N // few)) if N else 1  # as many rounds, but even ones: a short one takes the filters through too
     rows = -(-few * tiles // ROWS) * ROWS
