@@ -1,7 +1,6 @@
 """A network of one's own from the blocks of deep networks: a stem, a residual block, an inception block, a head.
 
-    mpirun -n 2 python -m distconv.train --data digits --model examples.blocks:model --epochs 10 --shards 2 \\
-        --lr 0.01 --schedule one-cycle
+    mpirun -n 2 python -m distconv.train --data digits --model examples.blocks:model --lr 0.01 --shards 2
     python -m distconv.train --data digits --model examples.blocks:model --describe
 
 Batch norm takes its statistics from the two shards of each batch, so one rank and two train the same network.
