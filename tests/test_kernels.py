@@ -278,7 +278,7 @@ def test_batch_norm_is_that_of_the_loops(dtype: type, relu: bool, shape: tuple[i
         np.testing.assert_allclose(found, one, rtol=10 * TOLERANCE[dtype], atol=1e-12)
 
     dgamma, dbeta = np.full(C, 2, dtype), np.full(C, 3, dtype)  # they are added to
-    dx = norm.norm_backward(x, read_only(y), dy, gamma, mean, variance, 1e-3, relu, dgamma, dbeta)
+    dx = norm.norm_backward(x, dy, gamma, beta, mean, variance, 1e-3, relu, dgamma, dbeta)
     gated = np.where(y > 0, dy, 0) if relu else dy
     wanted_dx, wanted_dgamma, wanted_dbeta = reference.norm_backward(
         x.reshape(-1, C), gamma, gated.reshape(-1, C), 1e-3

@@ -113,7 +113,7 @@ class Kernels(Protocol):
         self, x: Array, gamma: Array, beta: Array, epsilon: float, relu: bool
     ) -> tuple[Array, Array, Array]: ...
     def norm_backward(
-        self, x: Array, y: Array, dy: Array, gamma: Array, mean: Array, variance: Array, epsilon: float, relu: bool,
+        self, x: Array, dy: Array, gamma: Array, beta: Array, mean: Array, variance: Array, epsilon: float, relu: bool,
         dgamma: Array, dbeta: Array
     ) -> Array: ...  # fmt: skip
     def norm_follow(

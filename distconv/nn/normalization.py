@@ -49,7 +49,7 @@ class BatchNorm:
             batch = mean, variance
             kernels.norm_follow(grads["mean"], grads["variance"], *running, *batch, share, M / max(1, M - 1))
             dx: Array = kernels.norm_backward(
-                x, y, dy, gamma, *batch, self.epsilon, self.relu, grads["gamma"], grads["beta"]
+                x, dy, gamma, beta, *batch, self.epsilon, self.relu, grads["gamma"], grads["beta"]
             )
             return dx
 

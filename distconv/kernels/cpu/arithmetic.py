@@ -79,6 +79,8 @@ def conv_backward(
 
     y (N, OH, OW, F) is what conv_forward returned for x and w, dy its gradient.
     """
+    if not relu:
+        y = dy  # which is read anyway
     fast = _fast_road(x, w, stride, pad)
     if fast and not (wants_dx and x.shape[3] % 16):  # their dx has channels that fill vectors
         dx: Array | None = fast.conv_backward(x, y, dy, w, stride, pad, relu, dw, db, wants_dx)

@@ -37,28 +37,30 @@ def norm_forward(x: Array, gamma: Array, beta: Array, epsilon: float, relu: bool
 
 
 def norm_backward(
-    x: Array, y: Array, dy: Array, gamma: Array, mean: Array, variance: Array, epsilon: float, relu: bool,
+    x: Array, dy: Array, gamma: Array, beta: Array, mean: Array, variance: Array, epsilon: float, relu: bool,
     dgamma: Array, dbeta: Array
 ) -> Array:  # fmt: skip
-    """The adjoint of norm_forward, which returned y, mean and variance: add to dgamma and dbeta (C,), return dx.
+    """The adjoint of norm_forward, which returned mean and variance: add to dgamma and dbeta (C,), return dx.
 
     The statistics depend on x, so dx = factor (g - mean(g) - s mean(g s)) with s = (x - mean) / deviation, and g = dy
-    where y is positive, if there is a ReLU.
+    where y is positive, if there is a ReLU. Whether it is, is found from x: y need not be read again.
     """
     C, dtype = x.shape[-1], x.dtype.type
     M, inverse = x.size // C, 1 / np.sqrt(variance + dtype(epsilon))
+    factor = gamma / np.sqrt(variance + dtype(epsilon))  # the bits of norm_forward
     if _is_wide(x):
         sums, products, dx = np.empty(C, x.dtype), np.empty(C, x.dtype), np.empty(x.shape, x.dtype)
-        arrays = _pixels(x), _pixels(y), _pixels(np.ascontiguousarray(dy)), np.float32(0.0 if relu else np.nan)
-        _gradient_sums(*arrays, _rows(x), mean, sums, products)
+        floor = np.float32(0.0 if relu else np.nan)
+        arrays = _pixels(x), _pixels(np.ascontiguousarray(dy)), _rows(x), floor, mean, factor, beta
+        _gradient_sums(*arrays, sums, products)
         products *= inverse
-        factor = gamma * inverse
-        slope, offset = -factor * inverse * products / dtype(M), -factor * sums / dtype(M)
-        _gradient(*arrays, _rows(x), mean, factor, slope, offset, _pixels(dx))
+        slope, shift = -factor * inverse * products / dtype(M), -factor * sums / dtype(M)
+        _gradient(*arrays, slope, shift, _pixels(dx))
     else:
-        g, s = _pixels(np.where(y > 0, dy, 0) if relu else dy), (_pixels(x) - mean) * inverse
+        gap = _pixels(x) - mean
+        g, s = _pixels(dy) * (gap * factor + beta > 0) if relu else _pixels(dy), gap * inverse
         sums, products = g.sum(axis=0), (g * s).sum(axis=0)
-        dx = (gamma * inverse * (g - sums / dtype(M) - s * (products / dtype(M)))).reshape(x.shape)
+        dx = (factor * (g - sums / dtype(M) - s * (products / dtype(M)))).reshape(x.shape)
     dgamma += products
     dbeta += sums
     return dx
@@ -138,34 +140,41 @@ def block_statistics(
     (squares + c).store(around.get())
 
 
+def _gap_and_g(
+    x: Pointer, dy: Pointer, place: Index, middle: Vector, factor: Vector, offset: Vector, floor: Vector
+) -> tuple[Vector, Vector]:
+    """x - mean, and g: dy where factor (x - mean) + offset > floor; a floor of NaN: everywhere."""
+    gap = (x + place).load() - middle
+    return gap, (dy + place).load().where(gap.times(factor, offset).above(floor), zeros(x.builder))
+
+
 @emitted
 def block_gradient_sums(
-    builder: ir.IRBuilder, x: Pointer, y: Pointer, dy: Pointer, at: Index, rows: Index, C: Index, floor: Vector,
-    mean: Pointer, c: Index, sums: Pointer, products: Pointer
+    builder: ir.IRBuilder, x: Pointer, dy: Pointer, at: Index, rows: Index, C: Index, floor: Vector, mean: Pointer,
+    factor: Pointer, offset: Pointer, c: Index, sums: Pointer, products: Pointer
 ) -> None:  # fmt: skip
-    """Sums of g and of g (x - mean), of LANES channels of `rows` pixels; g = dy where y > floor."""
-    middle, zero = (mean + c).load(), zeros(builder)
-    first, second = Sum(zero), Sum(zero)
+    """Sums of g and of g (x - mean), of LANES channels of `rows` pixels."""
+    gate = *((array + c).load() for array in (mean, factor, offset)), floor
+    first, second = Sum(zeros(builder)), Sum(zeros(builder))
     with repeat(rows) as row:
-        place = at + C * row
-        g = (dy + place).load().where((y + place).load().above(floor), zero)
+        gap, g = _gap_and_g(x, dy, at + C * row, *gate)
         first.set(first.get() + g)
-        second.set(((x + place).load() - middle).times(g, second.get()))
+        second.set(gap.times(g, second.get()))
     (sums + c).store(first.get())
     (products + c).store(second.get())
 
 
 @emitted
 def block_gradient(
-    builder: ir.IRBuilder, x: Pointer, y: Pointer, dy: Pointer, at: Index, rows: Index, C: Index, floor: Vector,
-    mean: Pointer, factor: Pointer, slope: Pointer, offset: Pointer, c: Index, dx: Pointer
+    builder: ir.IRBuilder, x: Pointer, dy: Pointer, at: Index, rows: Index, C: Index, floor: Vector, mean: Pointer,
+    factor: Pointer, offset: Pointer, slope: Pointer, shift: Pointer, c: Index, dx: Pointer
 ) -> None:  # fmt: skip
-    """dx = factor g + slope (x - mean) + offset, of LANES channels of `rows` pixels."""
-    middle, a, b, d, zero = *((array + c).load() for array in (mean, factor, slope, offset)), zeros(builder)
+    """dx = factor g + slope (x - mean) + shift, of LANES channels of `rows` pixels."""
+    middle, a, b, d, e = ((array + c).load() for array in (mean, factor, offset, slope, shift))
     with repeat(rows) as row:
         place = at + C * row
-        g = (dy + place).load().where((y + place).load().above(floor), zero)
-        (dx + place).store(g.times(a, ((x + place).load() - middle).times(b, d)))
+        gap, g = _gap_and_g(x, dy, place, middle, a, b, floor)
+        (dx + place).store(g.times(a, gap.times(d, e)))
 
 
 @emitted
@@ -200,15 +209,17 @@ def _statistics(x: Array, rows: int, mean: Array, variance: Array) -> None:
 
 @compiled
 def _gradient_sums(
-    x: Array, y: Array, dy: Array, floor: np.float32, rows: int, mean: Array, sums: Array, products: Array
-) -> None:
+    x: Array, dy: Array, rows: int, floor: np.float32, mean: Array, factor: Array, offset: Array, sums: Array,
+    products: Array
+) -> None:  # fmt: skip
     M, C = x.shape
     block_sums, block_products = np.empty(C, np.float32), np.empty(C, np.float32)
     all_sums, all_products = np.zeros(C), np.zeros(C)
     for first in range(0, M, rows):
         n = min(rows, M - first)
         for c in range(0, C, LANES):
-            block_gradient_sums(x, y, dy, first * C + c, n, C, floor, mean, c, block_sums, block_products)
+            at = first * C + c
+            block_gradient_sums(x, dy, at, n, C, floor, mean, factor, offset, c, block_sums, block_products)
         for c in range(C):
             all_sums[c] += block_sums[c]
             all_products[c] += block_products[c]
@@ -219,14 +230,14 @@ def _gradient_sums(
 
 @compiled
 def _gradient(
-    x: Array, y: Array, dy: Array, floor: np.float32, rows: int, mean: Array, factor: Array, slope: Array,
-    offset: Array, dx: Array
+    x: Array, dy: Array, rows: int, floor: np.float32, mean: Array, factor: Array, offset: Array, slope: Array,
+    shift: Array, dx: Array
 ) -> None:  # fmt: skip
     M, C = x.shape
     for first in range(0, M, rows):
         n = min(rows, M - first)
         for c in range(0, C, LANES):
-            block_gradient(x, y, dy, first * C + c, n, C, floor, mean, factor, slope, offset, c, dx)
+            block_gradient(x, dy, first * C + c, n, C, floor, mean, factor, offset, slope, shift, c, dx)
 
 
 @compiled
