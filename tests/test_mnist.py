@@ -20,7 +20,7 @@ import pytest
 import requests  # noqa: F401 (now, not when a mirror's time already runs)
 
 from distconv import data
-from distconv.data import mnist
+from distconv.data import download, mnist
 from distconv.data.__main__ import main as fetch_main
 from distconv.errors import BadDataError, CannotCreateError, DownloadError, MissingInputError
 from tests import files
@@ -179,8 +179,8 @@ def test_offline_opens_no_connection_and_names_the_four_files(monkeypatch: pytes
 @contextlib.contextmanager
 def mirrors(monkeypatch: pytest.MonkeyPatch, *answers: files.Answer) -> Iterator[list[Mirror]]:
     """Mirrors that answer so, in this order; patience with those that do not is short."""
-    monkeypatch.setattr(mnist, "SECONDS_TO_FIRST_BYTE", 0.5 if files.silent in answers else 20.0)
-    monkeypatch.setattr(mnist, "SECONDS_BETWEEN_BYTES", 0.5 if files.stalling in answers else 20.0)
+    monkeypatch.setattr(download, "SECONDS_TO_FIRST_BYTE", 0.5 if files.silent in answers else 20.0)
+    monkeypatch.setattr(download, "SECONDS_BETWEEN_BYTES", 0.5 if files.stalling in answers else 20.0)
     monkeypatch.setattr("tqdm.tqdm.monitor_interval", 0)  # no thread of its own
     before = set(threading.enumerate())
     with contextlib.ExitStack() as stack:
@@ -265,7 +265,7 @@ def test_a_cache_that_cannot_be_made_says_which_variable_helps(tmp_path: Path, p
 
 
 def test_a_lock_that_is_never_released_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mnist, "LOCK_SECONDS", 0.1)
+    monkeypatch.setattr(download, "LOCK_SECONDS", 0.1)
     mnist.cache_folder().mkdir(parents=True)
     lock = mnist.cache_folder() / "lock"
     with filelock.FileLock(lock), pytest.raises(DownloadError, match=str(lock)):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from distconv.data import digits, mnist, npz
+from distconv.data import digits, download, mnist, npz
 from distconv.data.data import Data, is_data
 from distconv.data.dataset import Dataset as Dataset
 from distconv.errors import CannotCreateError, DownloadError, MissingInputError, UsageError
@@ -33,7 +33,7 @@ def prepare(name: str) -> tuple[str, str]:
         if isinstance(error, CannotCreateError):
             why = str(error)
         else:
-            why = "it is not on this machine and " + ("offline is set" if mnist.offline() else "no mirror answers")
+            why = "it is not on this machine and " + ("offline is set" if download.offline() else "no mirror answers")
         return "digits", f"no MNIST ({why}): training on the built-in digits; --data DIR names a folder with MNIST"
     return "mnist", ""
 

@@ -6,21 +6,14 @@ will do.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import logging
-import os
-import tempfile
-import threading
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import platformdirs
 
-from distconv.data import idx
+from distconv.data import download, idx
 from distconv.data.dataset import Bytes, Dataset
-from distconv.errors import BadDataError, CannotCreateError, DistconvError, DownloadError, MissingInputError
+from distconv.errors import BadDataError, DistconvError, DownloadError, MissingInputError
 
 FILES = {  # name: (dimensions, SHA-256 of the decompressed file)
     "train-images-idx3-ubyte": (3, "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db"),
@@ -32,9 +25,6 @@ MIRRORS = (
     "https://storage.googleapis.com/cvdf-datasets/mnist/",
     "https://ossci-datasets.s3.amazonaws.com/mnist/",
 )
-SECONDS_TO_FIRST_BYTE = 4.0  # a mirror; two of them stay below the ten seconds that a user should wait for nothing
-SECONDS_BETWEEN_BYTES = 20.0
-LOCK_SECONDS = 900.0
 
 
 def load_folder(folder: Path) -> Dataset:
@@ -74,30 +64,24 @@ def find() -> Dataset | None:
     try:
         return _read_mnist(chosen_folder())
     except DistconvError:
-        if os.environ.get("DISTCONV_DATA_DIR"):
+        if download.chosen_folder():
             raise
         return None
 
 
 def cache_folder() -> Path:
-    """Where downloads go: distconv/mnist in the user's cache folder."""
-    return Path(platformdirs.user_cache_dir("distconv")) / "mnist"
+    """Where downloads go."""
+    return download.cache_folder("mnist")
 
 
 def chosen_folder() -> Path:
     """The folder that should hold MNIST: DISTCONV_DATA_DIR, or the user's cache."""
-    chosen = os.environ.get("DISTCONV_DATA_DIR")
-    return Path(chosen) if chosen else cache_folder()
+    return download.chosen_folder() or cache_folder()
 
 
 def is_complete(folder: Path) -> bool:
     """Whether all four files are there; what is in them is not read."""
     return all(_existing(folder, file) for file in FILES)
-
-
-def offline() -> bool:
-    """Whether DISTCONV_OFFLINE forbids to open a connection."""
-    return os.environ.get("DISTCONV_OFFLINE", "") not in ("", "0")
 
 
 def load() -> Dataset:
@@ -111,33 +95,23 @@ def fetch() -> Path:
     Raises DownloadError where no mirror answers, MissingInputError where DISTCONV_OFFLINE=1 forbids to ask,
     CannotCreateError where the folder cannot be written, BadDataError where DISTCONV_DATA_DIR holds other files.
     """
-    chosen, folder = os.environ.get("DISTCONV_DATA_DIR"), chosen_folder()
+    folder = chosen_folder()
     problems = {file: problem for file in FILES if (problem := _problem(folder, file))}
     if not problems:
         return folder
     for file, problem in problems.items():
-        if chosen and _existing(folder, file):
+        if download.chosen_folder() and _existing(folder, file):
             raise problem  # a user's own file is not replaced
-    if offline():
+    if download.offline():
         damaged = next((str(problem) for problem in problems.values() if isinstance(problem, BadDataError)), "")
         raise MissingInputError(
             f"{damaged or f'MNIST is not in {folder}'}; DISTCONV_OFFLINE forbids to fetch it: set DISTCONV_DATA_DIR to "
             f"a folder with {', '.join(FILES)} (plain or .gz), or use --data digits"
         )
-    import filelock  # slow to import, seldom needed
-
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with filelock.FileLock(folder / "lock", timeout=LOCK_SECONDS):
-            for file in problems:
-                if _problem(folder, file):
-                    _fetch(file, folder)
-    except filelock.Timeout:
-        raise DownloadError(f"another process has held {folder / 'lock'} for {LOCK_SECONDS:.0f} s: end it") from None
-    except OSError as error:
-        raise CannotCreateError(
-            f"{folder} cannot be written ({error}): set XDG_CACHE_HOME or DISTCONV_DATA_DIR"
-        ) from None
+    with download.alone_in(folder):
+        for file in problems:
+            if _problem(folder, file):
+                _fetch(file, folder)
     return folder
 
 
@@ -185,74 +159,16 @@ def _idx_digest(array: Bytes) -> str:
     return sha.hexdigest()
 
 
-def _fetch(file: str, cache: Path) -> None:
-    """Bring one file into the cache from the first mirror that gives it whole; it gets its name when verified."""
-    failures = []
-    for mirror in MIRRORS:
-        with tempfile.TemporaryDirectory(prefix="fetching-", dir=cache, ignore_cleanup_errors=True) as temporary:
-            failure = _download(f"{mirror}{file}.gz", Path(temporary), f"{file}.gz")
-            problem = failure or _problem(Path(temporary), file)
-            if problem is None:
-                (Path(temporary) / f"{file}.gz").replace(cache / f"{file}.gz")
-                (cache / file).unlink(missing_ok=True)  # a damaged one would be found first
-                return
-            failures.append(f"{mirror}: {problem}")
-    raise DownloadError(
-        f"MNIST could not be fetched ({'; '.join(failures)}): copy {', '.join(FILES)} (plain or .gz) "
-        f"into {cache}, or name their folder by DISTCONV_DATA_DIR, or train with --data digits"
-    )
+def _fetch(file: str, folder: Path) -> None:
+    """Bring one file into the folder; it gets its name when it is verified. Raises DownloadError."""
 
+    def keep(got: Path) -> None:
+        _read_verified(got.parent, file)
+        got.replace(folder / got.name)
+        (folder / file).unlink(missing_ok=True)  # a damaged one would be found first
 
-def _download(url: str, folder: Path, name: str) -> str | None:
-    """Download url to folder / name with a progress bar. Returns what went wrong, if anything.
-
-    The work is done in a thread that is left behind when no byte comes in time: name look-up and connection attempts
-    have no time limit of their own that could be trusted.
-    """
-    import pooch  # slow to import, seldom needed
-
-    pooch.get_logger().setLevel(logging.ERROR)
-    progress = _Progress(name)
-    outcome: list[str] = []
-
-    def work() -> None:
-        downloader = pooch.HTTPDownloader(progressbar=progress, timeout=(SECONDS_TO_FIRST_BYTE, SECONDS_BETWEEN_BYTES))
-        try:
-            pooch.retrieve(url, known_hash=None, fname=name, path=folder, downloader=downloader)
-        except Exception as error:  # whatever it was: the next mirror may do better
-            outcome.append(f"{type(error).__name__}")
-        progress.started.set()
-
-    thread = threading.Thread(target=work, daemon=True)
-    thread.start()
-    if not progress.started.wait(SECONDS_TO_FIRST_BYTE):
-        return f"no answer within {SECONDS_TO_FIRST_BYTE:.0f} s"
-    thread.join()
-    return outcome[0] if outcome else None
-
-
-class _Progress:
-    """tqdm as pooch wants it, shown on a terminal only, that also tells when the first bytes have come."""
-
-    def __init__(self, name: str) -> None:
-        self.started = threading.Event()
-        self.name = name
-        self.total = 0
-        self.bar: Any = None
-
-    def update(self, count: int) -> None:
-        from tqdm import tqdm
-
-        if self.bar is None:
-            self.bar = tqdm(desc=self.name, total=self.total, unit="B", unit_scale=True, disable=None)
-        self.started.set()
-        self.bar.update(count)
-
-    def reset(self) -> None:
-        """pooch resets the bar at the end to show it full."""
-        if self.bar is not None:
-            self.bar.reset()
-
-    def close(self) -> None:
-        with contextlib.suppress(AttributeError):
-            self.bar.close()
+    if failures := download.from_first([f"{mirror}{file}.gz" for mirror in MIRRORS], folder, keep):
+        raise DownloadError(
+            f"MNIST could not be fetched ({failures}): copy {', '.join(FILES)} (plain or .gz) "
+            f"into {folder}, or name their folder by DISTCONV_DATA_DIR, or train with --data digits"
+        )
