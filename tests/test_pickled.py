@@ -312,6 +312,7 @@ def test_no_pickle_crashes_the_interpreter_or_keeps_it_busy(tmp_path: Path) -> N
         ({"W1": np.array([1, np.nan])}, "'W1'"),
         ({"W1": np.ones(2, complex)}, "'W1'"),
         ({"W1": np.ones(2, int)}, "'W1'"),
+        ({"W1": np.ones(2, np.uint8)}, "'W1'"),
         ({"W1": np.array([1.0, None])}, "'W1'"),
         ({1: np.ones(2)}, "a int for a name"),
         ({"nested": {"W1": np.ones(2)}}, "'nested'"),

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import numpy as np
 
+from distconv.data.unpickler import PickledArray, load
 from distconv.errors import BadDataError, MismatchError, MissingInputError, StorageError
 from distconv.kernels.interface import Array
 from distconv.nn.layers import Affine, Chain, Conv, Layer
 from distconv.nn.parameters import Parameters, Shape
-from distconv.run.unpickler import PickledArray, load
 
 LARGEST = 1 << 30  # bytes of a file
 
@@ -47,7 +47,8 @@ def read_pickle(path: Path) -> dict[str, Array]:
             raise BadDataError(f"{path} has a {type(name).__name__} for a name, but 'W1', 'b1', ... were expected")
         array = value.array if isinstance(value, PickledArray) else None
         looked_at += 0 if array is None else array.nbytes
-        if array is None or looked_at > 10 * len(program) or not np.isfinite(array).all():
+        too_many = looked_at > 10 * len(program)
+        if array is None or array.dtype.kind != "f" or too_many or not np.isfinite(array).all():
             raise BadDataError(f"{path}: {name[:40]!r} is no array of finite floats; a dict of such was expected")
         arrays[name] = array
     return arrays
