@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +14,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from distconv.data import dataset as module
 from distconv.data import digits, mnist
 from distconv.data.dataset import Dataset
 from distconv.errors import BadDataError, UsageError
 from distconv.kernels.cpu.arithmetic import pixels
 from distconv.kernels.cpu.device import Cpu
-from tests.files import NAMES, assert_holds, small_set
+from tests.files import NAMES, assert_holds, peak_memory, small_set
 
 TRAIN_IMAGES, TRAIN_LABELS, TEST_IMAGES, TEST_LABELS = small_set().values()
 
@@ -64,6 +67,11 @@ def dataset(**changed: Any) -> Dataset:
         ({"train_images": TRAIN_IMAGES.tolist()}, "mine, train: images are a list, but a NumPy array"),
         ({"test_labels": [0, 1, 2, 3]}, "mine, test: labels are a list, but a NumPy array"),
         ({"test_images": None}, "mine, test: images are a NoneType"),
+        ({"class_names": ("a", "b")}, "mine: class_names is 2 names, but a tuple of 10"),
+        ({"class_names": "abcdefghij"}, "mine: class_names is a str, but a tuple of 10"),
+        ({"class_names": ["a"] * 9 + [10]}, "mine: the name of class 9 is 10, but printable text"),
+        ({"class_names": ["a", ""] + ["b"] * 8}, "mine: the name of class 1 is '', but printable text"),
+        ({"class_names": ["a"] * 9 + ["a\nb"]}, r"mine: the name of class 9 is 'a\\nb', but printable text"),
         ({"train_images": TRAIN_IMAGES[:, :0]}, r"6 images of shape \(0, 4\); .* pixel"),
         ({"train_images": TRAIN_IMAGES[..., None][..., :0]}, r"6 images of shape \(5, 4, 0\); .* pixel"),
     ],
@@ -84,6 +92,72 @@ def test_images_without_channels_get_one_and_colours_stay() -> None:
 
 def test_the_number_of_classes_may_be_numpys() -> None:
     assert type(dataset(classes=np.uint8(10)).classes) is int  # what JSON can hold
+
+
+def test_names_of_classes_are_kept_in_every_part_and_do_not_count_as_content() -> None:
+    names = [np.str_(f"class {n}") for n in range(10)]
+    named = dataset(class_names=names)
+    assert named.class_names == named.limited(2).class_names == named.split_validation(2).class_names == tuple(names)
+    assert {type(name) for name in named.class_names or ()} == {str}  # what JSON can hold
+    assert dataset().class_names is None and named.digest == dataset().digest
+
+
+def exact_moments(images: np.ndarray, unit: int) -> tuple[list[float], list[float]]:
+    """Mean and deviation of each channel over `unit`, in fractions; the root alone is rounded before it is."""
+    means, deviations = [], []
+    for c in range(images.shape[-1]):
+        values = [Fraction(value) / unit for value in images[..., c].ravel().tolist()]
+        mean = sum(values) / len(values)
+        means.append(float(mean))
+        deviations.append(math.sqrt(sum((value - mean) ** 2 for value in values) / len(values)) or 1.0)
+    return means, deviations
+
+
+def colours(dtype: Any, N: int = 7) -> Dataset:
+    """Images of four channels of unlike brightness, the third the same everywhere."""
+    images = np.random.default_rng(3).integers(0, 256, (N, 9, 8, 4), np.uint8).astype(dtype)
+    images[..., 1] //= 5
+    images[..., 2] = 77
+    images[..., 3] = images[..., 3] // 250 + 7 if dtype == np.uint8 else images[..., 3] / 7 - 1e4
+    return Dataset("mine", images, np.zeros(N, int), images[:1], np.zeros(1, int))
+
+
+@pytest.mark.parametrize("at_once", [1, 3 * 72, 1 << 18])  # pixels: an image, three of them, all
+def test_means_and_deviations_of_bytes_are_the_exact_ones_of_what_the_model_is_given(
+    monkeypatch: pytest.MonkeyPatch, at_once: int
+) -> None:
+    monkeypatch.setattr(module, "PIXELS_AT_ONCE", at_once)
+    whole = colours(np.uint8)
+    means, deviations = exact_moments(whole.train_images, 255)
+    assert whole.channel_means.tolist() == means and whole.channel_deviations.tolist() == deviations
+    assert whole.channel_means.dtype == whole.channel_deviations.dtype == np.float64 and deviations[2] == 1
+
+
+@pytest.mark.parametrize("at_once", [1, 1 << 18])
+def test_means_and_deviations_of_floats_are_those_of_the_numbers(monkeypatch: pytest.MonkeyPatch, at_once: int) -> None:
+    monkeypatch.setattr(module, "PIXELS_AT_ONCE", at_once)
+    whole = colours(np.float32)
+    means, deviations = exact_moments(whole.train_images, 1)
+    np.testing.assert_allclose(whole.channel_means, means, rtol=1e-14)
+    np.testing.assert_allclose(whole.channel_deviations, deviations, rtol=1e-12)
+    equal = np.full((3000, 9, 8, 1), np.float32(0.1))
+    alike = Dataset("mine", equal, np.zeros(3000, int), equal[:1], np.zeros(1, int))
+    assert alike.channel_means[0] == np.float32(0.1) and alike.channel_deviations[0] == 1  # to the bit
+
+
+def test_means_and_deviations_are_of_the_training_images_that_are_left() -> None:
+    whole = colours(np.uint8, N=40)
+    assert whole.channel_means.shape == whole.channel_deviations.shape == (4,)
+    assert dataset().channel_means.shape == (1,)
+    for part in (whole.limited(11), whole.split_validation(13), whole.split_validation(13).limited(5)):
+        means, deviations = exact_moments(part.train_images, 255)
+        assert part.channel_means.tolist() == means and part.channel_deviations.tolist() == deviations
+
+
+def test_means_and_deviations_take_little_memory() -> None:
+    images = np.zeros((4000, 32, 32, 3), np.uint8)
+    whole = Dataset("mine", images, np.zeros(4000, int), images[:1], np.zeros(1, int))
+    assert peak_memory(lambda: whole.channel_deviations) < 4 << 20
 
 
 @pytest.mark.parametrize("order", "<>")

@@ -63,6 +63,13 @@ def test_validation_and_the_number_of_classes_may_be_in_the_file(tmp_path: Path)
     assert load(written(tmp_path, classes=9, **validation)).classes == 9
 
 
+def test_the_names_of_the_classes_may_be_in_the_file_and_count_them(tmp_path: Path) -> None:
+    names = [f"class {n}" for n in range(7)]
+    loaded = load(written(tmp_path, class_names=np.array(names)))
+    assert loaded.class_names == tuple(names) and loaded.classes == 7
+    assert load(written(tmp_path)).class_names is None
+
+
 def test_one_label_in_a_row_of_its_own_is_a_label_but_those_of_pixels_stay(tmp_path: Path) -> None:
     columns = load(written(tmp_path, y_train=GIVEN["y_train"][:, None], y_test=GIVEN["y_test"][:, None]))
     assert columns.digest == load(written(tmp_path)).digest
@@ -111,6 +118,11 @@ def test_channels_are_found_where_the_shape_leaves_no_doubt_and_asked_for_elsewh
         ({"classes": "four"}, "classes is 'four'"),
         ({"classes": [4, 4]}, r"classes has shape \(2,\)"),
         ({"y_train": np.zeros(6, int), "y_test": np.zeros(4, int)}, "classes is 1"),
+        ({"class_names": np.array(["a", "b", "c"])}, "label number 0 is 3; .* 0 to 2"),
+        ({"class_names": np.array(["a", "b"]), "classes": 4}, "class_names is 2 names, but a tuple of 4"),
+        ({"class_names": np.array([b"a", b"b", b"c", b"d"])}, r"class_names is .S1 of shape \(4,\), but a row of text"),
+        ({"class_names": np.array([["a", "b"], ["c", "d"]])}, r"class_names is .U1 of shape \(2, 2\)"),
+        ({"class_names": np.array(["a", "b", "c", "\x1b[2J"])}, r"the name of class 3 is '\\x1b\[2J'"),
         ({"x_train": GIVEN["x_train"][..., None], "layout": "HWC"}, "layout is 'HWC', but one of NHWC, NCHW"),
         ({"x_train": GIVEN["x_train"][..., None], "layout": np.array([b"CHWN"])}, "layout is 'CHWN'"),
     ],

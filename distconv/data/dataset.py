@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -22,6 +24,7 @@ LABEL_TYPES = {1: np.uint8, 2: np.uint16, 4: np.int32, 8: np.int64}  # by size; 
 MOST_CLASSES = 2**31 - 1
 HELD_OUT = (0, 0x5A11DA7E)  # the key of the order from whose end the validation set is taken
 CHECKED_AT_ONCE = 1024  # images; to check all of them at once would take a quarter of their memory
+PIXELS_AT_ONCE = 1 << 18  # of which means and deviations are computed
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,8 @@ class Dataset:
 
     Images are (N, H, W) or (N, H, W, C), of bytes, which the model is given as 0 to 1, or of finite float32, which it
     is given as they are. Labels are integers or booleans of any width, (N,) for classification, (N, ...) for a task of
-    its own. classes: 2 to 2^31 - 1. Raises BadDataError where these do not fit together.
+    its own. classes: 2 to 2^31 - 1; class_names: one for each, or None. Raises BadDataError where these do not fit
+    together.
 
     Images without a channel axis get one of length 1. Labels are held as uint8, uint16, int32 or int64, the widest of
     those given. Arrays that are contiguous and native are not copied.
@@ -44,9 +48,12 @@ class Dataset:
     classes: int = 10
     validation_images: Images | None = None
     validation_labels: Labels | None = None
+    class_names: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "classes", _whole(self.name, self.classes))
+        if self.class_names is not None:
+            object.__setattr__(self, "class_names", _checked_names(self.name, self.class_names, self.classes))
         parts = {part: _checked_pair(f"{self.name}, {part}", *self._pair(part), self.classes) for part in self._parts()}
         _check_alike(self.name, parts)
         widest = max((labels.dtype for _, labels in parts.values()), key=lambda dtype: dtype.itemsize)
@@ -92,6 +99,23 @@ class Dataset:
                 sha.update(np.ascontiguousarray(array).data)
         return sha.hexdigest()
 
+    @cached_property
+    def channel_means(self) -> NDArray[np.float64]:
+        """(C,): of the training images, as the model is given them: bytes as 0 to 1. Of bytes, rounded once."""
+        return self._channel_moments[0]
+
+    @cached_property
+    def channel_deviations(self) -> NDArray[np.float64]:
+        """(C,): their standard deviations (of the population); 1 instead of 0, as one divides by them."""
+        return self._channel_moments[1]
+
+    @cached_property
+    def _channel_moments(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        images = self.train_images
+        moments = _moments_of_bytes if images.dtype == np.uint8 else _moments_of_floats
+        means, deviations = np.array([moments(images, channel) for channel in range(images.shape[-1])]).T
+        return means, np.where(deviations == 0, 1.0, deviations)
+
     def limited(self, count: int) -> Dataset:
         """The same with the first `count` training samples only. Raises UsageError where that leaves none."""
         if count < 1:
@@ -132,8 +156,9 @@ class Dataset:
     def _with(self, **parts: NDArray[Any]) -> Dataset:
         """The same with other arrays, which are parts of those that have been checked."""
         other = copy.copy(self)
-        for cached in ("digest", "_there"):
-            other.__dict__.pop(cached, None)
+        for name in list(other.__dict__):
+            if isinstance(getattr(type(self), name, None), cached_property):
+                del other.__dict__[name]
         other.__dict__.update(parts)
         return other
 
@@ -143,6 +168,17 @@ def _whole(where: str, classes: object) -> int:
     if not isinstance(classes, int | np.integer) or not 2 <= classes <= MOST_CLASSES:
         raise BadDataError(f"{where}: classes is {classes!r}, but a whole number from 2 to {MOST_CLASSES} was expected")
     return int(classes)
+
+
+def _checked_names(where: str, names: object, classes: int) -> tuple[str, ...]:
+    """The names of the classes. Raises BadDataError where they are not so many, or a terminal cannot show them."""
+    if not isinstance(names, list | tuple) or len(names) != classes:
+        given = f"{len(names)} names" if isinstance(names, list | tuple) else f"a {type(names).__name__}"
+        raise BadDataError(f"{where}: class_names is {given}, but a tuple of {classes} was expected, one for each")
+    for number, name in enumerate(names):
+        if not isinstance(name, str) or not name.strip() or not name.isprintable():
+            raise BadDataError(f"{where}: the name of class {number} is {name!r:.100}, but printable text was expected")
+    return tuple(map(str, names))  # NumPy's texts, too
 
 
 def _checked_pair(where: str, images: Images, labels: Labels, classes: int) -> tuple[Images, Labels]:
@@ -219,3 +255,28 @@ def _check_alike(name: str, parts: dict[str, tuple[Images, Labels]]) -> None:
         ):
             if wanted != found:
                 raise BadDataError(f"{name}: training {what} {wanted} and {part} {what} {found}; they must be alike")
+
+
+def _pieces(images: Images, channel: int) -> Iterator[NDArray[Any]]:
+    """A channel of the images, (n, H, W), of so many that what is computed of them takes a few MiB."""
+    count = max(1, PIXELS_AT_ONCE // math.prod(images.shape[1:3]))
+    yield from (images[start : start + count, ..., channel] for start in range(0, len(images), count))
+
+
+def _moments_of_bytes(images: Images, channel: int) -> tuple[float, float]:
+    """Mean and deviation of bytes over 255, from how often each byte is there: the same bits on every machine."""
+    counts = np.sum([np.bincount(some.ravel(), minlength=256) for some in _pieces(images, channel)], axis=0)
+    of = list(enumerate(counts.tolist()))  # Python's whole numbers, whose quotients are rounded once
+    n, total, squares = (sum(byte**power * count for byte, count in of) for power in range(3))
+    return total / (255 * n), math.sqrt((n * squares - total**2) / (255 * n) ** 2)
+
+
+def _moments_of_floats(images: Images, channel: int) -> tuple[float, float]:
+    """Mean and deviation in float64, in which the sum of up to 2^29 equal numbers is exact: their deviation is 0."""
+
+    def mean(power: int, centre: float) -> float:
+        total = sum(float(((some.astype(np.float64) - centre) ** power).sum()) for some in _pieces(images, channel))
+        return total / images[..., channel].size
+
+    middle = mean(1, 0.0)
+    return middle, math.sqrt(mean(2, middle))

@@ -1,7 +1,8 @@
 """A data set in one .npz file of NumPy: x_train, y_train, x_test, y_test, named as in Keras' mnist.npz.
 
-The file may hold x_validation and y_validation, too; `classes`, a whole number (else it is the largest label + 1);
-and `layout`, "NHWC" or "NCHW", where the shape of x_train does not tell which axis holds the channels.
+The file may hold x_validation and y_validation, too; `class_names`, an array of text; `classes`, a whole number (else
+it is the number of these names, or the largest label + 1); and `layout`, "NHWC" or "NCHW", where the shape of x_train
+does not tell which axis holds the channels.
 
 The header of an array is held against the size of its part of the file before anything is allocated, each array is
 unpacked once, and no pickled object is ever loaded.
@@ -25,7 +26,7 @@ from distconv.errors import BadDataError, DistconvError, MissingInputError, Stor
 
 NEEDED = ("x_train", "y_train", "x_test", "y_test")
 VALIDATION = ("x_validation", "y_validation")
-SETTINGS = ("classes", "layout")
+SETTINGS = ("classes", "class_names", "layout")
 MOST_CHANNELS = 4  # an axis longer than that is taken for height or width
 AXES = {"NHWC": (0, 1, 2, 3), "NCHW": (0, 2, 3, 1)}  # which axes of the file are N, H, W, C
 HEADERS = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
@@ -57,6 +58,7 @@ def load(path: Path, say: Callable[[str], None] = lambda line: None) -> Dataset:
         classes=_classes(path, arrays, parts),
         validation_images=arrays.get("x_validation"),
         validation_labels=arrays.get("y_validation"),
+        class_names=_class_names(path, arrays),
     )
 
 
@@ -92,8 +94,21 @@ def _classes(path: Path, arrays: Mapping[str, NDArray[Any]], parts: list[str]) -
     """How many classes there are. What is no such number, or no label, Dataset refuses."""
     if "classes" in arrays:
         return _single(path, "classes", arrays["classes"])
+    if "class_names" in arrays:
+        return arrays["class_names"].size
     labels = (arrays[f"y_{part}"] for part in parts)
     return 1 + max((int(array.max()) for array in labels if array.size and array.dtype.kind in "uib"), default=1)
+
+
+def _class_names(path: Path, arrays: Mapping[str, NDArray[Any]]) -> tuple[str, ...] | None:
+    if "class_names" not in arrays:
+        return None
+    names = arrays["class_names"]
+    if names.dtype.kind != "U" or names.ndim != 1:
+        raise BadDataError(
+            f"{path}: class_names is {names.dtype} of shape {names.shape}, but a row of text was expected"
+        )
+    return tuple(names.tolist())
 
 
 def _single(path: Path, name: str, array: NDArray[Any]) -> Any:
