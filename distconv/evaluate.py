@@ -25,7 +25,7 @@ def main(argv: Sequence[str]) -> int:
     precisions = [precision for precision in PRECISIONS if precision in asked]
 
     with start() as world:
-        from distconv.run.answers import judge
+        from distconv.run.answers import judge, short_names
         from distconv.run.loading import open_models
         from distconv.run.log import RunLog
         from distconv.run.plots import draw_confusion, draw_on_one_rank
@@ -42,12 +42,14 @@ def main(argv: Sequence[str]) -> int:
         name, answers = last[precisions[0]]
         right = f"{answers.correct / total:.2%} of {total:,} test images right in {precisions[0]}"
         text, wanted = f"{name}: {right}", arguments.confusion
-        for line in errors_as_json(answers, wanted) if arguments.json else errors_as_text(answers, text):
+        class_names = dataset.class_names
+        as_lines = errors_as_json(answers, wanted, class_names), errors_as_text(answers, text, class_names)
+        for line in as_lines[0 if arguments.json else 1]:
             log.say(line)
         if arguments.png:
             shown = name if len(name) <= LONGEST_NAME else f"...{name[-LONGEST_NAME:]}"
-            matrix, title = answers.confusion(), f"{shown}\n{right}"
-            draw_on_one_rank(world, arguments.png, lambda: draw_confusion(matrix, title, arguments.png))
+            matrix, title, names = answers.confusion(), f"{shown}\n{right}", short_names(class_names)
+            draw_on_one_rank(world, arguments.png, lambda: draw_confusion(matrix, names, title, arguments.png))
             log.say_aside(f"drawn in {arguments.png}")
     return 0
 
@@ -66,7 +68,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         "  mpirun -n 2 python -m distconv.evaluate params.pkl --data mnist --precision float16 --json\n\n"
         "--json gives the keys precision, test_accuracy, correct and total; of several models also model, which is\n"
         'RUN or, in the last line of a precision, "ensemble". --confusion adds a line with confusion, [[...], ...],\n'
-        "and calibration_error.",
+        "calibration_error and, where the data has them, class_names.",
     )
     add_model_arguments(parser, several=True)
     parser.add_argument(
@@ -102,18 +104,18 @@ def as_json(name: str, precision: str, answers: Answers) -> str:
     return json.dumps({"model": name, **row} if name else row)
 
 
-def errors_as_text(answers: Answers, title: str) -> Iterator[str]:
+def errors_as_text(answers: Answers, title: str, class_names: Sequence[str] | None) -> Iterator[str]:
     """Where the answers are wrong, for people."""
     from distconv.run.answers import describe
 
-    yield from ("", title, "", *describe(answers))
+    yield from ("", title, "", *describe(answers, class_names))
 
 
-def errors_as_json(answers: Answers, wanted: bool) -> Iterator[str]:
+def errors_as_json(answers: Answers, wanted: bool, class_names: Sequence[str] | None) -> Iterator[str]:
     """The same for programs, where they want it."""
     if wanted:
-        matrix, error = answers.confusion().tolist(), answers.calibration_error()
-        yield json.dumps({"confusion": matrix, "calibration_error": error})
+        errors = {"confusion": answers.confusion().tolist(), "calibration_error": answers.calibration_error()}
+        yield json.dumps({**errors, "class_names": class_names} if class_names else errors)
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ def main(argv: Sequence[str]) -> int:
         raise UsageError(f"--most {arguments.most}: expected a whole number from 1 to {MOST}")
 
     with start() as world:
-        from distconv.run.answers import judge
+        from distconv.run.answers import judge, short_names
         from distconv.run.loading import open_models
         from distconv.run.log import RunLog
         from distconv.run.plots import draw_mistakes, draw_on_one_rank
@@ -48,9 +48,9 @@ def main(argv: Sequence[str]) -> int:
         rest = f"; {which}" * (len(shown) < len(wrong))
         title = f"{len(wrong):,} of {len(answers.labels):,} test images wrong{rest}"
         log.say(title)
-        captions = []
+        captions, names = [], short_names(dataset.class_names) or range(answers.classes)
         for i in shown:
-            pair, sure = (int(answers.labels[i]), int(answers.inferences[i])), answers.confidences[i]
+            pair, sure = f"({names[answers.labels[i]]}, {names[answers.inferences[i]]})", answers.confidences[i]
             captions.append(f"{pair}\n{sure:.1%}, {i}")
             log.say(f"{sure:>7.2%}  image {i}: {pair}")
         page = f"{title}: (label, inference), confidence, number" if captions else title

@@ -61,6 +61,29 @@ def test_of_many_classes_the_ten_worst_are_told() -> None:
     assert right[-1] == "expected calibration error: 0.00% (15 bins)" and len(right) < 20
 
 
+def test_classes_with_names_are_told_by_them_and_columns_stand_below_one_another() -> None:
+    labels = np.repeat([0, 1, 2], [5, 2000, 3])
+    answers = Answers(3, labels, np.where(np.arange(2008) < 2, 2, labels), np.full(2008, 0.9))
+    assert describe(answers, ("cat", "automobile", "a name that goes on and on"))[:5] == [
+        "label                       accuracy   inferences",
+        "                                           0     1     2",
+        "    0 cat                     60.00%       3     .     2",
+        "    1 automobile             100.00%       . 2,000     .",
+        "    2 a name that goes on…   100.00%       .     .     3",
+    ]
+    many = Answers(31, np.array([30, 4, 4]), np.array([4, 4, 4]), np.ones(3))
+    lines = describe(many, [f"class {'x' * n}"[:15] for n in range(31)])
+    assert lines[1:4] == [
+        "label                  accuracy   correct",
+        "   30 class xxxxxxxxx     0.00%   0 of 1",
+        "    4 class xxxx        100.00%   2 of 2",
+    ]
+    assert lines[6:8] == [
+        "label                  inference              times",
+        "   30 class xxxxxxxxx          4 class xxxx   1",
+    ]
+
+
 def test_of_few_classes_all_are_told_and_columns_stand_below_one_another() -> None:
     labels = np.repeat([0, 1, 3], [5, 2000, 3])
     lines = describe(Answers(4, labels, np.where(np.arange(2008) < 2, 3, labels), np.full(2008, 0.9)))

@@ -19,6 +19,7 @@ ENSEMBLE = "ensemble"  # its name among those of the models
 BINS = 15  # of confidence, as many as Guo et al. have (2017, arXiv 1706.04599)
 MOST_CLASSES = 20  # whose matrix fits on a terminal
 WORST = 10  # classes, and confusions, that are shown of more
+LONGEST_NAME = 20  # characters of a class's name that tables and pictures have room for
 
 
 @dataclass(frozen=True)
@@ -108,24 +109,41 @@ def gather(ranking: Array, probabilities: Array, labels: Labels, world: World) -
     return Answers(ranking.shape[1], labels.astype(np.int64), *map(np.concatenate, shares))
 
 
-def describe(answers: Answers) -> list[str]:
+def short_names(class_names: Sequence[str] | None) -> list[str] | None:
+    """The names of the classes, those that are too long cut off."""
+    if class_names is None:
+        return None
+    return [name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 1]}…" for name in class_names]
+
+
+def describe(answers: Answers, class_names: Sequence[str] | None = None) -> list[str]:
     """Lines that say how well each class is known and what it is taken for; of many classes, the worst alone."""
-    lines = _table(answers) if answers.classes <= MOST_CLASSES else _worst(answers)
+    names = short_names(class_names)
+    lines = _table(answers, names) if answers.classes <= MOST_CLASSES else _worst(answers, names)
     return [*lines, "", f"expected calibration error: {answers.calibration_error():.2%} ({BINS} bins)"]
 
 
-def _table(answers: Answers) -> list[str]:
+def _tags(title: str, width: int, classes: Sequence[int], names: list[str] | None) -> list[str]:
+    """A column: the title, which is no longer than the width, and the number of each of these classes with its name."""
+    longest = max((1 + len(names[n]) for n in classes), default=0) if names else 0
+    tags = [f"{n:>{width}}" + (f" {names[n]}" if names else "") for n in classes]
+    return [tag.ljust(width + longest) for tag in (title, *tags)]
+
+
+def _table(answers: Answers, names: list[str] | None) -> list[str]:
     """A line for each label. Where there is no wrong inference stands a dot, so that the eye finds the others."""
     matrix = answers.confusion()
     width = max(3, len(f"{matrix.max():,}"))
-    lines = ["label  accuracy   inferences", " " * 18 + " ".join(f"{m:>{width}}" for m in range(len(matrix)))]
+    title, *tags = _tags("label", 5, range(len(matrix)), names)
+    numbers = " ".join(f"{m:>{width}}" for m in range(len(matrix)))
+    lines = [f"{title}  accuracy   inferences", " " * (len(title) + 13) + numbers]
     for n, row in enumerate(matrix):
         cells = (f"{count:,}" if count or n == m else "." for m, count in enumerate(row))
-        lines.append(f"{n:>5}  {_percent(row[n], row.sum())}   {' '.join(f'{cell:>{width}}' for cell in cells)}")
+        lines.append(f"{tags[n]}  {_percent(row[n], row.sum())}   {' '.join(f'{cell:>{width}}' for cell in cells)}")
     return lines
 
 
-def _worst(answers: Answers) -> list[str]:
+def _worst(answers: Answers, names: list[str] | None) -> list[str]:
     """The classes of the lowest accuracy, and the pairs that are taken for each other most often.
 
     Of very many classes, the whole matrix would not fit in memory.
@@ -133,14 +151,19 @@ def _worst(answers: Answers) -> list[str]:
     labels, totals = np.unique(answers.labels, return_counts=True)
     correct = totals - np.bincount(np.searchsorted(labels, answers.labels[~answers.right]), minlength=len(labels))
     worst = np.argsort(correct / totals, kind="stable")[:WORST]
-    lines = [f"the worst of {answers.classes:,} classes", "label  accuracy   correct"]
-    lines += [f"{labels[i]:>5}  {_percent(correct[i], totals[i])}   {correct[i]:,} of {totals[i]:,}" for i in worst]
+    title, *tags = _tags("label", 5, labels[worst].tolist(), names)
+    lines = [f"the worst of {answers.classes:,} classes", f"{title}  accuracy   correct"]
+    for tag, i in zip(tags, worst, strict=True):
+        lines.append(f"{tag}  {_percent(correct[i], totals[i])}   {correct[i]:,} of {totals[i]:,}")
 
     wrong = np.stack([answers.labels, answers.inferences], axis=1)[~answers.right]
     pairs, times = np.unique(wrong, axis=0, return_counts=True)
     most = np.argsort(-times, kind="stable")[:WORST]
-    lines += ["", "the most frequent confusions", "label  inference   times"]
-    return lines + [f"{pairs[i][0]:>5}  {pairs[i][1]:>9}   {times[i]:,}" for i in most]
+    label_numbers, inference_numbers = pairs[most].T.tolist()
+    columns = _tags("label", 5, label_numbers, names), _tags("inference", 9, inference_numbers, names)
+    counts = ["times", *(f"{times[i]:,}" for i in most)]
+    rows = [f"{label}  {inference}   {count}" for label, inference, count in zip(*columns, counts, strict=True)]
+    return [*lines, "", "the most frequent confusions", *rows]
 
 
 def _percent(part: int, whole: int) -> str:

@@ -11,6 +11,7 @@ import matplotlib
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.textpath import TextPath
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from numpy.typing import NDArray
 
@@ -22,6 +23,7 @@ Counts = NDArray[np.int64]
 MOST_COUNTED = 40  # classes of a matrix whose counts can be read
 
 matplotlib.rcdefaults()  # a user's own settings may need what is not there, as LaTeX
+matplotlib.rcParams["text.parse_math"] = False  # a folder or a class may have a $ in its name
 
 
 def draw_png(path: Path, draw: Callable[[], None]) -> None:
@@ -69,11 +71,16 @@ def draw_curves(records: Sequence[Mapping[str, Any]], title: str, path: Path) ->
 
 
 def draw_mistakes(images: Images, captions: Sequence[str], title: str, path: Path) -> None:
-    """Images (N, H, W, C) in a grid, each under its caption, as a PNG; N may be 0."""
+    """Images (N, H, W, C) in a grid, each under its caption, as a PNG; N may be 0.
+
+    A column is as wide as the longest line of a caption.
+    """
     count = len(images)
     columns = min(count, max(5, math.ceil(math.sqrt(count)))) or 1
     rows = math.ceil(count / columns)
-    figure = Figure(figsize=(max(8.0, 1.6 * columns), 0.6 + 1.9 * rows), layout="constrained")
+    lines = [line for caption in captions for line in caption.splitlines()]
+    widest = max((_inches(line, 10) for line in lines), default=0.0)
+    figure = Figure(figsize=(max(8.0, max(1.6, widest + 0.2) * columns), 0.6 + 1.9 * rows), layout="constrained")
     figure.suptitle(title, fontsize=11)
     grid = figure.subplots(rows, columns, squeeze=False) if count else np.empty((0, 0), object)
     for axes in grid.flat:
@@ -84,15 +91,18 @@ def draw_mistakes(images: Images, captions: Sequence[str], title: str, path: Pat
     _save(figure, path)
 
 
-def draw_confusion(matrix: Counts, title: str, path: Path) -> None:
+def draw_confusion(matrix: Counts, class_names: Sequence[str] | None, title: str, path: Path) -> None:
     """How many images of each label, a row, got each inference, a column (classes, classes), as a PNG.
 
-    The colour goes with the logarithm of the count, or the few errors would be as white as none.
+    Classes stand there by their names, or by their numbers where they have none, or are many. The colour goes with the
+    logarithm of the count, or the few errors would be as white as none.
     """
     classes = len(matrix)
     counted = classes <= MOST_COUNTED
     side = max(4.5, 0.45 * classes) if counted else 9.0
-    figure = Figure(figsize=(side + 0.5, side + 1.0), layout="constrained")
+    names = class_names if counted and class_names else ()
+    room = max((_inches(name, 10) for name in names), default=0.0)
+    figure = Figure(figsize=(side + 0.5 + room, side + 1.0 + room), layout="constrained")
     figure.suptitle(title, fontsize=11)
     axes = figure.subplots()
     shade = np.log1p(matrix) / np.log1p(max(1, matrix.max()))
@@ -101,6 +111,9 @@ def draw_confusion(matrix: Counts, title: str, path: Path) -> None:
     axes.tick_params(which="both", length=0)
     if counted:
         axes.set(xticks=range(classes), yticks=range(classes))
+        if names:
+            axes.set_xticklabels(names, rotation=90)
+            axes.set_yticklabels(names)
         axes.set_xticks(np.arange(classes + 1) - 0.5, minor=True)
         axes.set_yticks(np.arange(classes + 1) - 0.5, minor=True)
         axes.grid(which="minor", color="0.85", linewidth=0.5)
@@ -197,6 +210,11 @@ def draw_step(steps: Sequence[tuple[int, Mapping[tuple[str, str], float]]], titl
     panels[0].invert_yaxis()
     panels[-1].legend(loc="upper left", bbox_to_anchor=(1, 1))  # outside: any bar may be the long one
     _save(figure, path)
+
+
+def _inches(text: str, points: int) -> float:
+    """How wide a line of text is in a font of this size."""
+    return float(TextPath((0, 0), text, size=points).get_extents().width) / 72 if text else 0.0
 
 
 def _save(figure: Figure, path: Path) -> None:
