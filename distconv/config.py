@@ -59,9 +59,9 @@ class Config:
 
     data: str = _setting(
         "auto",
-        "mnist, digits (built in), FILE.npz with x_train, y_train, x_test and y_test, a folder with four MNIST-named "
-        "IDX files, or package.module:function for a Dataset of your own; auto takes mnist if it is found or can be "
-        "fetched, else digits",
+        "mnist, cifar10, digits (built in), FILE.npz with x_train, y_train, x_test and y_test, a folder with four "
+        "MNIST-named IDX files, a folder or .tar.gz in CIFAR-10's binary or python form, or package.module:function "
+        "for a Dataset of your own; auto takes mnist if it is found or can be fetched, else digits",
         bool,
         "the name of a data set",
     )

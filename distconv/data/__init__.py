@@ -1,11 +1,11 @@
-"""Data sets by name: mnist, digits, an .npz file, a folder of IDX files, or a user's package.module:function."""
+"""Data sets by name: mnist, cifar10, digits, an .npz file, a folder in MNIST's or CIFAR-10's form, or a function."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
 
-from distconv.data import digits, download, mnist, npz
+from distconv.data import cifar, cifar_files, digits, download, mnist, npz
 from distconv.data.data import Data, is_data
 from distconv.data.dataset import Dataset as Dataset
 from distconv.errors import CannotCreateError, DownloadError, MissingInputError, UsageError
@@ -19,8 +19,10 @@ def prepare(name: str) -> tuple[str, str]:
 
     Returns the name that `load` takes and a line for the user, empty where nothing need be said: "auto" becomes mnist
     if that is at hand or can be fetched, else digits. Files that are there are not read: `load` verifies them.
-    Raises what mnist.find and mnist.fetch raise.
+    Raises what mnist.find, mnist.fetch, cifar.is_there and cifar.fetch raise.
     """
+    if name == cifar.NAME and not cifar.is_there():
+        cifar.fetch(cifar.cache_folder())
     if name not in (AUTO, "mnist"):
         return name, ""
     if mnist.is_complete(mnist.chosen_folder()) or mnist.find():  # which says what the folder lacks if it was chosen
@@ -45,6 +47,8 @@ def load(name: str, say: Callable[[str], None] = lambda line: None) -> Data:
     """
     if name == "mnist":
         return mnist.load()
+    if name == cifar.NAME:
+        return cifar.load()
     if name == "digits":
         return digits.load()
     if is_factory(name) and not Path(name).exists():
@@ -55,4 +59,7 @@ def load(name: str, say: Callable[[str], None] = lambda line: None) -> Data:
         return found
     if name.lower().endswith(".npz"):
         return npz.load(Path(name), say)
+    place = cifar_files.locate(Path(name))
+    if place and not mnist.is_in_part(Path(name)):  # a folder with MNIST may hold CIFAR-10 in another one
+        return cifar.load_from(place, name)
     return mnist.load_folder(Path(name))

@@ -10,7 +10,7 @@ from distconv.comm.start import run_command
 from distconv.command_line import Parser
 from distconv.errors import UsageError
 
-SETS = ("mnist",)
+SETS = ("mnist", "cifar10")
 SIDE = 8  # of the grid that `show` draws
 
 
@@ -23,6 +23,7 @@ def main(argv: Sequence[str]) -> int:
         epilog="examples:\n"
         "  python -m distconv.data fetch mnist\n"
         "  DISTCONV_DATA_DIR=$SCRATCH/mnist python -m distconv.data fetch mnist    # and set it in the job, too\n"
+        "  python -m distconv.data fetch cifar10\n"
         "  python -m distconv.data show digits --augment rotate=20,erase=0.3 --png digits.png",
     )
     parser.add_argument("action", choices=("fetch", "show"), metavar="fetch|show", help="what to do")
@@ -38,9 +39,10 @@ def main(argv: Sequence[str]) -> int:
     if flags.name not in SETS:
         parser.error(f"argument NAME: invalid choice: '{flags.name}' (choose from {', '.join(SETS)})")
 
-    from distconv.data import mnist
+    from distconv.data import cifar, download, mnist
 
-    print(f"{flags.name} is in {mnist.fetch()}")
+    cifar_folder = download.chosen_folder() or cifar.cache_folder()
+    print(f"{flags.name} is in {cifar.fetch(cifar_folder) if flags.name == cifar.NAME else mnist.fetch()}")
     return 0
 
 
