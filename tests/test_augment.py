@@ -89,6 +89,19 @@ def test_a_crop_moves_whole_pixels_and_a_mirror_swaps_left_and_right(down: int, 
         np.testing.assert_array_equal(warp(x, of, **numbers, mirror=0.49), moved[:, :, ::-1])
 
 
+def test_cifar_pads_by_4_cuts_any_32_by_32_out_and_mirrors_half_of_them() -> None:
+    """As He et al. 2016 (arXiv 1512.03385, section 4.2) train on CIFAR-10; the probability is that of a fair draw."""
+    N, x = 8100, images(1, 32, 32, 3, dtype=np.float32) + 1
+    padded = np.pad(x[0], ((4, 4), (4, 4), (0, 0)))
+    crops = [padded[down : down + 32, across : across + 32] for down in range(9) for across in range(9)]
+    possible = {crop[:, ::way].tobytes(): (n, way) for n, crop in enumerate(crops) for way in (1, -1)}
+    context = Context(training=True, samples=np.arange(N), kernels=Cpu())
+    drawn = [possible[image.tobytes()] for image in named_augmentation("cifar")(np.repeat(x, N, axis=0), context)]
+    counts = np.bincount([n for n, _ in drawn], minlength=81)
+    assert ((counts - N / 81) ** 2).sum() / (N / 81) < 130  # chi-squared of 80 degrees: 3 in 10,000 are above
+    assert abs(sum(way for _, way in drawn)) < 4 * np.sqrt(N)
+
+
 @pytest.mark.parametrize("turn", [0.0, 1.0])
 def test_half_a_turn_is_the_most_and_puts_the_last_pixel_first(turn: float) -> None:
     x = images(2, 5, 8, 3)
