@@ -14,8 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from distconv.kernels.gpu.arithmetic import CAPABILITY, THREADS, source
+from distconv.kernels.gpu.arithmetic import CAPABILITY
 from distconv.kernels.gpu.convolution import PASSES, PRECISIONS, Convolution
+from distconv.kernels.gpu.launcher import THREADS, source
 from tests.emulator import signatures
 
 GPUS = (CAPABILITY, 90)
@@ -128,7 +129,7 @@ def test_the_layers_are_those_of_deepconvnet() -> None:
 
 
 @pytest.mark.parametrize("gpu", GPUS)
-@pytest.mark.parametrize("file", ["layers", "updates", "wire"])
+@pytest.mark.parametrize("file", ["layers", "normalization", "updates", "wire"])
 def test_files(compiler: Compiler, file: str, gpu: int, tmp_path: Path) -> None:
     assert_fits(compiler, gpu, file, tmp_path)
 

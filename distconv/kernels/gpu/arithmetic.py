@@ -7,35 +7,27 @@ same bits. Arrays are float32 and contiguous.
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
 
 from distconv.kernels.gpu.convolution import Convolution
 from distconv.kernels.gpu.device import Array
+from distconv.kernels.gpu.launcher import MOST, THREADS, check_count, source
 from distconv.kernels.gpu.mailbox import GpuMailbox
+from distconv.kernels.gpu.normalization import Normalization
 from distconv.kernels.interface import output_size
 
 CAPABILITY = 80  # that a GPU must have, 10 times: its tensor cores take tf32 and bfloat16
 FINISH_OUTPUTS = 32  # OUTPUTS of sums.cu
-THREADS = 256  # of a block, where nothing else is said
-MOST = 2**31 - 1  # numbers of an array, as the kernels count in 32 bits
+PARTS_OF_PIXELS, SIDE_BY_SIDE = 8, 4  # of layers.cu
 
 
-@functools.cache
-def source(name: str) -> str:
-    """A CUDA file of this package, with what it needs before it."""
-    of_products = ("factors", "sums") if name in ("convolution", "direct", "direct_filters") else ()
-    files = ("instructions", *of_products, name)
-    return "".join((Path(__file__).parent / "source" / f"{file}.cu").read_text() for file in files)
-
-
-class Gpu:
+class Gpu(Normalization):
     """The functions of kernels/cpu/arithmetic.py, for arrays of a device (a Cuda of device.py).
 
     apart: whether the gradients of filters may be computed beside the rest, until device.join().
@@ -44,26 +36,9 @@ class Gpu:
     name, dtype, evaluation_batch, fuses = "cuda", np.dtype(np.float32), 2000, True
 
     def __init__(self, device: Any, precision: str = "float32", apart: bool = False) -> None:
-        self.device, self.precision, self.apart = device, precision, apart
+        super().__init__(device)
+        self.precision, self.apart = precision, apart
         self.no_floats, self.no_bytes = device.zeros(4, np.float32), device.zeros(4, np.uint8)
-
-    def launch(self, file: str, name: str, count: int, *arguments: Any) -> None:
-        """Start a kernel with a thread for each of `count` numbers; Python's integers and floats become 32 bits.
-
-        An array of which a layer of a user's own has made a view that is not contiguous is copied.
-        """
-        if count > MOST:
-            raise ValueError(f"{name}: {count:,} numbers are more than a kernel can count: use a smaller batch")
-        if count > 0:
-            kernel = self.device.function(source(file), name)
-            kernel((-(-count // THREADS), 1, 1), THREADS, *map(self._argument, arguments))
-
-    def _argument(self, argument: Any) -> Any:
-        if isinstance(argument, int):
-            return np.int32(argument)
-        if isinstance(argument, float):
-            return np.float32(argument)
-        return argument if isinstance(argument, np.generic) else self.device.contiguous(argument)
 
     def conv_forward(self, x: Array, w: Array, b: Array, stride: int, pad: int, relu: bool) -> Array:
         """As on the CPU."""
@@ -169,6 +144,63 @@ class Gpu:
         self.launch("layers", "max_pool_backward", dx.size, dy, winner, dx, dx.size, H, W, C, OH, OW, K, stride, pad)
         return dx
 
+    def average_pool_forward(self, x: Array, K: int, stride: int, pad: int) -> Array:
+        """As on the CPU."""
+        N, H, W, C = x.shape
+        OH, OW = output_size(H, K, stride, pad), output_size(W, K, stride, pad)
+        y = self.device.empty((N, OH, OW, C), np.float32)
+        self.launch("layers", "average_pool_forward", y.size, x, y, y.size, H, W, C, OH, OW, K, stride, pad)
+        return y
+
+    def average_pool_backward(self, dy: Array, K: int, stride: int, pad: int, shape: tuple[int, ...]) -> Array:
+        """As on the CPU."""
+        (_, H, W, C), (OH, OW) = shape, dy.shape[1:3]
+        dx = self.device.empty(shape, np.float32)
+        self.launch("layers", "average_pool_backward", dx.size, dy, dx, dx.size, H, W, C, OH, OW, K, stride, pad)
+        return dx
+
+    def pixel_mean(self, x: Array) -> Array:
+        """As on the CPU; a warp of threads for each part of the pixels."""
+        N, H, W, C = x.shape
+        y = self.device.empty((N, C), np.float32)
+        check_count("pixel_mean", x.size)
+        self.launch("layers", "pixel_mean", PARTS_OF_PIXELS * y.size, x, y, y.size, H * W, C)
+        return y
+
+    def pixel_mean_backward(self, dy: Array, shape: tuple[int, ...]) -> Array:
+        """As on the CPU."""
+        (_, H, W, C), dx = shape, self.device.empty(shape, np.float32)
+        self.launch("layers", "pixel_mean_backward", dx.size, dy, dx, dx.size, H * W, C)
+        return dx
+
+    def plus(self, x: Array, other: Array, relu: bool) -> Array:
+        """As on the CPU."""
+        return self._like(x, lambda y: self.launch("layers", "sum_of_two", x.size, x, other, y, int(relu), x.size))
+
+    def join_channels(self, parts: Sequence[Array]) -> Array:
+        """As on the CPU."""
+        sizes = [part.shape[-1] for part in parts]
+        y = self.device.empty((*parts[0].shape[:-1], sum(sizes)), np.float32)
+        self._carry("join_channels", y, parts, sizes)
+        return y
+
+    def split_channels(self, x: Array, sizes: Sequence[int]) -> Sequence[Array]:
+        """As on the CPU."""
+        parts = [self.device.empty((*x.shape[:-1], size), np.float32) for size in sizes]
+        self._carry("split_channels", x, parts, sizes)
+        return parts
+
+    def _carry(self, name: str, whole: Array, parts: Sequence[Array], sizes: Sequence[int]) -> None:
+        """Between an array and the parts of its channels; each kernel takes the next SIDE_BY_SIDE of these."""
+        first = 0
+        for i in range(0, len(parts), SIDE_BY_SIDE):
+            some, ends = list(parts[i : i + SIDE_BY_SIDE]), list(accumulate(sizes[i : i + SIDE_BY_SIDE]))
+            missing = SIDE_BY_SIDE - len(some)
+            count = math.prod(whole.shape[:-1]) * ends[-1]
+            places = *some, *some[-1:] * missing, *ends, *ends[-1:] * missing
+            self.launch("layers", name, count, whole, count, whole.shape[-1], first, *places)
+            first += ends[-1]
+
     def relu(self, x: Array) -> Array:
         """As on the CPU."""
         return self._like(x, lambda y: self.launch("layers", "relu", x.size, x, y, x.size))
@@ -191,11 +223,6 @@ class Gpu:
         """As on the CPU, the same numbers."""
         y, words = self.device.empty((len(samples), count), np.float32), (np.uint32(key[0]), np.uint32(key[1]))
         self.launch("layers", "uniform", y.size, y, *words, step, samples, len(samples), count)
-        return y
-
-    def _like(self, x: Array, write: Callable[[Array], None]) -> Array:
-        y = self.device.empty(x.shape, np.float32)
-        write(y)
         return y
 
     def softmax_cross_entropy(

@@ -140,6 +140,94 @@ extern "C" __global__ void max_pool_backward(const float *dy, const int *winner,
     dx[i] = sum;
 }
 
+// y (n, OH, OW, C) = the mean of each K x K window of x (n, H, W, C), zeros of the padding counted.
+extern "C" __global__ void average_pool_forward(const float *x, float *y, int count, int H, int W, int C, int OH,
+                                                int OW, int K, int stride, int pad) {
+    int i = thread();
+    if (i >= count) return;
+    int c = i % C, ow = i / C % OW, oh = i / C / OW % OH, n = i / C / OW / OH;
+    float sum = 0;
+    for (int tap = 0; tap < K * K; tap++) {
+        int h = oh * stride - pad + tap / K, w = ow * stride - pad + tap % K;
+        if (h >= 0 && h < H && w >= 0 && w < W) sum += x[((n * H + h) * W + w) * C + c];
+    }
+    y[i] = sum / (K * K);
+}
+
+// dx (n, H, W, C): of each dy, its windows' numbers get equal shares; a thread for each number of dx.
+extern "C" __global__ void average_pool_backward(const float *dy, float *dx, int count, int H, int W, int C, int OH,
+                                                 int OW, int K, int stride, int pad) {
+    int i = thread();
+    if (i >= count) return;
+    int c = i % C, w = i / C % W, h = i / C / W % H, n = i / C / W / H;
+    float sum = 0;
+    for (int tap = 0; tap < K * K; tap++) {
+        int oh = h + pad - tap / K, ow = w + pad - tap % K;
+        if (oh < 0 || oh % stride || oh / stride >= OH || ow < 0 || ow % stride || ow / stride >= OW) continue;
+        sum += dy[((n * OH + oh / stride) * OW + ow / stride) * C + c];
+    }
+    dx[i] = sum / (K * K);
+}
+
+constexpr int MEANS = 32, PARTS_OF_PIXELS = 8;  // of a block: the threads of a warp have a mean each
+
+// y (n, C) = the means over the pixels of x (n, pixels, C): a warp adds up its part of them, then the first one the parts.
+extern "C" __global__ void __launch_bounds__(MEANS *PARTS_OF_PIXELS) pixel_mean(const float *x, float *y, int count,
+                                                                                int pixels, int C) {
+    __shared__ float sums[PARTS_OF_PIXELS][MEANS];
+    int lane = threadIdx.x % MEANS, part = threadIdx.x / MEANS, i = blockIdx.x * MEANS + lane;
+    int many = (pixels + PARTS_OF_PIXELS - 1) / PARTS_OF_PIXELS;
+    float sum = 0;
+    if (i < count)
+        for (int p = part * many; p < min(pixels, (part + 1) * many); p++) sum += x[(i / C * pixels + p) * C + i % C];
+    sums[part][lane] = sum;
+    __syncthreads();
+    if (part > 0 || i >= count) return;
+    for (int p = 1; p < PARTS_OF_PIXELS; p++) sum += sums[p][lane];
+    y[i] = sum / pixels;
+}
+
+extern "C" __global__ void pixel_mean_backward(const float *dy, float *dx, int count, int pixels, int C) {
+    int i = thread();
+    if (i < count) dx[i] = dy[i / C / pixels * C + i % C] / pixels;
+}
+
+// y (n,) = x + other and, if asked, ReLU.
+extern "C" __global__ void sum_of_two(const float *x, const float *other, float *y, int relu, int n) {
+    int i = thread();
+    if (i >= n) return;
+    float sum = x[i] + other[i];
+    y[i] = relu && sum <= 0 ? 0 : sum;
+}
+
+// Where a number lies: `channel` of `pixel`, among up to four arrays whose channels are side by side and end before these.
+template <typename Pointer>
+__device__ __forceinline__ Pointer among(int pixel, int channel, Pointer a, Pointer b, Pointer c, Pointer d, int end_a,
+                                         int end_b, int end_c, int end_d) {
+    if (channel < end_a) return a + pixel * end_a + channel;
+    if (channel < end_b) return b + pixel * (end_b - end_a) + channel - end_a;
+    if (channel < end_c) return c + pixel * (end_c - end_b) + channel - end_b;
+    return d + pixel * (end_d - end_c) + channel - end_c;
+}
+
+// y (pixels, C): from channel `first` on, up to four arrays side by side.
+extern "C" __global__ void join_channels(float *y, int count, int C, int first, const float *a, const float *b,
+                                         const float *c, const float *d, int end_a, int end_b, int end_c, int end_d) {
+    int i = thread();
+    if (i >= count) return;
+    int pixel = i / end_d, channel = i % end_d;
+    y[pixel * C + first + channel] = *among(pixel, channel, a, b, c, d, end_a, end_b, end_c, end_d);
+}
+
+// The other way.
+extern "C" __global__ void split_channels(const float *x, int count, int C, int first, float *a, float *b, float *c,
+                                          float *d, int end_a, int end_b, int end_c, int end_d) {
+    int i = thread();
+    if (i >= count) return;
+    int pixel = i / end_d, channel = i % end_d;
+    *among(pixel, channel, a, b, c, d, end_a, end_b, end_c, end_d) = x[pixel * C + first + channel];
+}
+
 constexpr int LOSS_THREADS = 256;
 
 // loss = the sum over n rows of -log softmax(scores)[label]; dscores (n, classes) = its gradient / batch. One block.
