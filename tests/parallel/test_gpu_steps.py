@@ -19,8 +19,11 @@ from distconv.data.shard import split
 from distconv.errors import DistconvError
 from distconv.kernels.gpu.arithmetic import Gpu
 from distconv.kernels.interface import Array
+from distconv.nn.blocks import Branches, Residual
 from distconv.nn.layers import Affine, Backward, Chain, Context, Conv, Dropout, Layer, MaxPool, ReLU
+from distconv.nn.normalization import ConvNorm, Standardize
 from distconv.nn.parameters import Parameters, Shape, Specs, Views
+from distconv.nn.pooling import GlobalAveragePool
 from distconv.run import loop
 from distconv.run.build import build_run
 from distconv.run.run import Run
@@ -127,6 +130,35 @@ def test_a_rank_that_begins_steps_ahead_makes_the_same_run(world: World, folder:
     assert asked.parameters.vector.tobytes() == stopped.parameters.vector.tobytes() == at_step[3]
 
 
+def network_of_blocks(classes: int) -> Layer:
+    return Chain(
+        Standardize(),
+        ConvNorm(4),
+        Residual(Chain(ConvNorm(6, stride=2), ConvNorm(6, relu=False)), ConvNorm(6, 1, 2, relu=False)),
+        Branches(ConvNorm(3, size=1), Chain(MaxPool(3, 1, pad=1), ConvNorm(5, size=5))),
+        GlobalAveragePool(),
+        Affine(classes),
+    )
+
+
+def test_batch_norm_of_shards_gives_gpus_the_bits_of_one_and_the_losses_of_cpus(world: World, folder: Path) -> None:
+    """As it takes its statistics from a shard, whichever rank that is on."""
+    settings = dataclasses.replace(
+        SETTINGS, model=f"{__name__}:network_of_blocks", shards=4, wire="int32", batch_size=11, epochs=1
+    )
+    ends, losses = [], []
+    with World(world.comm.Split(world.rank), world.library) as alone:
+        on_cpu = dataclasses.replace(settings, device="cpu")
+        for chosen, ranks, device in (
+            (settings, world, Emulator(folder)), (settings, alone, Emulator(folder)), (on_cpu, world, None),
+        ):  # fmt: skip
+            run = build_run(chosen, dataset(), ranks, device=device)
+            losses.append([record.train_loss for record in loop.train(run, never)])
+            ends.append(run.parameters.vector.tobytes())
+    assert ends[0] == ends[1] and losses[0] == losses[1]
+    assert losses[0] == pytest.approx(losses[2], rel=1e-3)
+
+
 class NoCopies(WithNccl):
     def copy(self, to: Array, source: Array) -> None:
         raise AssertionError("a copy")
@@ -204,7 +236,7 @@ def test_a_network_of_a_users_own_may_branch_and_join(world: World, folder: Path
     """Its gradients reach the layers as views that are not contiguous."""
 
     @dataclasses.dataclass(frozen=True)
-    class Branches:
+    class TwoSides:
         left: Layer
         right: Layer
 
@@ -223,7 +255,7 @@ def test_a_network_of_a_users_own_may_branch_and_join(world: World, folder: Path
 
             return np.concatenate([left, right], axis=3), backward
 
-    model = Chain(Branches(Conv(3, pad=1, relu=True), Conv(2, size=1)), ReLU(), MaxPool(), Affine(3))
+    model = Chain(TwoSides(Conv(3, pad=1, relu=True), Conv(2, size=1)), ReLU(), MaxPool(), Affine(3))
     parameters = Parameters(model.shapes((6, 8, 1))[1])
     parameters.initialize(0)
     x, dy = np.random.default_rng(0).standard_normal((2, 6, 8, 1)).astype(np.float32), np.ones((2, 3), np.float32)
