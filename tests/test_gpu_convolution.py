@@ -147,6 +147,24 @@ def test_convolution_and_its_gradients(gpu: Gpu, case: Case) -> None:
     assert_equal_to_the_cpu(gpu, case)
 
 
+@pytest.mark.parametrize("name", ["odd everything", "many small images", "colours in bands"])
+def test_convolution_without_bias(gpu: Gpu, name: str) -> None:
+    """Where products are made by convolution.cu in slices, and by the direct kernels, of many channels and of few."""
+    case = CASES[name]
+    of = factors(case, whole)
+    of.b[...] = 0
+    y, gate = forward(case, of)
+    window = case.stride, case.pad, case.relu
+    x, w, dy = map(gpu.device.upload, (of.x, of.w, of.dy))
+    found = gpu.conv_forward(x, w, None, *window)
+    np.testing.assert_array_equal(gpu.device.download(found), y)
+    dw = gpu.device.upload(np.ones_like(of.w))
+    dx = gpu.conv_backward(x, found, dy, w, *window, dw, None, True)
+    wanted_dx, wanted_dw, _ = backward(case, of, gate)
+    np.testing.assert_array_equal(gpu.device.download(dx), wanted_dx)
+    np.testing.assert_array_equal(gpu.device.download(dw), wanted_dw)
+
+
 def test_filters_at_any_address(gpu: Gpu) -> None:
     for start in (1, 4):
         assert_equal_to_the_cpu(gpu, CASES["pooled in slices"], start)

@@ -125,6 +125,19 @@ def test_convolution_is_the_same_when_the_patches_of_few_images_fit(monkeypatch,
     assert_convolution_is_the_loops(case, dtype)
 
 
+@pytest.mark.parametrize("C", [1, 5, 16])  # two of these have kernels of their own
+def test_a_convolution_without_bias_is_one_whose_bias_is_zero(C: int) -> None:
+    x, w, dy = normal(np.float32, (2, 6, 6, C), (3, 3, C, 16), (2, 6, 6, 16))
+    (none, dw), (zero, dw_beside) = ((b, np.zeros_like(w)) for b in (None, np.zeros(16, np.float32)))
+    y = cpu.conv_forward(x, w, zero, 1, 1, False)
+    np.testing.assert_array_equal(cpu.conv_forward(x, w, none, 1, 1, False), y)
+    dx, dx_beside = (
+        cpu.conv_backward(x, y, dy, w, 1, 1, False, *of, True) for of in ((dw, none), (dw_beside, zero.copy()))
+    )
+    np.testing.assert_array_equal(dx, dx_beside)
+    np.testing.assert_array_equal(dw, dw_beside)
+
+
 def test_ones_convolved_with_ones_count_the_pixels_under_the_filter():
     y = cpu.conv_forward(np.ones((1, 3, 4, 1)), np.ones((3, 3, 1, 1)), np.zeros(1), stride=1, pad=1, relu=False)
     np.testing.assert_array_equal(y[0, :, :, 0], [[4, 6, 6, 4], [6, 9, 9, 6], [4, 6, 6, 4]])

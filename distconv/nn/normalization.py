@@ -81,14 +81,13 @@ class ConvNorm:
             )
             folded = kernels.scale_channels(w, factor, kernels.device.zeros(self.filters, x.dtype), False)
             return kernels.conv_forward(x, folded, offset, conv.stride, conv.margin, self.relu), kept_nothing
-        no_bias = kernels.device.zeros(self.filters, x.dtype)
-        c = kernels.conv_forward(x, w, no_bias, conv.stride, conv.margin, False)
+        c = kernels.conv_forward(x, w, None, conv.stride, conv.margin, False)
         y, norm_backward = norm.forward(c, params, context)
 
         def backward(dy: Array, grads: Views, wants_dx: bool) -> Array | None:
             dc = norm_backward(dy, grads, True)
-            dw, db = grads["W"], kernels.device.zeros(self.filters, x.dtype)  # of a bias that is not there
-            dx: Array | None = kernels.conv_backward(x, c, dc, w, conv.stride, conv.margin, False, dw, db, wants_dx)
+            dw = grads["W"]
+            dx: Array | None = kernels.conv_backward(x, c, dc, w, conv.stride, conv.margin, False, dw, None, wants_dx)
             return dx
 
         return y, backward

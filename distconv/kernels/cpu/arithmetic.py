@@ -53,9 +53,11 @@ def _patches(x: Array, K: int, stride: int, pad: int) -> Iterator[tuple[slice, A
 
 
 def conv_forward(
-    x: Array, w: Array, b: Array, stride: int, pad: int, relu: bool, multiply: Multiply = np.matmul
+    x: Array, w: Array, b: Array | None, stride: int, pad: int, relu: bool, multiply: Multiply = np.matmul
 ) -> Array:
-    """Convolution, bias and, if asked, ReLU: x (N, H, W, C), w (K, K, C, F), b (F,) -> y (N, OH, OW, F)."""
+    """Convolution, bias and, if asked, ReLU: x (N, H, W, C), w (K, K, C, F), b (F,) or none -> y (N, OH, OW, F)."""
+    if b is None:
+        b = np.zeros(w.shape[3], w.dtype)
     if fast := _fast_road(x, w, stride, pad):
         found: Array = fast.conv_forward(x, w, b, stride, pad, relu)
         return found
@@ -72,13 +74,15 @@ def conv_forward(
 
 
 def conv_backward(
-    x: Array, y: Array, dy: Array, w: Array, stride: int, pad: int, relu: bool, dw: Array, db: Array, wants_dx: bool,
-    multiply: Multiply = np.matmul
+    x: Array, y: Array, dy: Array, w: Array, stride: int, pad: int, relu: bool, dw: Array, db: Array | None,
+    wants_dx: bool, multiply: Multiply = np.matmul
 ) -> Array | None:  # fmt: skip
     """The adjoint of conv_forward: add to dw (K, K, C, F) and db (F,), return dx (N, H, W, C) if it is wanted.
 
-    y (N, OH, OW, F) is what conv_forward returned for x and w, dy its gradient.
+    y (N, OH, OW, F) is what conv_forward returned for x and w, dy its gradient. db: None where there is no bias.
     """
+    if db is None:
+        db = np.zeros(w.shape[3], dw.dtype)
     if not relu:
         y = dy  # which is read anyway
     fast = _fast_road(x, w, stride, pad)

@@ -40,23 +40,23 @@ class Gpu(Normalization):
         self.precision, self.apart = precision, apart
         self.no_floats, self.no_bytes = device.zeros(4, np.float32), device.zeros(4, np.uint8)
 
-    def conv_forward(self, x: Array, w: Array, b: Array, stride: int, pad: int, relu: bool) -> Array:
+    def conv_forward(self, x: Array, w: Array, b: Array | None, stride: int, pad: int, relu: bool) -> Array:
         """As on the CPU."""
-        shape = _convolution(x.shape, w.shape, stride, pad, relu)
+        shape = _convolution(x.shape, w.shape, stride, pad, relu, b)
         y = self.device.empty((len(x), shape.OH, shape.OW, shape.F), np.float32)
         self._multiply(shape, "forward", len(x), x=x, w=w, bias=b, out=y)
         return y
 
     def conv_backward(
-        self, x: Array, y: Array, dy: Array, w: Array, stride: int, pad: int, relu: bool, dw: Array, db: Array,
+        self, x: Array, y: Array, dy: Array, w: Array, stride: int, pad: int, relu: bool, dw: Array, db: Array | None,
         wants_dx: bool
     ) -> Array | None:  # fmt: skip
         """As on the CPU."""
-        return self._adjoint(_convolution(x.shape, w.shape, stride, pad, relu), x, y, dy, w, dw, db, wants_dx)
+        return self._adjoint(_convolution(x.shape, w.shape, stride, pad, relu, db), x, y, dy, w, dw, db, wants_dx)
 
     def conv_pool_forward(self, x: Array, w: Array, b: Array, stride: int, pad: int, relu: bool) -> tuple[Array, Array]:
         """conv_forward and then max_pool_forward of 2 x 2 windows side by side, in one kernel -> (y, winner)."""
-        shape = replace(_convolution(x.shape, w.shape, stride, pad, relu), pooled=True)
+        shape = replace(_convolution(x.shape, w.shape, stride, pad, relu, b), pooled=True)
         y = self.device.empty((len(x), shape.OH // 2, shape.OW // 2, shape.F), np.float32)
         winner = self.device.empty(y.shape, np.uint8)
         self._multiply(shape, "forward", len(x), x=x, w=w, bias=b, out=y, winner=winner)
@@ -67,7 +67,7 @@ class Gpu(Normalization):
         wants_dx: bool
     ) -> Array | None:  # fmt: skip
         """The adjoint of conv_pool_forward."""
-        shape = replace(_convolution(x.shape, w.shape, stride, pad, relu), pooled=True)
+        shape = replace(_convolution(x.shape, w.shape, stride, pad, relu, db), pooled=True)
         return self._adjoint(shape, x, winner, dy, w, dw, db, wants_dx)
 
     def affine_forward(self, x: Array, w: Array, b: Array, relu: bool) -> Array:
@@ -78,14 +78,15 @@ class Gpu(Normalization):
     def affine_backward(self, x: Array, y: Array, dy: Array, w: Array, relu: bool, dw: Array, db: Array) -> Array:
         """As on the CPU."""
         (N, C), F = x.shape, w.shape[1]
-        shape = _convolution((N, 1, 1, C), (1, 1, C, F), 1, 0, relu)
+        shape = _convolution((N, 1, 1, C), (1, 1, C, F), 1, 0, relu, db)
         dx = self._adjoint(shape, x.reshape(N, 1, 1, C), y, dy, w, dw, db, wants_dx=True)
         assert dx is not None
         return dx.reshape(N, C)
 
     def _adjoint(
-        self, shape: Convolution, x: Array, gate: Array, dy: Array, w: Array, dw: Array, db: Array, wants_dx: bool
-    ) -> Array | None:
+        self, shape: Convolution, x: Array, gate: Array, dy: Array, w: Array, dw: Array, db: Array | None,
+        wants_dx: bool
+    ) -> Array | None:  # fmt: skip
         """gate: what tells where dy counts, winner or y."""
         gates = {"won" if shape.pooled else "y": gate}
 
@@ -291,6 +292,9 @@ class Gpu(Normalization):
         return self.device.download(best).astype(np.int64)
 
 
-def _convolution(x: tuple[int, ...], w: tuple[int, ...], stride: int, pad: int, relu: bool) -> Convolution:
+def _convolution(
+    x: tuple[int, ...], w: tuple[int, ...], stride: int, pad: int, relu: bool, bias: Array | None
+) -> Convolution:
+    """Of these shapes, and with a bias where there is one, or its gradient."""
     (_, H, W, C), (K, _, _, F) = x, w
-    return Convolution(H, W, C, F, K, stride, pad, relu)
+    return Convolution(H, W, C, F, K, stride, pad, relu, bias=bias is not None)

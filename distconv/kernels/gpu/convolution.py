@@ -50,6 +50,7 @@ class Convolution:
     pad: int
     relu: bool
     pooled: bool = False
+    bias: bool = True
 
     @property
     def OH(self) -> int:
@@ -83,7 +84,7 @@ class Convolution:
         values = {
             "PASS": PASSES[which], "PRECISION": len(PASSES) + PRECISIONS.index(precision),
             "H": self.H, "W": self.W, "C": self.C, "F": self.F, "K": self.K, "STRIDE": self.stride, "PAD": self.pad,
-            "OH": self.OH, "OW": self.OW, "RELU": int(self.relu), "POOL": int(self.pooled),
+            "OH": self.OH, "OW": self.OW, "RELU": int(self.relu), "POOL": int(self.pooled), "BIAS": int(self.bias),
             "VX": 4 if wide_x else 1, "VY": 4 if wide_y else 1, "VW": 4 if wide_y and aligned else 1, **tile,
         }  # fmt: skip
         return tuple(values.items())

@@ -93,6 +93,7 @@ constexpr int ROWS_AT_ONCE = PASS == FORWARD && POOL ? 4 : 1;
 template <int COUNT, typename Sum>
 __device__ __forceinline__ void write(const Results &to, int row, int column, Sum sum) {
     if (PASS == FILTERS) {
+        if (row == TAPS && !BIAS) return;
         float &result = row == TAPS ? to.db[column] : to.out[row * COLUMNS + column];
         result += sum(0, 0);
         return;
@@ -102,11 +103,11 @@ __device__ __forceinline__ void write(const Results &to, int row, int column, Su
 #pragma unroll
     for (int c = 0; c < COUNT; c++) {
         results[c] = sum(0, c);
-        if (PASS == FORWARD) results[c] = with_bias_and_relu(results[c], to.bias[column + c]);
+        if (PASS == FORWARD) results[c] = with_bias_and_relu(results[c], BIAS ? to.bias[column + c] : 0);
         if (PASS == FORWARD && POOL) {
             int best = 0;
             for (int i = 1; i < 4; i++) {
-                float other = with_bias_and_relu(sum(i, c), to.bias[column + c]);
+                float other = with_bias_and_relu(sum(i, c), BIAS ? to.bias[column + c] : 0);
                 if (other > results[c]) results[c] = other, best = i;
             }
             winners[c] = RELU && results[c] <= 0 ? NOBODY : best;
