@@ -1,7 +1,7 @@
-"""What the GPU does within a step, kernel by kernel: `python -m tests.gpu_timeline tf32 100`, by PyTorch's profiler.
+"""What the GPU does within a step, kernel by kernel, by PyTorch's profiler: `python -m tests.gpu_timeline tf32 100`.
 
 First how long a step takes in a run of its own, and its graph alone, started again and again: if these differ, the host
-or what surrounds the graph costs time.
+or what surrounds the graph costs time. Last what the kernels of one name take together.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import importlib
 import json
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -66,15 +67,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("precision", choices=PRECISIONS)
     parser.add_argument("batch_size", type=int)
+    parser.add_argument("--model", default="deepconvnet")
     arguments = parser.parse_args()
-    steps = max(20, 20000 // arguments.batch_size)
-    settings = Config(batch_size=arguments.batch_size, epochs=1, device="cuda", precision=arguments.precision)
-    dataset = random_dataset("deepconvnet", arguments.batch_size, WARM_UP + steps + PROFILED)
+    model, batch_size, precision = arguments.model, arguments.batch_size, arguments.precision
+    settings = Config(model=model, batch_size=batch_size, epochs=1, device="cuda", precision=precision)
+    steps = max(20, 20000 // batch_size)
+    dataset = random_dataset(model, batch_size, WARM_UP + steps + PROFILED)
     run = build_run(settings, dataset, start(), print)
     device, records = run.replica.device, train(run, lambda: False, ahead=True)
     seconds_of_steps(records, WARM_UP)
     wall, graph = 1e6 * np.quantile(seconds_of_steps(records, steps), [0.1, 0.5, 0.9]), seconds_of_graph(device, steps)
-    print(f"{arguments.precision}, batch {arguments.batch_size}: a step takes {wall[1]:.1f} us ({wall[0]:.1f} to "
+    print(f"{model}, {precision}, batch {batch_size}: a step takes {wall[1]:.1f} us ({wall[0]:.1f} to "
           f"{wall[2]:.1f}), its graph {1e6 * graph:.1f} us")  # fmt: skip
     events = events_of_steps(records, device)
     starts = [i for i, event in enumerate(events) if event["name"].startswith(FIRST_KERNEL)]
@@ -86,6 +89,11 @@ def main() -> None:
             f"{event['name'][:30]:30}  grid {details.get('grid')} of {details.get('block')}, "
             f"{details.get('registers per thread')} registers"
         )
+    times = defaultdict(list)
+    for event in events[first:last]:
+        times[event["name"]].append(event["dur"])
+    for name, durations in sorted(times.items(), key=lambda item: -sum(item[1])):
+        print(f"{sum(durations):9.1f} us in {len(durations):3} of {name[:30]}")
 
 
 if __name__ == "__main__":

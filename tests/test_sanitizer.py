@@ -16,7 +16,8 @@ from tests import jobs
 @pytest.mark.sanitizer
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
-def test_the_sanitizer_finds_nothing(tool: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("model", ["deepconvnet", "tests.test_gpu_networks:small_googlenet"])  # all kernels of layers
+def test_the_sanitizer_finds_nothing(model: str, tool: str, tmp_path: Path) -> None:
     try:
         cuda.visible()
     except RuntimeError as error:
@@ -24,8 +25,9 @@ def test_the_sanitizer_finds_nothing(tool: str, tmp_path: Path) -> None:
     if not (sanitizer := shutil.which("compute-sanitizer")):
         pytest.skip("compute-sanitizer is not on PATH")
     command = ["-m", "distconv.train", "--device", "cuda", "--data", "digits", "--epochs", "1", "--limit-train", "250"]
+    command += ["--model", model, "--out", str(tmp_path / "out")]
     result = subprocess.run(
-        [sanitizer, "--tool", tool, "--error-exitcode", "9", sys.executable, *command, "--out", str(tmp_path / "out")],
+        [sanitizer, "--tool", tool, "--error-exitcode", "9", sys.executable, *command],
         cwd=jobs.ROOT, env=jobs.ENVIRONMENT, capture_output=True, text=True, timeout=280,
     )  # fmt: skip
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]

@@ -15,7 +15,7 @@ import numpy as np
 from distconv.kernels.gpu.device import Array
 from distconv.kernels.gpu.launcher import THREADS, Launcher, check_count
 
-WARP, AT_ONCE, PARTS = 32, 4, 8  # AT_ONCE and PARTS of normalization.cu
+WARP, AT_ONCE, PARTS = 32, 4, 32  # AT_ONCE and PARTS of normalization.cu
 WIDE, ALIGNMENT = 4, 16  # numbers that a thread loads at once, where they begin at a multiple of so many bytes
 ENOUGH_BLOCKS = 264  # to keep some 130 multiprocessors busy; fixed, as it decides the order of sums
 
@@ -65,7 +65,7 @@ class Normalization(Launcher):
         partial, (mean, variance, factor) = self._new(strips.count, 2, C), (self._new(C) for _ in range(3))
         self._start("norm_statistics", strips, x, partial)
         found = partial, gamma, mean, variance, factor
-        self._start_joining("norm_combine", C, *found, strips.M, C, strips.count, strips.pixels, epsilon)
+        self._start_joining("norm_combine", C, *found, strips.M, C, strips.count, strips.pixels, float(epsilon))
         apply = self._cut([x], summed=False)
         y = self._like(x, lambda y: self._start("norm_apply", apply, x, mean, factor, beta, y, int(relu)))
         return y, mean, variance
@@ -80,7 +80,7 @@ class Normalization(Launcher):
         partial, coefficients = self._new(strips.count, 2, C), self._new(3, C)
         self._start("norm_gradient_sums", strips, *images, mean, partial, int(relu))
         found = partial, gamma, variance, coefficients, dgamma, dbeta
-        self._start_joining("norm_gradient_combine", C, *found, strips.M, C, strips.count, epsilon)
+        self._start_joining("norm_gradient_combine", C, *found, strips.M, C, strips.count, float(epsilon))
         of_x = *images, mean, coefficients
         apply = self._cut(images, summed=False)
         return self._like(x, lambda dx: self._start("norm_gradient", apply, *of_x, dx, int(relu)))
@@ -99,7 +99,7 @@ class Normalization(Launcher):
         """As on the CPU."""
         factor, offset = self._new(gamma.size), self._new(gamma.size)
         arrays = gamma, beta, mean, variance, factor, offset
-        self.launch("normalization", "norm_factors", gamma.size, *arrays, epsilon, gamma.size)
+        self.launch("normalization", "norm_factors", gamma.size, *arrays, float(epsilon), gamma.size)
         return factor, offset
 
     def scale_channels(self, x: Array, factor: Array, offset: Array, relu: bool) -> Array:

@@ -9,8 +9,8 @@
 //
 // An affine layer is the convolution of images of one pixel. x is (N, H, W, C), w (K, K, C, F), y (N, OH, OW, F).
 // BIAS: b is added, and db wanted. RELU: y is max(y, 0). POOL: y is then pooled, the largest of each window of 2 x 2
-// pixels: y and dy are (N, OH/2, OW/2, F), and `won` (bytes) says which of the four it was, or NOBODY where ReLU lets none
-// through.
+// pixels: y and dy are (N, OH/2, OW/2, F), and `won` (bytes) says which of the four it was, or NOBODY where ReLU lets
+// none through.
 //
 // A block of threads computes BM x BN numbers of the product, 32 x 16 a warp, on tensor cores, from tiles in shared
 // memory; the next tiles are on their way while these are multiplied. A tile is BK steps deep for each of the GROUPS of

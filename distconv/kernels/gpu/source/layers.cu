@@ -171,7 +171,7 @@ extern "C" __global__ void average_pool_backward(const float *dy, float *dx, int
 
 constexpr int MEANS = 32, PARTS_OF_PIXELS = 8;  // of a block: the threads of a warp have a mean each
 
-// y (n, C) = the means over the pixels of x (n, pixels, C): a warp adds up its part of them, then the first one the parts.
+// y (n, C) = the means over the pixels of x (n, pixels, C): a warp adds up a part, then the first one all parts.
 extern "C" __global__ void __launch_bounds__(MEANS *PARTS_OF_PIXELS) pixel_mean(const float *x, float *y, int count,
                                                                                 int pixels, int C) {
     __shared__ float sums[PARTS_OF_PIXELS][MEANS];
@@ -200,7 +200,7 @@ extern "C" __global__ void sum_of_two(const float *x, const float *other, float 
     y[i] = relu && sum <= 0 ? 0 : sum;
 }
 
-// Where a number lies: `channel` of `pixel`, among up to four arrays whose channels are side by side and end before these.
+// Where a number lies, `channel` of `pixel`, among up to four arrays whose channels lie side by side, to these ends.
 template <typename Pointer>
 __device__ __forceinline__ Pointer among(int pixel, int channel, Pointer a, Pointer b, Pointer c, Pointer d, int end_a,
                                          int end_b, int end_c, int end_d) {

@@ -7,6 +7,18 @@
 
 constexpr int THREADS = 256, AT_ONCE = 4;  // pixels that a thread has on their way from memory together
 
+// Rows of `across` threads: the lower ones are joined to the upper ones, then half of those that are left, and so on.
+// join(other): with that thread; what all threads have written to shared memory before can be read.
+template <typename Join>
+__device__ __forceinline__ void fold(int row, int rows, int across, Join join) {
+    for (int left = rows; left > 1;) {
+        __syncthreads();
+        int half = (left + 1) / 2;
+        if (row < left - half) join(threadIdx.x + half * across);
+        left = half;
+    }
+}
+
 // What this thread does of a strip.
 struct Part {
     unsigned first, end;  // pixels, `rows` apart; unsigned, as a step beyond the end may pass 2^31
@@ -29,18 +41,6 @@ struct Part {
     template <int VECTOR>
     __device__ __forceinline__ void load_pixel(const float *from, int C, unsigned at, int k, float *to) const {
         if (has(at, k)) load<VECTOR>(from + (at + k * rows) * C + channel, to);
-    }
-
-    // The lower rows of threads are joined to the upper ones, then half of those that are left. join(other): with that
-    // thread; what all threads have written to shared memory before can be read.
-    template <typename Join>
-    __device__ __forceinline__ void fold(Join join) const {
-        for (int left = rows; left > 1;) {
-            __syncthreads();
-            int half = (left + 1) / 2;
-            if (row < left - half) join(threadIdx.x + half * across);
-            left = half;
-        }
     }
 };
 
@@ -90,7 +90,7 @@ __device__ __forceinline__ void statistics(const float *x, float *partial, int C
         for (int v = 0; v < VECTOR; v++) means[v][threadIdx.x] = mean[v], all_squares[v][threadIdx.x] = squares[v];
     };
     show();
-    part.fold([&](int other) {
+    fold(part.row, part.rows, part.across, [&](int other) {
         Joining<float> joining(count, counts[other]);
         count += counts[other];
         for (int v = 0; v < VECTOR; v++) joining.join(mean[v], squares[v], means[v][other], all_squares[v][other]);
@@ -110,37 +110,41 @@ extern "C" __global__ void __launch_bounds__(THREADS) norm_statistics(const floa
     vector == 4 ? statistics<4>(x, partial, C, part) : statistics<1>(x, partial, C, part);
 }
 
-constexpr int CHANNELS = 32, PARTS = THREADS / CHANNELS;  // of a block that joins strips: a warp for each part of them
+constexpr int CHANNELS = 8, PARTS = THREADS / CHANNELS;  // of a block that joins strips: threads for parts of them
 
-// each(strip) for every strip of this warp's part of them, in order -> whether this thread then joins the parts of its
-// channel.
-template <typename Each>
-__device__ __forceinline__ bool join_strips(int channel, int C, int strips, Each each) {
-    int part = threadIdx.x / CHANNELS, many = (strips + PARTS - 1) / PARTS;
-    if (channel < C)
-        for (int strip = part * many; strip < min(strips, (part + 1) * many); strip++) each(strip);
-    return part == 0 && channel < C;
-}
+// The channel of such a thread, and its strips.
+struct Column {
+    int channel, part, first, end;
+
+    __device__ __forceinline__ Column(int C, int strips) {
+        channel = blockIdx.x * CHANNELS + threadIdx.x % CHANNELS, part = threadIdx.x / CHANNELS;
+        int many = (strips + PARTS - 1) / PARTS;
+        first = part * many, end = channel < C ? min(strips, first + many) : first;
+    }
+};
 
 // Of all strips: mean, variance (biased) and factor = gamma / sqrt(variance + epsilon), each (C,); 0 of no pixels.
 extern "C" __global__ void __launch_bounds__(THREADS) norm_combine(const float *partial, const float *gamma,
                                                                    float *mean, float *variance, float *factor, int M,
                                                                    int C, int strips, int pixels, float epsilon) {
-    __shared__ double counts[PARTS][CHANNELS], means[PARTS][CHANNELS], all_squares[PARTS][CHANNELS];
-    int lane = threadIdx.x % CHANNELS, part = threadIdx.x / CHANNELS, c = blockIdx.x * CHANNELS + lane;
+    __shared__ double counts[THREADS], means[THREADS], all_squares[THREADS];
+    Column column(C, strips);
     double count = 0, middle = 0, squares = 0;
+    int c = column.channel;
     auto join = [&](double n, double other_mean, double others) {
         Joining<double>(count, n).join(middle, squares, other_mean, others);
         count += n;
     };
-    bool joins = join_strips(c, C, strips, [&](int strip) {
-        int n = min(pixels, M - strip * pixels);
-        join(n, partial[2 * strip * C + c], partial[(2 * strip + 1) * C + c]);
+    auto show = [&] { counts[threadIdx.x] = count, means[threadIdx.x] = middle, all_squares[threadIdx.x] = squares; };
+#pragma unroll 4
+    for (int strip = column.first; strip < column.end; strip++)
+        join(min(pixels, M - strip * pixels), partial[2 * strip * C + c], partial[(2 * strip + 1) * C + c]);
+    show();
+    fold(column.part, PARTS, CHANNELS, [&](int other) {
+        join(counts[other], means[other], all_squares[other]);
+        show();
     });
-    counts[part][lane] = count, means[part][lane] = middle, all_squares[part][lane] = squares;
-    __syncthreads();
-    if (!joins) return;
-    for (int p = 1; p < PARTS; p++) join(counts[p][lane], means[p][lane], all_squares[p][lane]);
+    if (column.part > 0 || c >= C) return;
     float found = M > 0 ? squares / M : 0;
     mean[c] = middle, variance[c] = found, factor[c] = gamma[c] / sqrtf(found + epsilon);
 }
@@ -223,7 +227,7 @@ __device__ __forceinline__ void gradient_sums(const float *x, const float *y, co
             }
     }
     for (int i = 0; i < 2 * VECTOR; i++) sums[i][threadIdx.x] = mine[i];
-    part.fold([&](int other) {
+    fold(part.row, part.rows, part.across, [&](int other) {
         for (int i = 0; i < 2 * VECTOR; i++) sums[i][threadIdx.x] += sums[i][other];
     });
     if (!part.is_first_row) return;
@@ -246,24 +250,27 @@ extern "C" __global__ void __launch_bounds__(THREADS) norm_gradient_combine(cons
                                                                             const float *variance, float *coefficients,
                                                                             float *dgamma, float *dbeta, int M, int C,
                                                                             int strips, float epsilon) {
-    __shared__ double all_sums[PARTS][CHANNELS], all_products[PARTS][CHANNELS];
-    int lane = threadIdx.x % CHANNELS, part = threadIdx.x / CHANNELS, c = blockIdx.x * CHANNELS + lane;
+    __shared__ double sums[THREADS], products[THREADS];
+    Column column(C, strips);
     double sum = 0, product = 0;
-    bool joins = join_strips(c, C, strips, [&](int strip) {
+    int c = column.channel;
+#pragma unroll 4
+    for (int strip = column.first; strip < column.end; strip++) {
         sum += partial[2 * strip * C + c];
         product += partial[(2 * strip + 1) * C + c];
+    }
+    sums[threadIdx.x] = sum, products[threadIdx.x] = product;
+    fold(column.part, PARTS, CHANNELS, [&](int other) {
+        sums[threadIdx.x] += sums[other], products[threadIdx.x] += products[other];
     });
-    all_sums[part][lane] = sum, all_products[part][lane] = product;
-    __syncthreads();
-    if (!joins) return;
-    for (int p = 1; p < PARTS; p++) sum += all_sums[p][lane], product += all_products[p][lane];
+    if (column.part > 0 || c >= C) return;
     float inverse = 1 / sqrtf(variance[c] + epsilon), factor = gamma[c] * inverse, many = max(M, 1);
-    float sums = sum, products = product * inverse;
-    dgamma[c] += products;
-    dbeta[c] += sums;
+    float of_g = sums[threadIdx.x], of_s = products[threadIdx.x] * inverse;
+    dgamma[c] += of_s;
+    dbeta[c] += of_g;
     coefficients[c] = factor;
-    coefficients[C + c] = -factor * inverse * products / many;
-    coefficients[2 * C + c] = -factor * sums / many;
+    coefficients[C + c] = -factor * inverse * of_s / many;
+    coefficients[2 * C + c] = -factor * of_g / many;
 }
 
 template <int VECTOR>
