@@ -116,6 +116,24 @@ def test_gradients_are_the_same_when_nobody_wants_dx():
     np.testing.assert_array_equal(*found)
 
 
+def test_nobody_computes_a_gradient_for_what_is_not_trained():
+    asked = []
+
+    @dataclass(frozen=True)
+    class First(Affine):
+        def forward(self, x, params, context):
+            y, backward = super().forward(x, params, context)
+            return y, lambda dy, grads, wants_dx: asked.append(wants_dx) or backward(dy, grads, wants_dx)
+
+    model, x = Chain(Standardize(), First(3), Affine(2)), images(2, 4)
+    parameters = built(model, (4,))
+    for wants_dx in (False, True):
+        y, backward = model.forward(x, parameters.values, training(2))
+        dx = backward(np.ones(y.shape), parameters.grads, wants_dx)
+        assert (dx is not None and dx.shape == x.shape) or not wants_dx
+    assert asked == [False, True]
+
+
 @pytest.mark.parametrize("cuts", [[1], [2, 3], [0, 1, 2, 3, 4]])
 def test_gradients_of_the_parts_of_a_batch_add_up_to_that_of_the_whole(cuts):
     model = deepconvnet(10)

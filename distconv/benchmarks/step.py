@@ -103,6 +103,10 @@ class TimedLayer:
     layer: Layer
     watch: Stopwatch
 
+    @property
+    def is_fixed(self) -> bool:
+        return getattr(self.layer, "is_fixed", False)
+
     def shapes(self, input_shape: Shape) -> tuple[Shape, Specs]:
         return self.layer.shapes(input_shape)
 

@@ -285,6 +285,8 @@ class Chain:
 
     def forward(self, x: Array, params: Views, context: Context) -> tuple[Array, Backward]:
         backwards: list[tuple[str, Backward]] = []
+        is_fixed = [getattr(layer, "is_fixed", False) for _, layer in self.layers]
+        untrained = [*is_fixed, False].index(False)  # layers at the beginning
         for name, layer in self.layers:
             x, layer_backward = layer.forward(x, params.get(name, {}), context.within(name))
             if context.training:
@@ -293,8 +295,9 @@ class Chain:
         def backward(dy: Any, grads: Views, wants_dx: bool) -> Array | None:
             if not context.training:
                 return kept_nothing(dy, grads, wants_dx)
-            for i, (name, layer_backward) in reversed(list(enumerate(backwards))):
-                dy = layer_backward(dy, grads.get(name, {}), wants_dx or i > 0)
+            first = 0 if wants_dx else untrained  # before it, nobody wants a gradient
+            for i, (name, layer_backward) in reversed(list(enumerate(backwards))[first:]):
+                dy = layer_backward(dy, grads.get(name, {}), wants_dx or i > first)
                 if context.on_final and not context.path:  # a chain within a layer does not know what lies beside it
                     context.on_final(name)
             return dy  # type: ignore[no-any-return]

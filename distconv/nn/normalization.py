@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 from distconv.kernels.interface import Array
 from distconv.nn.layers import Backward, Context, Conv, Layer, inner_layers, kept_nothing
@@ -107,6 +108,8 @@ class Standardize:
 
     Both are a part of the model: saved with it, and used on whatever it judges.
     """
+
+    is_fixed: ClassVar[bool] = True  # its backward pass brings dx and nothing else
 
     def shapes(self, input_shape: Shape) -> tuple[Shape, Specs]:
         C = input_shape[-1:]
