@@ -331,3 +331,14 @@ def test_channels_that_are_joined_come_apart_again() -> None:
     for found, part in zip(cpu.split_channels(joined, [1, 4, 2]), parts, strict=True):
         np.testing.assert_array_equal(found, part)
         assert found.flags.c_contiguous
+
+
+@either_precision
+def test_sums_and_gradients_behind_relu_are_the_formula(dtype: type) -> None:
+    x, other, dy = normal(dtype, (3, 5, 7), (3, 5, 7), (3, 5, 7))
+    np.testing.assert_array_equal(cpu.plus(x, other, False), x + other)
+    y = cpu.plus(x, other, True)
+    np.testing.assert_array_equal(y, np.maximum(x + other, 0))
+    np.testing.assert_array_equal(cpu.relu_backward(dy, read_only(y)), np.where(y > 0, dy, 0))
+    strange = np.array([np.inf, -np.inf, np.nan], dtype)
+    np.testing.assert_array_equal(cpu.plus(strange, np.ones(3, dtype), True), [np.inf, 0, np.nan])

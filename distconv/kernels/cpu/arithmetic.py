@@ -19,6 +19,7 @@ from numpy.lib.stride_tricks import as_strided
 from numpy.typing import DTypeLike, NDArray
 
 from distconv.kernels import philox
+from distconv.kernels.cpu import elementwise
 from distconv.kernels.cpu.loss import softmax_cross_entropy as compiled_loss
 from distconv.kernels.interface import Array, output_size
 
@@ -267,8 +268,22 @@ def relu(x: Array) -> Array:
 
 def relu_backward(dy: Array, y: Array) -> Array:
     """dx = dy where y = max(x, 0) is positive, else 0 (the slope at 0 is taken as 0)."""
-    dx: Array = dy * (y > 0)
-    return dx
+    if y.dtype == dy.dtype == np.float32:
+        dx = np.empty(y.shape, np.float32)
+        elementwise.behind_relu(*(np.ascontiguousarray(array).reshape(-1) for array in (dy, y)), dx.reshape(-1))
+        return dx
+    slope: Array = dy * (y > 0)
+    return slope
+
+
+def plus(x: Array, other: Array, relu: bool) -> Array:
+    """x + other and, if asked, ReLU."""
+    if relu and x.dtype == other.dtype == np.float32:
+        y = np.empty(x.shape, np.float32)
+        elementwise.add_and_cut(*(np.ascontiguousarray(array).reshape(-1) for array in (x, other)), y.reshape(-1))
+        return y
+    total: Array = x + other
+    return np.maximum(total, 0, out=total) if relu else total
 
 
 def scale(x: Array, factor: float) -> Array:

@@ -100,7 +100,7 @@ class Cpu:
     norm_follow = staticmethod(normalization.norm_follow)
     norm_factors = staticmethod(normalization.norm_factors)
     scale_channels = staticmethod(normalization.scale_channels)
-    plus = staticmethod(normalization.plus)
+    plus = staticmethod(arithmetic.plus)
     join_channels = staticmethod(arithmetic.join_channels)
     split_channels = staticmethod(arithmetic.split_channels)
     scale = staticmethod(arithmetic.scale)

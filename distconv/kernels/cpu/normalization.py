@@ -101,14 +101,6 @@ def _scaled(x: Array, mean: Array, factor: Array, offset: Array, relu: bool) -> 
     return y.astype(x.dtype, copy=False)
 
 
-def plus(x: Array, other: Array, relu: bool) -> Array:
-    """x + other and, if asked, ReLU."""
-    y: Array = x + other
-    if relu:
-        np.maximum(y, 0, out=y)
-    return y
-
-
 def _is_wide(x: Array) -> bool:
     return x.dtype == np.float32 and x.shape[-1] % WIDE == 0 and x.flags.c_contiguous and x.size > 0
 
