@@ -34,7 +34,7 @@ def normalized(gpu: Gpu, x: Array, dy: Array, relu: bool, put: Callable[[Array],
     dgamma, dbeta = (gpu.device.upload(np.ones(C, np.float32)) for _ in range(2))
     there = put(x)
     y, mean, variance = gpu.norm_forward(there, gamma, beta, EPSILON, relu)
-    dx = gpu.norm_backward(there, y, put(dy), gamma, mean, variance, EPSILON, relu, dgamma, dbeta)
+    dx = gpu.norm_backward(there, put(dy), gamma, beta, mean, variance, EPSILON, relu, dgamma, dbeta)
     return [gpu.device.download(array) for array in (y, mean, variance, dx, dgamma, dbeta)]
 
 

@@ -71,17 +71,18 @@ class Normalization(Launcher):
         return y, mean, variance
 
     def norm_backward(
-        self, x: Array, y: Array, dy: Array, gamma: Array, mean: Array, variance: Array, epsilon: float, relu: bool,
+        self, x: Array, dy: Array, gamma: Array, beta: Array, mean: Array, variance: Array, epsilon: float, relu: bool,
         dgamma: Array, dbeta: Array
     ) -> Array:  # fmt: skip
         """As on the CPU."""
-        images, C = self._images(x, y, dy), x.shape[-1]
+        images, C = self._images(x, dy), x.shape[-1]
         strips = self._cut(images, summed=True)
         partial, coefficients = self._new(strips.count, 2, C), self._new(3, C)
-        self._start("norm_gradient_sums", strips, *images, mean, partial, int(relu))
+        channels = mean, gamma, variance, beta
+        self._start("norm_gradient_sums", strips, *images, *channels, partial, float(epsilon), int(relu))
         found = partial, gamma, variance, coefficients, dgamma, dbeta
         self._start_joining("norm_gradient_combine", C, *found, strips.M, C, strips.count, float(epsilon))
-        of_x = *images, mean, coefficients
+        of_x = *images, mean, beta, coefficients
         apply = self._cut(images, summed=False)
         return self._like(x, lambda dx: self._start("norm_gradient", apply, *of_x, dx, int(relu)))
 
@@ -121,7 +122,7 @@ class Normalization(Launcher):
         wide = shape[-1] % WIDE == 0 and all(self.device.address(array) % ALIGNMENT == 0 for array in images)
         return cut(math.prod(shape[:-1]), shape[-1], wide, summed)
 
-    def _start(self, name: str, strips: Strips, *arguments: Array | int) -> None:
+    def _start(self, name: str, strips: Strips, *arguments: Array | float) -> None:
         """Start a kernel that goes through the strips."""
         self.launch("normalization", name, strips.blocks * THREADS, *arguments, *strips.sizes)
 

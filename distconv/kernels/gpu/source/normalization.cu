@@ -110,6 +110,13 @@ extern "C" __global__ void __launch_bounds__(THREADS) norm_statistics(const floa
     vector == 4 ? statistics<4>(x, partial, C, part) : statistics<1>(x, partial, C, part);
 }
 
+__device__ __forceinline__ float factor_of(float gamma, float variance, float epsilon) {
+    return gamma / sqrtf(variance + epsilon);
+}
+
+// Both passes find it to the same bits, so that ReLU is open in one where it is in the other.
+__device__ __forceinline__ float normalized(float gap, float factor, float offset) { return fmaf(gap, factor, offset); }
+
 constexpr int CHANNELS = 8, PARTS = THREADS / CHANNELS;  // of a block that joins strips: threads for parts of them
 
 // The channel of such a thread, and its strips.
@@ -146,7 +153,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) norm_combine(const float *
     });
     if (column.part > 0 || c >= C) return;
     float found = M > 0 ? squares / M : 0;
-    mean[c] = middle, variance[c] = found, factor[c] = gamma[c] / sqrtf(found + epsilon);
+    mean[c] = middle, variance[c] = found, factor[c] = factor_of(gamma[c], found, epsilon);
 }
 
 template <int VECTOR>
@@ -167,7 +174,7 @@ __device__ __forceinline__ void scaled(const float *x, const float *mean, const 
         for (int k = 0; k < AT_ONCE; k++) {
             if (!part.has(at, k)) break;
             for (int v = 0; v < VECTOR; v++) {
-                float z = (numbers[k][v] - middle[v]) * a[v] + b[v];
+                float z = normalized(numbers[k][v] - middle[v], a[v], b[v]);
                 numbers[k][v] = relu && z <= 0 ? 0 : z;  // what is not a number stays
             }
             put<VECTOR>(y + (at + k * part.rows) * C + part.channel, numbers[k]);
@@ -194,36 +201,35 @@ extern "C" __global__ void __launch_bounds__(THREADS) scale_channels(const float
                 : scaled<1>(x, nullptr, factor, offset, y, C, relu, part);
 }
 
-// VECTOR numbers of the gradient behind ReLU, which lets dy through where y is positive; 0 where no pixel is.
-template <int VECTOR>
-__device__ __forceinline__ void load_gradient(const float *y, const float *dy, int C, bool relu, const Part &part,
-                                              unsigned at, int k, float *g) {
-    part.load_pixel<VECTOR>(dy, C, at, k, g);
-    if (!relu) return;
-    float gate[VECTOR] = {};
-    part.load_pixel<VECTOR>(y, C, at, k, gate);
-    for (int v = 0; v < VECTOR; v++) g[v] = gate[v] > 0 ? g[v] : 0;
+// The gradient behind ReLU, which lets dy through where y is positive.
+__device__ __forceinline__ float behind_relu(float dy, bool relu, float gap, float factor, float offset) {
+    return !relu || normalized(gap, factor, offset) > 0 ? dy : 0;
 }
 
 template <int VECTOR>
-__device__ __forceinline__ void gradient_sums(const float *x, const float *y, const float *dy, const float *mean,
-                                              float *partial, int C, bool relu, const Part &part) {
+__device__ __forceinline__ void gradient_sums(const float *x, const float *dy, const float *mean, const float *gamma,
+                                              const float *variance, const float *beta, float *partial, int C,
+                                              float epsilon, bool relu, const Part &part) {
     __shared__ float sums[2 * VECTOR][THREADS];
-    float middle[VECTOR] = {}, mine[2 * VECTOR] = {};
-    if (part.channel < C)
-        for (int v = 0; v < VECTOR; v++) middle[v] = mean[part.channel + v];
+    float middle[VECTOR], factor[VECTOR], offset[VECTOR], mine[2 * VECTOR] = {};
+#pragma unroll
+    for (int v = 0; v < VECTOR; v++) {
+        int c = min(part.channel + v, C - 1);
+        middle[v] = mean[c], factor[v] = factor_of(gamma[c], variance[c], epsilon), offset[v] = beta[c];
+    }
     for (unsigned at = part.first; at < part.end; at += part.step()) {
         float numbers[AT_ONCE][VECTOR] = {}, g[AT_ONCE][VECTOR] = {};
 #pragma unroll
         for (int k = 0; k < AT_ONCE; k++) {
             part.load_pixel<VECTOR>(x, C, at, k, numbers[k]);
-            load_gradient<VECTOR>(y, dy, C, relu, part, at, k, g[k]);
+            part.load_pixel<VECTOR>(dy, C, at, k, g[k]);
         }
 #pragma unroll
         for (int k = 0; k < AT_ONCE; k++)
             for (int v = 0; v < VECTOR; v++) {
-                mine[v] += g[k][v];
-                mine[VECTOR + v] += g[k][v] * (numbers[k][v] - middle[v]);
+                float gap = numbers[k][v] - middle[v], of = behind_relu(g[k][v], relu, gap, factor[v], offset[v]);
+                mine[v] += of;
+                mine[VECTOR + v] += of * gap;
             }
     }
     for (int i = 0; i < 2 * VECTOR; i++) sums[i][threadIdx.x] = mine[i];
@@ -236,13 +242,12 @@ __device__ __forceinline__ void gradient_sums(const float *x, const float *y, co
 }
 
 // partial (strips, 2, C): sums of g, the gradient behind ReLU, and of g (x - mean).
-extern "C" __global__ void __launch_bounds__(THREADS) norm_gradient_sums(const float *x, const float *y,
-                                                                         const float *dy, const float *mean,
-                                                                         float *partial, int relu, int M, int C,
-                                                                         int vector, int across, int pixels) {
+extern "C" __global__ void __launch_bounds__(THREADS) norm_gradient_sums(
+    const float *x, const float *dy, const float *mean, const float *gamma, const float *variance, const float *beta,
+    float *partial, float epsilon, int relu, int M, int C, int vector, int across, int pixels) {
     Part part(M, C, vector, across, pixels);
-    vector == 4 ? gradient_sums<4>(x, y, dy, mean, partial, C, relu, part)
-                : gradient_sums<1>(x, y, dy, mean, partial, C, relu, part);
+    vector == 4 ? gradient_sums<4>(x, dy, mean, gamma, variance, beta, partial, C, epsilon, relu, part)
+                : gradient_sums<1>(x, dy, mean, gamma, variance, beta, partial, C, epsilon, relu, part);
 }
 
 // Of all strips: add to dgamma and dbeta (C,); coefficients (3, C) with which dx = first g + second (x - mean) + third.
@@ -264,7 +269,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) norm_gradient_combine(cons
         sums[threadIdx.x] += sums[other], products[threadIdx.x] += products[other];
     });
     if (column.part > 0 || c >= C) return;
-    float inverse = 1 / sqrtf(variance[c] + epsilon), factor = gamma[c] * inverse, many = max(M, 1);
+    float inverse = factor_of(1, variance[c], epsilon), factor = factor_of(gamma[c], variance[c], epsilon);
+    float many = max(M, 1);
     float of_g = sums[threadIdx.x], of_s = products[threadIdx.x] * inverse;
     dgamma[c] += of_s;
     dbeta[c] += of_g;
@@ -274,40 +280,42 @@ extern "C" __global__ void __launch_bounds__(THREADS) norm_gradient_combine(cons
 }
 
 template <int VECTOR>
-__device__ __forceinline__ void gradient(const float *x, const float *y, const float *dy, const float *mean,
+__device__ __forceinline__ void gradient(const float *x, const float *dy, const float *mean, const float *beta,
                                          const float *coefficients, float *dx, int C, bool relu, const Part &part) {
-    float middle[VECTOR], factor[VECTOR], slope[VECTOR], offset[VECTOR];
+    float middle[VECTOR], offset[VECTOR], first[VECTOR], second[VECTOR], third[VECTOR];
     if (part.first >= part.end) return;
 #pragma unroll
     for (int v = 0; v < VECTOR; v++) {
         int c = part.channel + v;
-        middle[v] = mean[c], factor[v] = coefficients[c];
-        slope[v] = coefficients[C + c], offset[v] = coefficients[2 * C + c];
+        middle[v] = mean[c], offset[v] = beta[c];
+        first[v] = coefficients[c], second[v] = coefficients[C + c], third[v] = coefficients[2 * C + c];
     }
     for (unsigned at = part.first; at < part.end; at += part.step()) {
         float numbers[AT_ONCE][VECTOR], g[AT_ONCE][VECTOR];
 #pragma unroll
         for (int k = 0; k < AT_ONCE; k++) {
             part.load_pixel<VECTOR>(x, C, at, k, numbers[k]);
-            load_gradient<VECTOR>(y, dy, C, relu, part, at, k, g[k]);
+            part.load_pixel<VECTOR>(dy, C, at, k, g[k]);
         }
 #pragma unroll
         for (int k = 0; k < AT_ONCE; k++) {
             if (!part.has(at, k)) break;
-            for (int v = 0; v < VECTOR; v++)
-                numbers[k][v] = factor[v] * g[k][v] + (slope[v] * (numbers[k][v] - middle[v]) + offset[v]);
+            for (int v = 0; v < VECTOR; v++) {
+                float gap = numbers[k][v] - middle[v], of = behind_relu(g[k][v], relu, gap, first[v], offset[v]);
+                numbers[k][v] = first[v] * of + (second[v] * gap + third[v]);
+            }
             put<VECTOR>(dx + (at + k * part.rows) * C + part.channel, numbers[k]);
         }
     }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS) norm_gradient(const float *x, const float *y, const float *dy,
-                                                                    const float *mean, const float *coefficients,
+extern "C" __global__ void __launch_bounds__(THREADS) norm_gradient(const float *x, const float *dy, const float *mean,
+                                                                    const float *beta, const float *coefficients,
                                                                     float *dx, int relu, int M, int C, int vector,
                                                                     int across, int pixels) {
     Part part(M, C, vector, across, pixels);
-    vector == 4 ? gradient<4>(x, y, dy, mean, coefficients, dx, C, relu, part)
-                : gradient<1>(x, y, dy, mean, coefficients, dx, C, relu, part);
+    vector == 4 ? gradient<4>(x, dy, mean, beta, coefficients, dx, C, relu, part)
+                : gradient<1>(x, dy, mean, beta, coefficients, dx, C, relu, part);
 }
 
 // To the gradients of running statistics (C,), what brings these a share of the way to those of a batch.
@@ -325,6 +333,6 @@ extern "C" __global__ void norm_factors(const float *gamma, const float *beta, c
                                         const float *variance, float *factor, float *offset, float epsilon, int C) {
     int c = blockIdx.x * blockDim.x + threadIdx.x;
     if (c >= C) return;
-    float found = gamma[c] / sqrtf(variance[c] + epsilon);
+    float found = factor_of(gamma[c], variance[c], epsilon);
     factor[c] = found, offset[c] = beta[c] - mean[c] * found;
 }
