@@ -9,6 +9,7 @@ from llvmlite import ir
 from numpy.typing import NDArray
 
 from distconv.kernels.compiled import compiled
+from distconv.kernels.cpu.aligned import empty
 from distconv.kernels.cpu.vector import LANES, Bytes, Index, Pointer, Sum, emitted, repeat, zeros
 from distconv.kernels.interface import output_size
 
@@ -21,7 +22,7 @@ def max_pool_forward(x: Array, K: int, stride: int, pad: int) -> tuple[Array, Ar
     C is a multiple of 16. The first of equal elements counts; rows and columns that fill no window are left out.
     """
     N, H, W, C = x.shape
-    y = np.empty((N, output_size(H, K, stride, pad), output_size(W, K, stride, pad), C), np.float32)
+    y = empty(N, output_size(H, K, stride, pad), output_size(W, K, stride, pad), C)
     winner = np.empty(y.shape, np.uint8)
     if (K, stride, pad) == (2, 2, 0):
         _forward(np.ascontiguousarray(x), y, winner)
@@ -32,7 +33,7 @@ def max_pool_forward(x: Array, K: int, stride: int, pad: int) -> tuple[Array, Ar
 
 def max_pool_backward(dy: Array, winner: Array, K: int, stride: int, pad: int, shape: tuple[int, ...]) -> Array:
     """Gradient dx of the given shape (N, H, W, C): each dy goes to the element that won its window."""
-    dx, dy = np.empty(shape, np.float32), np.ascontiguousarray(dy)
+    dx, dy = empty(*shape), np.ascontiguousarray(dy)
     if (K, stride, pad) == (2, 2, 0):
         dx[:, 2 * dy.shape[1] :] = 0
         dx[:, :, 2 * dy.shape[2] :] = 0

@@ -9,6 +9,7 @@ from llvmlite import ir
 from numpy.typing import NDArray
 
 from distconv.kernels.compiled import compiled
+from distconv.kernels.cpu.aligned import empty
 from distconv.kernels.cpu.vector import LANES, Index, Pointer, Sum, Vector, emitted, repeat, zeros
 
 Array = NDArray[Any]
@@ -21,7 +22,7 @@ def conv_forward(x: Array, w: Array, b: Array, stride: int, pad: int, relu: bool
     """
     padded = _padded(x, pad)
     N, H, W = padded.shape
-    y = np.empty((N, H - 2, W - 2, w.shape[3]), np.float32)
+    y = empty(N, H - 2, W - 2, w.shape[3])
     _forward(padded, w, b, np.float32(0.0 if relu else -np.inf), y)
     return y
 

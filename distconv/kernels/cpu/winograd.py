@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distconv.kernels.compiled import compiled
+from distconv.kernels.cpu.aligned import empty
 from distconv.kernels.cpu.products import ROWS, product
 from distconv.kernels.cpu.tiles import (
     TILE,
@@ -43,9 +44,9 @@ def conv_forward(x: Array, w: Array, b: Array, stride: int, pad: int, relu: bool
     C and F are multiples of 16, stride is 1.
     """
     (N, H, W, C), F = x.shape, w.shape[3]
-    y = np.empty((N, H + 2 * pad - 2, W + 2 * pad - 2, F), np.float32)
+    y = empty(N, H + 2 * pad - 2, W + 2 * pad - 2, F)
     few, v, m = _room(y.shape, C)
-    u = np.empty((36, C * F + LINE), np.float32)
+    u = empty(36, C * F + LINE)
     floor, x, w = np.float32(0.0 if relu else -np.inf), np.ascontiguousarray(x), np.ascontiguousarray(w)
     _filters(w, u)
     _forward(x, u, b, pad, floor, few, v, m, y)
@@ -58,10 +59,12 @@ def conv_backward(
     """The adjoint of conv_forward: add to dw (3, 3, C, F) and db (F,), return dx (N, H, W, C) if it is wanted."""
     C, F = w.shape[2:]
     few, v, m = _room(y.shape, C)
-    turned = np.empty((36, F * C + LINE), np.float32)
+    turned = empty(36, F * C + LINE)
     _filters(np.ascontiguousarray(w.transpose(0, 1, 3, 2)), turned)
-    du = (np.empty if len(x) else np.zeros)((36, C * F + LINE), np.float32)  # the first round overwrites it
-    dx = np.empty(x.shape if wants_dx else (0, 0, 0, 0), np.float32)
+    du = empty(36, C * F + LINE)
+    if not len(x):
+        du[...] = 0  # else the first round overwrites it
+    dx = empty(*(x.shape if wants_dx else (0, 0, 0, 0)))
     floor = np.float32(0.0 if relu else np.nan)
     x, y, dy = (np.ascontiguousarray(array) for array in (x, y, dy))
     _backward(x, y, dy, turned, pad, floor, few, v, m, du, db, dx, wants_dx)
@@ -84,7 +87,7 @@ def _room(shape: tuple[int, ...], C: int) -> tuple[int, Array, Array]:
     few = -(-N // -(-N // few)) if N else 1  # as many rounds, but even ones: a short one takes the filters through too
     rows = -(-few * tiles // ROWS) * ROWS
     # An odd number of cache lines between the 36 elements of a tile, or they would all fall into the same few places.
-    return few, np.empty((36, rows * C + LINE), np.float32), np.empty((36, rows * F + LINE), np.float32)
+    return few, empty(36, rows * C + LINE), empty(36, rows * F + LINE)
 
 
 @compiled
