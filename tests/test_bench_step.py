@@ -41,8 +41,7 @@ from distconv.run.run import Run
 from tests import emulator, jobs
 
 KEYS = {"engine", "device", "ranks", "threads", "batch_size", "wire", "phase", "median_seconds", "images_per_second"}
-LAYERS = ["conv1", "conv2", "maxpool1", "conv3", "conv4", "maxpool2", "conv5", "conv6", "maxpool3"]
-LAYERS += ["affine1", "dropout1", "affine2", "dropout2"]
+LAYERS = ["conv1", "conv2", "conv3", "conv4", "conv5", "conv6", "affine1", "dropout1", "affine2", "dropout2"]
 OTHERS = ["exchange", "wait", "optimizer", "rest"]
 
 

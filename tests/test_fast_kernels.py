@@ -6,6 +6,7 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ import pytest
 from distconv.kernels.cpu import arithmetic as cpu
 from distconv.kernels.cpu.products import matmul
 from distconv.kernels.cpu.vector import LANES
+from distconv.kernels.interface import SHUT
 from tests import reference
 
 TOLERANCE = 1e-4  # of each tensor's norm
@@ -49,6 +51,16 @@ def assert_close(found: np.ndarray, expected: np.ndarray) -> None:
     assert found.shape == expected.shape
     assert found.dtype == np.float32
     assert np.linalg.norm(found - expected) <= TOLERANCE * np.linalg.norm(expected)
+
+
+def sparse(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+    """Images of zeros, but for a rectangle in some channels."""
+    x = np.zeros(shape, np.float32)
+    for image in x:
+        top, left = rng.integers(0, shape[1]), rng.integers(0, shape[2])
+        part = image[top : top + 3, left : left + 6, rng.integers(0, shape[3], 3)]
+        image[top : top + 3, left : left + 6, rng.integers(0, shape[3], 3)] = rng.standard_normal(part.shape)
+    return x
 
 
 def backward(x, y, dy, w, pad, relu, wants_dx, stride=1):
@@ -240,6 +252,36 @@ def test_pooling_shows_what_is_not_a_number_where_it_comes_first() -> None:
         assert np.isnan(cpu.max_pool_forward(x, *window)[0][0, 0, 0]).all()
 
 
+@pytest.mark.parametrize(("H", "W", "C", "F", "pad"), [*NETWORK, *ODD, *REFUSED, (7, 13, 32, 16, 2), (6, 5, 16, 16, 1)])
+@pytest.mark.parametrize("relu", [True, False])
+@pytest.mark.parametrize("draw", [sparse, lambda rng, shape: rng.standard_normal(shape).astype(np.float32)])
+def test_a_convolution_with_its_pool_gives_the_bits_of_one_after_the_other(
+    H: int, W: int, C: int, F: int, pad: int, relu: bool, draw: Callable[..., np.ndarray]
+) -> None:
+    rng = np.random.default_rng(0)
+    x, w = draw(rng, (40, H, W, C)), rng.standard_normal((3, 3, C, F)).astype(np.float32)
+    x[3, H // 2, W // 2, 0] = np.nan
+    b = rng.integers(-1, 2, F).astype(np.float32)
+    between = cpu.conv_forward(x, w, b, 1, pad, relu)
+    expected, right = cpu.max_pool_forward(between, 2, 2, 0)
+    if relu:
+        right[expected <= 0] = SHUT
+    y, winner = cpu.conv_pool_forward(x, w, b, 1, pad, relu)
+    np.testing.assert_array_equal(y, expected, strict=True)
+    np.testing.assert_array_equal(winner, right, strict=True)
+
+    x[3, H // 2, W // 2, 0] = 0  # else no gradient would be a number
+    dy = rng.standard_normal(y.shape).astype(np.float32)
+    d_between = cpu.max_pool_backward(dy, winner, 2, 2, 0, between.shape)
+    for wants_dx in (True, False):
+        gradients = [np.ones_like(w), np.ones_like(b), np.ones_like(w), np.ones_like(b)]
+        dx = cpu.conv_backward(x, d_between, d_between, w, 1, pad, False, *gradients[:2], wants_dx)
+        found = cpu.conv_pool_backward(x, winner, dy, w, 1, pad, relu, *gradients[2:], wants_dx)
+        assert (found is None) == (not wants_dx)
+        for one, other in zip([found, *gradients[2:]], [dx, *gradients[:2]], strict=True):
+            np.testing.assert_array_equal(one, other)
+
+
 def test_imports_and_help_compile_nothing() -> None:
     code = (
         "import sys, distconv, distconv.train\n"
@@ -256,7 +298,7 @@ numba.njit(lambda: None)()  # from here on Numba compiles for this machine, as i
 numba.config.CPU_FEATURES = {features!r}
 from distconv.kernels.cpu import products, vector
 assert (vector.LANES, products.ROWS) == {layout}
-sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", {here!r}, "-k", "convolution and True-5 or loops or pooling"]))
+sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", {here!r}, "-k", "convolution and True-5 or loops or pool"]))
 """
 
 
@@ -313,8 +355,7 @@ def test_the_layout_is_that_of_the_processor_that_numba_compiles_for() -> None:
 @pytest.mark.parametrize("relu", [True, False])
 def test_a_window_of_zeros_gives_the_bias_to_the_bit(pad: int, relu: bool) -> None:
     rng = np.random.default_rng(0)
-    x = np.zeros((2, 13, 11, 16), np.float32)
-    x[:, 4:7, 3:9, rng.integers(0, 16, 3)] = rng.standard_normal((2, 3, 6, 3))
+    x = sparse(rng, (60, 13, 11, 16))
     w, b = rng.standard_normal((3, 3, 16, 32)).astype(np.float32), rng.standard_normal(32).astype(np.float32)
     b[::2] = 0
     padded = np.pad(x, ((0, 0), (pad, pad), (pad, pad), (0, 0)))

@@ -14,6 +14,7 @@ Array = NDArray[Any]  # or an array of a GPU, which has the same attributes
 Result = TypeVar("Result")
 Agreed = Callable[["str | None"], "str | None"]  # from what keeps this rank from something to what keeps some rank
 BLOCK = 256  # numbers that share an exponent, or a scale, on the wire
+SHUT = 4  # in place of which of four pixels won a pool, where ReLU lets no gradient through
 FINITE = 0x7FFFFFFF  # in place of the index of a number that is not finite
 
 
@@ -91,14 +92,16 @@ class Kernels(Protocol):
         """How many samples to take at a time where nothing is kept."""
         ...
 
-    @property
-    def fuses(self) -> bool:
-        """Whether it has conv_pool_forward and conv_pool_backward, too."""
-        ...
-
     def conv_forward(self, x: Array, w: Array, b: Array | None, stride: int, pad: int, relu: bool) -> Array: ...
     def conv_backward(
         self, x: Array, y: Array, dy: Array, w: Array, stride: int, pad: int, relu: bool, dw: Array, db: Array | None,
+        wants_dx: bool
+    ) -> Array | None: ...  # fmt: skip
+    def conv_pool_forward(
+        self, x: Array, w: Array, b: Array, stride: int, pad: int, relu: bool
+    ) -> tuple[Array, Array]: ...
+    def conv_pool_backward(
+        self, x: Array, winner: Array, dy: Array, w: Array, stride: int, pad: int, relu: bool, dw: Array, db: Array,
         wants_dx: bool
     ) -> Array | None: ...  # fmt: skip
     def max_pool_forward(self, x: Array, K: int, stride: int, pad: int) -> tuple[Array, Array]: ...

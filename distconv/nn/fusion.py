@@ -1,4 +1,4 @@
-"""A convolution and the pooling behind it as one layer, for a GPU: what lies between is never written to memory."""
+"""A convolution and the pooling behind it as one layer: what lies between is never written to memory."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from distconv.nn.parameters import Shape, Specs, Views
 
 @dataclass(frozen=True)
 class ConvPool:
-    """A Conv, then MaxPool(2, 2). Its kernels must have conv_pool_forward and conv_pool_backward."""
+    """A Conv, then MaxPool(2, 2)."""
 
     conv: Conv
 

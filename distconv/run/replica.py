@@ -46,7 +46,7 @@ class Replica:
         exchange: DeviceExchange, settings: Config, shards: Shards, agreed: Agreed
     ) -> None:  # fmt: skip
         self.kernels, self.device = kernels, kernels.device
-        self.model = fused(model) if kernels.fuses else model
+        self.model = fused(model)
         self.parameters, self.task, self.data, self.optimizer = parameters, task, data, optimizer
         self.exchange, self.settings, self.shards, self.agreed = exchange, settings, shards, agreed
         self.state = optimizer.new_state(parameters.size, parameters.vector.dtype)

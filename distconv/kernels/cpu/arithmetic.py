@@ -21,7 +21,7 @@ from numpy.typing import DTypeLike, NDArray
 from distconv.kernels import philox
 from distconv.kernels.cpu import elementwise
 from distconv.kernels.cpu.loss import softmax_cross_entropy as compiled_loss
-from distconv.kernels.interface import Array, output_size
+from distconv.kernels.interface import SHUT, Array, output_size
 
 Multiply = Callable[[Array, Array], Any]  # (M, K), (K, N) -> (M, N)
 PATCH_BYTES = 1 << 20  # about a core's L2 cache; 0.5 to 4 MiB measured within a few per cent of each other
@@ -94,6 +94,36 @@ def conv_backward(
         dy = relu_backward(dy, y)
     conv_backward_filters(x, dy, stride, pad, dw, db, multiply)
     return conv_backward_input(dy, w, stride, pad, x.shape, multiply) if wants_dx else None
+
+
+def conv_pool_forward(
+    x: Array, w: Array, b: Array, stride: int, pad: int, relu: bool, multiply: Multiply = np.matmul
+) -> tuple[Array, Array]:
+    """conv_forward and then max_pool_forward of 2 x 2 windows side by side -> (y, winner), y (N, OH // 2, OW // 2, F).
+
+    winner is SHUT where ReLU lets no gradient through.
+    """
+    if hasattr(fast := _fast_road(x, w, stride, pad), "conv_pool_forward"):
+        found: tuple[Array, Array] = fast.conv_pool_forward(x, w, b, stride, pad, relu)
+        return found
+    y, winner = max_pool_forward(conv_forward(x, w, b, stride, pad, relu, multiply), 2, 2, 0)
+    if relu:
+        winner[y <= 0] = SHUT
+    return y, winner
+
+
+def conv_pool_backward(
+    x: Array, winner: Array, dy: Array, w: Array, stride: int, pad: int, relu: bool, dw: Array, db: Array,
+    wants_dx: bool, multiply: Multiply = np.matmul
+) -> Array | None:  # fmt: skip
+    """The adjoint of conv_pool_forward."""
+    if hasattr(fast := _fast_road(x, w, stride, pad), "conv_pool_backward"):
+        dx: Array | None = fast.conv_pool_backward(x, winner, dy, w, stride, pad, relu, dw, db, wants_dx)
+        return dx
+    (N, H, W, _), (K, _, _, F) = x.shape, w.shape
+    shape = N, output_size(H, K, stride, pad), output_size(W, K, stride, pad), F
+    dy = max_pool_backward(dy, winner, 2, 2, 0, shape)  # which has ReLU's zeros already
+    return conv_backward(x, dy, dy, w, stride, pad, False, dw, db, wants_dx, multiply)
 
 
 def _fast_road(x: Array, w: Array, stride: int, pad: int) -> Any:

@@ -81,10 +81,12 @@ class Cpu:
     in_order: products, in float32 only, by loops whose bits hang on neither the processor nor the BLAS.
     """
 
-    name, device, evaluation_batch, fuses = "cpu", Host(), 100, False
+    name, device, evaluation_batch = "cpu", Host(), 100
 
     conv_forward = staticmethod(arithmetic.conv_forward)
     conv_backward = staticmethod(arithmetic.conv_backward)
+    conv_pool_forward = staticmethod(arithmetic.conv_pool_forward)
+    conv_pool_backward = staticmethod(arithmetic.conv_pool_backward)
     max_pool_forward = staticmethod(arithmetic.max_pool_forward)
     max_pool_backward = staticmethod(arithmetic.max_pool_backward)
     average_pool_forward = staticmethod(arithmetic.average_pool_forward)
@@ -113,7 +115,10 @@ class Cpu:
         if in_order:
             from distconv.kernels.cpu.products import matmul
 
-            for name in ("conv_forward", "conv_backward", "affine_forward", "affine_backward"):
+            for name in (
+                "conv_forward", "conv_backward", "conv_pool_forward", "conv_pool_backward", "affine_forward",
+                "affine_backward"
+            ):  # fmt: skip
                 setattr(self, name, functools.partial(getattr(arithmetic, name), multiply=matmul))
 
     def uniform(self, count: int, key: tuple[int, int], step: int, samples: Array) -> Array:

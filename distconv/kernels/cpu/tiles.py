@@ -5,11 +5,14 @@ The functions under @emitted become instructions within the loops of kernels/cpu
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable
 from typing import Any
 
 from llvmlite import ir
 
-from distconv.kernels.cpu.vector import Index, Pointer, Vector, emitted, scratch, zeros
+from distconv.kernels.cpu.vector import Bytes, Index, Pointer, Sum, Vector, emitted, scratch, zeros
+from distconv.kernels.interface import SHUT
 
 TILE, PATCH, FILTER = 4, 6, 3
 
@@ -76,10 +79,14 @@ def _both_ways(transform: Any, tile: list[list[Vector]]) -> list[list[Vector]]:
     return [transform(list(row)) for row in zip(*columns, strict=True)]
 
 
-def _places(
-    image: Pointer, h: Index, w: Index, H: Index, W: Index, C: Index, size: int, outside: Pointer
-) -> list[list[Pointer]]:
-    """Pointers to size x size pixels of an image (H, W, C) from (h, w) on; those outside the image point elsewhere."""
+def _pixels(image: Pointer, W: Index, C: Index, size: int) -> list[list[Pointer]]:
+    """Pointers to size x size pixels of an image (H, W, C)."""
+    return [[image + (W * i + j) * C for j in range(size)] for i in range(size)]
+
+
+def _places(image: Pointer, h: Index, w: Index, H: Index, W: Index, C: Index, size: int) -> list[list[Pointer]]:
+    """Pointers to size x size pixels of an image (H, W, C) from (h, w) on; those outside it point to zeros."""
+    outside = Pointer(image.builder, image.builder.bitcast(scratch(image.builder).value, image.value.type))
     rows, columns = [h + i for i in range(size)], [w + j for j in range(size)]
     return [
         [
@@ -90,14 +97,25 @@ def _places(
     ]
 
 
+def _at_tile(
+    h: Index, w: Index, H: Index, W: Index, C: Index, size: int, images: list[Pointer], body: Callable[..., None]
+) -> None:
+    """Emit body(pixels of a tile at (h, w) of each image) twice: for whole tiles, and for those that reach outside."""
+    builder = h.builder
+    whole = builder.and_((h + (size - 1)).within(H), (w + (size - 1)).within(W))
+    with builder.if_else(whole, likely=True) as (then, otherwise):
+        with then:
+            body(*(_pixels(image + (h * W + w) * C, W, C, size) for image in images))
+        with otherwise:
+            body(*(_places(image, h, w, H, W, C, size) for image in images))
+
+
 @emitted
 def input_tile(
-    builder: ir.IRBuilder, x: Pointer, image: Index, h: Index, w: Index, H: Index, W: Index, C: Index,
-    v: Pointer, to: Index, stride: Index
-) -> None:  # fmt: skip
-    """v[36] = B' x B for the patch at (h, w) of the image that begins at x[image]; zero outside the image."""
-    outside = scratch(builder)
-    tile = [[place.load() for place in row] for row in _places(x + image, h, w, H, W, C, PATCH, outside)]
+    builder: ir.IRBuilder, x: Pointer, at: Index, W: Index, C: Index, v: Pointer, to: Index, stride: Index
+) -> None:
+    """v[36] = B' x B for the patch from x[at] on, in an image (H, W, C) that holds all of it."""
+    tile = [[place.load() for place in row] for row in _pixels(x + at, W, C, PATCH)]
     _store_all(_both_ways(_input, tile), v + to, stride)
 
 
@@ -109,9 +127,13 @@ def output_tile(
     """y = max(A' m A + b, floor) for the tile at (h, w) of the image that begins at y[image]."""
     tile = _both_ways(_output, _load_all(m + start, stride))
     bias = (b + f).load()
-    for row, places in zip(tile, _places(y + image, h, w, H, W, F, TILE, scratch(builder)), strict=True):
-        for value, place in zip(row, places, strict=True):
-            place.store((value + bias).at_least(floor))
+
+    def store(places: list[list[Pointer]]) -> None:
+        for row, row_places in zip(tile, places, strict=True):
+            for value, place in zip(row, row_places, strict=True):
+                place.store((value + bias).at_least(floor))
+
+    _at_tile(h, w, H, W, F, TILE, [y + image], store)
 
 
 @emitted
@@ -120,29 +142,87 @@ def output_tile_adjoint(
     W: Index, F: Index, db: Pointer, f: Index, m: Pointer, to: Index, stride: Index
 ) -> None:  # fmt: skip
     """m[36] = A dy A', where dy counts only where y > floor (a floor of NaN: everywhere); db += the sum of dy."""
-    outside = scratch(builder)
-    gradients = _places(dy + image, h, w, H, W, F, TILE, outside)
-    values = _places(y + image, h, w, H, W, F, TILE, outside)
     zero = zeros(builder)
+
+    def transform(gradients: list[list[Pointer]], values: list[list[Pointer]]) -> None:
+        tile = [
+            [at.load().where(value.load().above(floor), zero) for at, value in zip(*rows, strict=True)]
+            for rows in zip(gradients, values, strict=True)
+        ]
+        _store_gradient(tile, db + f, m + to, stride)
+
+    _at_tile(h, w, H, W, F, TILE, [dy + image, y + image], transform)
+
+
+@emitted
+def pooled_tile(
+    builder: ir.IRBuilder, m: Pointer, start: Index, stride: Index, b: Pointer, f: Index, floor: Vector, bend: Vector,
+    still: Pointer, window: Index, across: Index, looks: Index,
+    y: Pointer, winner: Pointer, image: Index, h: Index, w: Index, H: Index, W: Index, F: Index
+) -> None:  # fmt: skip
+    """As output_tile, and then the largest of each 2 x 2 pixels: y, winner (H, W, F), of which a tile has 2 x 2.
+
+    The bias where still[window + across * i + j] is 1, if one is to look. winner: which of the four; SHUT where not
+    above the bend.
+    """
+    bias = (b + f).load()
     tile = [
-        [at.load().where(value.load().above(floor), zero) for at, value in zip(*rows, strict=True)]
-        for rows in zip(gradients, values, strict=True)
+        [Sum((value + bias).at_least(floor)) for value in row]
+        for row in _both_ways(_output, _load_all(m + start, stride))
     ]
-    total = (db + f).load()
-    for row in tile:
-        total = total + ((row[0] + row[1]) + (row[2] + row[3]))
-    (db + f).store(total)
-    _store_all(_both_ways(_output_adjoint, tile), m + to, stride)
+    with builder.if_then(builder.trunc(looks.value, ir.IntType(1)), likely=False):
+        for i, row in enumerate(tile):
+            for j, value in enumerate(row):
+                byte = builder.load((still + window + across * i + j).value)
+                zeros_alone = builder.icmp_unsigned("!=", byte, byte.type(0))
+                value.set(bias.at_least(floor).where(zeros_alone, value.get()))
+
+    def store(places: list[list[Pointer]], winners: list[list[Pointer]]) -> None:
+        for i, j in itertools.product(range(2), repeat=2):
+            best, which = tile[2 * i][2 * j].get(), Bytes.all(builder, 0)
+            for k in range(1, 4):
+                value = tile[2 * i + k // 2][2 * j + k % 2].get()
+                larger = value.exceeds(best)
+                best, which = value.where(larger, best), Bytes.all(builder, k).where(larger, which)
+            places[i][j].store(best)
+            which.where(best.above(bend), Bytes.all(builder, SHUT)).store(winners[i][j])
+
+    _at_tile(h, w, H, W, F, 2, [y + image, winner + image], store)
+
+
+@emitted
+def pooled_tile_adjoint(
+    builder: ir.IRBuilder, dy: Pointer, winner: Pointer, image: Index, h: Index, w: Index, H: Index, W: Index,
+    F: Index, db: Pointer, f: Index, m: Pointer, to: Index, stride: Index
+) -> None:  # fmt: skip
+    """m[36] = A d A', where d (4, 4) has each dy at its winner; db += the sum of d."""
+    zero = zeros(builder)
+
+    def transform(gradients: list[list[Pointer]], winners: list[list[Pointer]]) -> None:
+        tile = [[zero] * TILE for _ in range(TILE)]
+        for i, j in itertools.product(range(2), repeat=2):
+            gradient, which = gradients[i][j].load(), Bytes.load(winners[i][j])
+            for k in range(4):
+                tile[2 * i + k // 2][2 * j + k % 2] = gradient.where(which.equal(k), zero)
+        _store_gradient(tile, db + f, m + to, stride)
+
+    _at_tile(h, w, H, W, F, 2, [dy + image, winner + image], transform)
+
+
+def _store_gradient(tile: list[list[Vector]], db: Pointer, m: Pointer, stride: Index) -> None:
+    """m[36] = A tile A'; db += the sum of the tile, which is one of the 36."""
+    transformed = _both_ways(_output_adjoint, tile)
+    db.store(db.load() + transformed[1][1])
+    _store_all(transformed, m, stride)
 
 
 @emitted
 def input_tile_adjoint(
-    builder: ir.IRBuilder, v: Pointer, start: Index, stride: Index,
-    dx: Pointer, image: Index, h: Index, w: Index, H: Index, W: Index, C: Index
-) -> None:  # fmt: skip
-    """dx += B v B' for the patch at (h, w) of the image that begins at dx[image]."""
+    builder: ir.IRBuilder, v: Pointer, start: Index, stride: Index, dx: Pointer, at: Index, W: Index, C: Index
+) -> None:
+    """dx += B v B' for the patch from dx[at] on, in an image (H, W, C) that holds all of it."""
     tile = _both_ways(_input_adjoint, _load_all(v + start, stride))
-    for row, places in zip(tile, _places(dx + image, h, w, H, W, C, PATCH, scratch(builder)), strict=True):
+    for row, places in zip(tile, _pixels(dx + at, W, C, PATCH), strict=True):
         for value, place in zip(row, places, strict=True):
             place.store(place.load() + value)
 

@@ -9,49 +9,42 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from llvmlite import ir
 from numpy.typing import NDArray
 
 from distconv.kernels.compiled import compiled
-from distconv.kernels.cpu.vector import LANES, Index, Pointer, emitted, repeat, zeros
+from distconv.kernels.cpu.tiles import TILE
 
 Array = NDArray[Any]
 
 
-@emitted
-def row_of_zeros(
-    builder: ir.IRBuilder, x: Pointer, at: Index, W: Index, vectors: Index, blank: Pointer, to: Index
-) -> None:
-    """blank[to + w] = 1 where all channels of the pixel w of the row x[at] are 0, else 0; `vectors` of them a pixel."""
-    mask = ir.IntType(LANES)
-    found = builder.alloca(mask)
-    with repeat(W) as column:
-        builder.store(mask(0), found)
-        with repeat(vectors) as part:
-            numbers = (x + at + (column * vectors + part) * LANES).load()
-            others = builder.bitcast(builder.fcmp_unordered("!=", numbers.value, zeros(builder).value), mask)
-            builder.store(builder.or_(builder.load(found), others), found)
-        zero = builder.icmp_unsigned("==", builder.load(found), mask(0))
-        builder.store(builder.zext(zero, ir.IntType(8)), (blank + to + column).value)
+@compiled
+def zero_windows(blank: Array, still: Array) -> None:
+    """still[h, w] = 1 where the 3 x 3 window of blank from (h, w) on holds ones alone; in the last corner, if any does.
+
+    Windows go across the ends of rows here, as if all rows were one, so that the compiler takes 64 at a time. So the
+    last column of blank must be 0.
+    """
+    width = blank.shape[1]
+    windows = blank.size - 2 * width - 2
+    line, out = blank.reshape(-1), still.reshape(-1)
+    out[:windows] = 1
+    for place in range(9):
+        start = place // 3 * width + place % 3
+        part = line[start : start + windows]
+        for i in range(windows):
+            out[i] &= part[i]
+    found = np.uint8(0)
+    for i in range(windows):
+        found |= out[i]
+    out[-1] = found
 
 
 @compiled
-def fill_zero_windows(x: Array, b: Array, pad: int, floor: np.float32, y: Array) -> None:
-    """Write max(b, floor) into y (N, OH, OW, F) where the 3 x 3 window of x (N, H, W, C) holds zeros alone."""
-    N, H, W, C = x.shape
-    _, OH, OW, F = y.shape
-    width = W + 2 * pad
-    blank = np.ones((H + 2 * pad) * width, np.uint8)  # the padding is
-    for n in range(N):
-        for h in range(H):
-            row_of_zeros(x, (n * H + h) * W * C, W, C // LANES, blank, (h + pad) * width + pad)
-        for h in range(OH):
-            for w in range(OW):
-                at = h * width + w
-                if blank[at + width + 1] and blank[at] and blank[at + 2 * width + 2]:
-                    all_of_them = 1
-                    for row in range(at, at + 3 * width, width):
-                        all_of_them &= blank[row] & blank[row + 1] & blank[row + 2]
-                    if all_of_them:
-                        for f in range(F):
-                            y[n, h, w, f] = floor if b[f] < floor else b[f]
+def fill_zero_windows(still: Array, top: int, left: int, b: Array, floor: np.float32, y: Array) -> None:
+    """Write max(b, floor) into the tile of y (OH, OW, F) from (top, left) on where its windows hold zeros alone."""
+    OH, OW, F = y.shape
+    for h in range(top, min(top + TILE, OH)):
+        for w in range(left, min(left + TILE, OW)):
+            if still[h, w]:
+                for f in range(F):
+                    y[h, w, f] = floor if b[f] < floor else b[f]

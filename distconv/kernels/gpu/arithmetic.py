@@ -33,7 +33,7 @@ class Gpu(Normalization):
     apart: whether the gradients of filters may be computed beside the rest, until device.join().
     """
 
-    name, dtype, evaluation_batch, fuses = "cuda", np.dtype(np.float32), 2000, True
+    name, dtype, evaluation_batch = "cuda", np.dtype(np.float32), 2000
 
     def __init__(self, device: Any, precision: str = "float32", apart: bool = False) -> None:
         super().__init__(device)
@@ -55,7 +55,7 @@ class Gpu(Normalization):
         return self._adjoint(_convolution(x.shape, w.shape, stride, pad, relu, db), x, y, dy, w, dw, db, wants_dx)
 
     def conv_pool_forward(self, x: Array, w: Array, b: Array, stride: int, pad: int, relu: bool) -> tuple[Array, Array]:
-        """conv_forward and then max_pool_forward of 2 x 2 windows side by side, in one kernel -> (y, winner)."""
+        """As on the CPU, in one kernel."""
         shape = replace(_convolution(x.shape, w.shape, stride, pad, relu, b), pooled=True)
         y = self.device.empty((len(x), shape.OH // 2, shape.OW // 2, shape.F), np.float32)
         winner = self.device.empty(y.shape, np.uint8)
@@ -66,7 +66,7 @@ class Gpu(Normalization):
         self, x: Array, winner: Array, dy: Array, w: Array, stride: int, pad: int, relu: bool, dw: Array, db: Array,
         wants_dx: bool
     ) -> Array | None:  # fmt: skip
-        """The adjoint of conv_pool_forward."""
+        """As on the CPU."""
         shape = replace(_convolution(x.shape, w.shape, stride, pad, relu, db), pooled=True)
         return self._adjoint(shape, x, winner, dy, w, dw, db, wants_dx)
 
