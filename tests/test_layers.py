@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from distconv.nn.blocks import Branches, Residual
+from distconv.nn.fusion import fused
 from distconv.nn.layers import Affine, Chain, Context, Conv, Dropout, Layer, MaxPool, ReLU
 from distconv.nn.networks import deepconvnet, simpleconvnet
 from distconv.nn.normalization import BatchNorm, ConvNorm, Standardize
@@ -268,6 +269,24 @@ def test_a_pass_changes_neither_its_input_nor_the_parameters_nor_dy():
     _, backward = Chain(ReLU(), model).forward(x, {"chain1": parameters.values}, training(2))
     backward(dy, {"chain1": parameters.grads}, True)
     assert np.isfinite(parameters.gradient).all()
+
+
+@dataclass(frozen=True)
+class Own(Conv):
+    """A user's convolution, which computes something else."""
+
+
+def test_a_convolution_and_its_pool_as_one_layer_are_the_two_and_a_users_own_stays_as_it_is():
+    model = Chain(Conv(2, 5, pad=2, relu=True), MaxPool(), Own(3, pad=1), MaxPool(), Conv(3), MaxPool(3, 1), Affine(4))
+    names = [name for name, _ in fused(model).layers]
+    assert names == ["conv1", "own1", "maxpool2", "conv2", "maxpool3", "affine1"]
+    x, results = images(5, 20, 21, 1), []
+    for one in (model, fused(model)):
+        parameters = built(one, x.shape[1:])
+        y, backward = one.forward(x, parameters.values, training())
+        results.append((y, backward(np.ones_like(y), parameters.grads, True), parameters.gradient))
+    for apart, together in zip(*results, strict=True):
+        np.testing.assert_array_equal(together, apart)
 
 
 def test_layers_are_named_after_kind_and_number():

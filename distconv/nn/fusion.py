@@ -38,7 +38,7 @@ def fused(model: Layer) -> Layer:
     layers: list[tuple[str, Layer]] = []
     for name, layer in model.layers:
         before = layers[-1][1] if layers else None
-        if layer == MaxPool() and isinstance(before, Conv):
+        if layer == MaxPool() and type(before) is Conv:  # a user's own kind may compute something else
             layers[-1] = layers[-1][0], ConvPool(before)
         else:
             layers.append((name, layer))
