@@ -274,7 +274,7 @@ def test_a_turn_on_a_gpu_ends_when_the_gpu_has_nothing_left_to_do(monkeypatch: p
     monkeypatch.setattr(gpu_step, "build_run", small_run)
     monkeypatch.setattr(benchmark, "LEAST_IMAGES", 10)
     repeats = 2
-    (engine, _), _ = gpu_step.bench_gpu(start(), "float32", print)(2, repeats)
+    (engine, _), _ = gpu_step.bench_gpu(start(), "deepconvnet", "float32", print)(2, repeats)
     assert engine.steps == 5
     for turn in range(benchmark.WARM_UP + repeats):  # none of them ends an epoch
         happened.clear()
@@ -293,7 +293,7 @@ def test_where_the_peaks_cannot_be_measured_only_the_shares_are_missing(monkeypa
     layers = [gpu_step.LayerRow("conv1", way, 2, 1e-3, 10, 10) for way in ("forward", "backward")]
     monkeypatch.setattr(gpu_step, "build_run", small_run)
     monkeypatch.setattr(gpu_step, "layer_rows", lambda engine, batch_size: layers)
-    engines, look_inside = gpu_step.bench_gpu(start(), "float32", print)(2, 1)
+    engines, look_inside = gpu_step.bench_gpu(start(), "deepconvnet", "float32", print)(2, 1)
     parts, text = look_inside([Row(engines[0].name, "cuda", 1, 1, 2, "float16", "step", 0.1, 20)])
     assert parts["rest", ""] == pytest.approx(0.098)
     assert "whole step 100,000.0 us" in text and "%" not in text

@@ -11,6 +11,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from distconv.kernels.cpu import arithmetic as cpu
+from distconv.kernels.cpu import elementwise
 from distconv.kernels.cpu import normalization as norm
 from tests import reference
 
@@ -184,7 +185,7 @@ def test_affine_layer_and_its_gradients_are_the_loops(dtype, N, C, F):
 
 def test_relu_lets_the_gradient_through_where_the_output_is_positive_only():
     y, dy = read_only(np.array([0.0, 2.0, 0.0, 1e-300])), read_only(np.array([3.0, 4.0, -5.0, -6.0]))
-    np.testing.assert_array_equal(cpu.relu_backward(dy, y), [0, 4, 0, -6])
+    np.testing.assert_array_equal(elementwise.relu_backward(dy, y), [0, 4, 0, -6])
 
 
 @either_precision
@@ -326,9 +327,9 @@ def test_what_evaluation_does_with_running_statistics_is_the_formula(dtype: type
 
 def test_channels_that_are_joined_come_apart_again() -> None:
     parts = list(normal(np.float32, (2, 3, 1), (2, 3, 4), (2, 3, 2)))
-    joined = cpu.join_channels(parts)
+    joined = elementwise.join_channels(parts)
     assert joined.shape == (2, 3, 7)
-    for found, part in zip(cpu.split_channels(joined, [1, 4, 2]), parts, strict=True):
+    for found, part in zip(elementwise.split_channels(joined, [1, 4, 2]), parts, strict=True):
         np.testing.assert_array_equal(found, part)
         assert found.flags.c_contiguous
 
@@ -336,9 +337,9 @@ def test_channels_that_are_joined_come_apart_again() -> None:
 @either_precision
 def test_sums_and_gradients_behind_relu_are_the_formula(dtype: type) -> None:
     x, other, dy = normal(dtype, (3, 5, 7), (3, 5, 7), (3, 5, 7))
-    np.testing.assert_array_equal(cpu.plus(x, other, False), x + other)
-    y = cpu.plus(x, other, True)
+    np.testing.assert_array_equal(elementwise.plus(x, other, False), x + other)
+    y = elementwise.plus(x, other, True)
     np.testing.assert_array_equal(y, np.maximum(x + other, 0))
-    np.testing.assert_array_equal(cpu.relu_backward(dy, read_only(y)), np.where(y > 0, dy, 0))
+    np.testing.assert_array_equal(elementwise.relu_backward(dy, read_only(y)), np.where(y > 0, dy, 0))
     strange = np.array([np.inf, -np.inf, np.nan], dtype)
-    np.testing.assert_array_equal(cpu.plus(strange, np.ones(3, dtype), True), [np.inf, 0, np.nan])
+    np.testing.assert_array_equal(elementwise.plus(strange, np.ones(3, dtype), True), [np.inf, 0, np.nan])

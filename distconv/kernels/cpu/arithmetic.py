@@ -19,7 +19,7 @@ from numpy.lib.stride_tricks import as_strided
 from numpy.typing import DTypeLike, NDArray
 
 from distconv.kernels import philox
-from distconv.kernels.cpu import elementwise
+from distconv.kernels.cpu.elementwise import relu_backward
 from distconv.kernels.cpu.loss import softmax_cross_entropy as compiled_loss
 from distconv.kernels.interface import SHUT, Array, output_size
 
@@ -245,16 +245,6 @@ def pixel_mean_backward(dy: Array, shape: tuple[int, ...]) -> Array:
     return dx
 
 
-def join_channels(parts: Sequence[Array]) -> Array:
-    """Arrays (..., C) side by side, (..., sum of C)."""
-    return np.concatenate(parts, axis=-1)
-
-
-def split_channels(x: Array, sizes: Sequence[int]) -> Sequence[Array]:
-    """The adjoint of join_channels: x (..., sum of sizes) -> contiguous arrays of so many channels each."""
-    return [np.ascontiguousarray(part) for part in np.split(x, np.cumsum(sizes)[:-1], axis=-1)]
-
-
 def _pools_fast(dtype: DTypeLike, shape: tuple[int, ...], K: int) -> bool:
     """Whether kernels.pooling can do such a pooling."""
     return dtype == np.float32 and shape[3] % 16 == 0 and K <= 16
@@ -288,38 +278,6 @@ def affine_backward(
     db += dy.sum(axis=0)
     dx: Array = multiply(dy, w.T)
     return dx
-
-
-def relu(x: Array) -> Array:
-    """max(x, 0)"""
-    y: Array = np.maximum(x, 0)
-    return y
-
-
-def relu_backward(dy: Array, y: Array) -> Array:
-    """dx = dy where y = max(x, 0) is positive, else 0 (the slope at 0 is taken as 0)."""
-    if y.dtype == dy.dtype == np.float32:
-        dx = np.empty(y.shape, np.float32)
-        elementwise.behind_relu(*(np.ascontiguousarray(array).reshape(-1) for array in (dy, y)), dx.reshape(-1))
-        return dx
-    slope: Array = dy * (y > 0)
-    return slope
-
-
-def plus(x: Array, other: Array, relu: bool) -> Array:
-    """x + other and, if asked, ReLU."""
-    if relu and x.dtype == other.dtype == np.float32:
-        y = np.empty(x.shape, np.float32)
-        elementwise.add_and_cut(*(np.ascontiguousarray(array).reshape(-1) for array in (x, other)), y.reshape(-1))
-        return y
-    total: Array = x + other
-    return np.maximum(total, 0, out=total) if relu else total
-
-
-def scale(x: Array, factor: float) -> Array:
-    """x times a number."""
-    y: Array = x * factor
-    return y
 
 
 def dropout(x: Array, ratio: float, key: tuple[int, int], step: int, samples: NDArray[np.integer[Any]]) -> Array:

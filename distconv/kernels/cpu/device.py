@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import DTypeLike
 
-from distconv.kernels.cpu import arithmetic, normalization, updates
+from distconv.kernels.cpu import arithmetic, elementwise, normalization, updates
 from distconv.kernels.interface import FINITE, Agreed, Array
 
 Result = TypeVar("Result")
@@ -95,17 +95,17 @@ class Cpu:
     pixel_mean_backward = staticmethod(arithmetic.pixel_mean_backward)
     affine_forward = staticmethod(arithmetic.affine_forward)
     affine_backward = staticmethod(arithmetic.affine_backward)
-    relu = staticmethod(arithmetic.relu)
-    relu_backward = staticmethod(arithmetic.relu_backward)
+    relu = staticmethod(elementwise.relu)
+    relu_backward = staticmethod(elementwise.relu_backward)
     norm_forward = staticmethod(normalization.norm_forward)
     norm_backward = staticmethod(normalization.norm_backward)
     norm_follow = staticmethod(normalization.norm_follow)
     norm_factors = staticmethod(normalization.norm_factors)
     scale_channels = staticmethod(normalization.scale_channels)
-    plus = staticmethod(arithmetic.plus)
-    join_channels = staticmethod(arithmetic.join_channels)
-    split_channels = staticmethod(arithmetic.split_channels)
-    scale = staticmethod(arithmetic.scale)
+    plus = staticmethod(elementwise.plus)
+    join_channels = staticmethod(elementwise.join_channels)
+    split_channels = staticmethod(elementwise.split_channels)
+    scale = staticmethod(elementwise.scale)
     dropout = staticmethod(arithmetic.dropout)
     softmax_cross_entropy = staticmethod(arithmetic.softmax_cross_entropy)
     warp = staticmethod(arithmetic.warp)

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from distconv.kernels.cpu.aligned import empty
 from distconv.kernels.cpu.products import ROWS
 from distconv.kernels.cpu.taps import LINE, add_filter_gradients, gate, multiply_windows
 from distconv.kernels.interface import output_size
@@ -44,7 +45,7 @@ def conv_forward(x: Array, w: Array, b: Array, stride: int, pad: int, relu: bool
     F is a multiple of 16.
     """
     (N, H, W, C), (K, _, _, F) = x.shape, w.shape
-    y = np.empty((N, output_size(H, K, stride, pad), output_size(W, K, stride, pad), F), np.float32)
+    y = empty(N, output_size(H, K, stride, pad), output_size(W, K, stride, pad), F)
     filters, axis, floor = _in_planes(w, C), Axis(K, stride, pad), np.float32(0.0 if relu else -np.inf)
     x = np.ascontiguousarray(x)
     for images in _few_at_a_time(x, y, w):
@@ -61,14 +62,14 @@ def conv_backward(
     dx needs a C that is a multiple of 16.
     """
     C, F = w.shape[2:]
-    dx = np.empty(x.shape if wants_dx else (0, 0, 0, 0), np.float32)
+    dx = empty(*(x.shape if wants_dx else (0, 0, 0, 0)))
     phases = list(_phases(w, stride, pad)) if wants_dx else []
     nothing, everything = np.zeros(C, np.float32), np.float32(-np.inf)
     floor = np.float32(0.0 if relu else np.nan)
     x, y, dy = (np.ascontiguousarray(array) for array in (x, y, dy))
     seen, channels, taps, sums, inside = _channels(x, dw, pad)
     for images in _few_at_a_time(x, y, w):
-        gated = np.empty((F // LINE, *dy[images].shape[:3], LINE), np.float32)
+        gated = empty(F // LINE, *dy[images].shape[:3], LINE)
         gate(dy[images], y[images], floor, gated, db)
         add_filter_gradients(seen[images], channels, taps, gated, stride, inside, sums)
         for down, across, turned in phases:

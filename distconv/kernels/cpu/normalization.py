@@ -13,6 +13,7 @@ import numpy as np
 from llvmlite import ir
 
 from distconv.kernels.compiled import compiled
+from distconv.kernels.cpu.aligned import empty
 from distconv.kernels.cpu.vector import LANES, Index, Pointer, Sum, Vector, emitted, repeat, zeros
 from distconv.kernels.interface import Array
 
@@ -49,7 +50,7 @@ def norm_backward(
     M, inverse = x.size // C, 1 / np.sqrt(variance + dtype(epsilon))
     factor = gamma / np.sqrt(variance + dtype(epsilon))  # the bits of norm_forward
     if _is_wide(x):
-        sums, products, dx = np.empty(C, x.dtype), np.empty(C, x.dtype), np.empty(x.shape, x.dtype)
+        sums, products, dx = np.empty(C, x.dtype), np.empty(C, x.dtype), empty(*x.shape)
         floor = np.float32(0.0 if relu else np.nan)
         arrays = _pixels(x), _pixels(np.ascontiguousarray(dy)), _rows(x), floor, mean, factor, beta
         _gradient_sums(*arrays, sums, products)
@@ -92,7 +93,7 @@ def scale_channels(x: Array, factor: Array, offset: Array, relu: bool) -> Array:
 def _scaled(x: Array, mean: Array, factor: Array, offset: Array, relu: bool) -> Array:
     """factor (x - mean) + offset and, if asked, ReLU."""
     if _is_wide(x):
-        y = np.empty(x.shape, x.dtype)
+        y = empty(*x.shape)
         _scale(_pixels(x), _rows(x), mean, factor, offset, np.float32(0.0 if relu else -np.inf), _pixels(y))
         return y
     y = (x - mean) * factor + offset
