@@ -235,8 +235,8 @@ def step_flops(name: str) -> dict[tuple[str, str], int]:
     found: dict[tuple[str, str], int] = defaultdict(int)
     for part in parts(model, image_shape(name)):
         if part.flops:
-            layer = part.name.partition(".")[0]
-            found[layer, "backward"] += part.flops * (2 if found else 1)
+            layer, adjoints = part.name.partition(".")[0], 2 if found else 1
+            found[layer, "backward"] += part.flops * adjoints
             found[layer, "forward"] += part.flops
     return dict(found)
 
