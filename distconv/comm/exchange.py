@@ -4,7 +4,8 @@ Each rank owns one part of the vector. It sends every owner that owner's part, t
 order, and sends the sum back to all. MPI carries bytes only: it needs no half type, and it does no arithmetic whose
 order could differ between libraries or runs. A rank sends 2 (P-1)/P of the vector, what a ring allreduce sends, and
 every number is rounded once on its way out and once on its way back, whatever P is. An owner's own contribution does
-not travel and is not rounded.
+not travel and is not rounded. A part is whole blocks of the wire: where these are fewer than the ranks, some ranks own
+nothing, and are sent headers only.
 
 Two carriers: `flat` does that among all ranks, through shared memory where they are all on one host. `two-level` first
 adds up in float32, in shared memory, on each host, and then does it among the hosts: one message for each pair of hosts
@@ -101,6 +102,17 @@ def parts(size: int, count: int) -> list[slice]:
     return [slice(min(size, r * part), min(size, (r + 1) * part)) for r in range(count)]
 
 
+def owners(size: int, count: int) -> int:
+    """How many of `count` ranks, the first, have a part: with fewer blocks than ranks, the others have nothing."""
+    return -(-size // max(part_size(size, count), 1))
+
+
+def bytes_sent(rank: int, count: int, owners: int, header: int, part: int) -> int:
+    """By one of `count` ranks: a header to each other one, with its part if it owns one, and the own part to all."""
+    has_part = rank < owners
+    return (count - 1) * (header + part * has_part) + part * (owners - has_part)
+
+
 def header_bytes(header: np.dtype[Any]) -> int:
     """Room for a header before a message. Raises ValueError for one without the fields that an exchange uses."""
     if not {"step", "bad_at"} <= set(header.names or ()):
@@ -124,9 +136,10 @@ class Flat:
         self.seed, self.place = seed, place
         self.parts = parts(size, comm.size)
         self.header_bytes, nbytes = header_bytes(header), wire.nbytes(part_size(size, comm.size))
-        self.transport = connect(comm, self.header_bytes + nbytes, nbytes, patient)
+        have_part = owners(size, comm.size)
+        self.transport = connect(comm, self.header_bytes, nbytes, patient, have_part)
         self.how = f"flat, {self.transport.name}"
-        self.bytes_sent = (comm.size - 1) * (self.header_bytes + 2 * nbytes)
+        self.bytes_sent = bytes_sent(comm.rank, comm.size, have_part, self.header_bytes, nbytes)
         H, transport = header.itemsize, self.transport
         self.heads = [message[:H].view(header) for message in transport.outgoing]  # where this rank's header goes
         self.bodies = [message[self.header_bytes :] for message in transport.outgoing]

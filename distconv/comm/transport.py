@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -30,39 +30,59 @@ class Messages:
     name = "messages"
     waited = 0.0
 
-    def __init__(self, comm: MPI.Comm, outgoing_bytes: int, mine_bytes: int, patient: bool = False) -> None:
-        """Room for messages of outgoing_bytes to each rank, and for one of mine_bytes to all.
+    def __init__(
+        self, comm: MPI.Comm, header_bytes: int, part_bytes: int, patient: bool = False, owners: int | None = None
+    ) -> None:
+        """Room for messages of a header and a part to each rank, and for one of a part to all.
 
         patient: sleeps between looks at what has come. MPI's own waiting holds a core, which then lacks to a thread
-        that computes.
+        that computes. owners: so many ranks, the first, have parts (None: all); to the others only headers travel, and
+        nothing comes from them in gather.
         """
-        P = comm.size
+        P, outgoing_bytes = comm.size, header_bytes + part_bytes
         self.comm = comm
         self.patient = patient
         self.outgoing: list[Bytes] = list(np.zeros((P, outgoing_bytes), np.uint8))
         self.received: Bytes = np.zeros(P * outgoing_bytes, np.uint8)
         self.first, self.stride = 0, outgoing_bytes
-        self.mine: Bytes = np.zeros(mine_bytes, np.uint8)
-        self.gathered: list[Bytes] = list(np.zeros((P, mine_bytes), np.uint8))
+        self.mine: Bytes = np.zeros(part_bytes, np.uint8)
+        self.gathered: list[Bytes] = list(np.zeros((P, part_bytes), np.uint8))
+        self.lengths: list[int] | None = None  # of the parts, where some ranks have none
+        if owners is not None and owners < P:
+            self.lengths = [part_bytes] * owners + [0] * (P - owners)
+            self.to = [header_bytes + length for length in self.lengths]
+            self.come = [header_bytes + self.lengths[comm.rank]] * P
+            self.places, self.parts = [outgoing_bytes * rank for rank in range(P)], [part_bytes * r for r in range(P)]
 
     def scatter(self) -> None:
         if not self.outgoing:
             closed()
-        if self.patient:
-            return self._wait(self.comm.Ialltoall(self.outgoing[0].base, self.received))
-        return self.comm.Alltoall(self.outgoing[0].base, self.received)
+        outgoing: Any = self.outgoing[0].base
+        received: Any = self.received
+        if self.lengths is None:
+            call = self.comm.Ialltoall if self.patient else self.comm.Alltoall
+        else:
+            call = self.comm.Ialltoallv if self.patient else self.comm.Alltoallv
+            outgoing, received = (outgoing, (self.to, self.places)), (received, (self.come, self.places))
+        self._wait(call(outgoing, received))
 
     def gather(self) -> None:
-        if self.patient:
-            return self._wait(self.comm.Iallgather(self.mine, self.gathered[0].base))
-        return self.comm.Allgather(self.mine, self.gathered[0].base)
+        mine: Any = self.mine
+        gathered: Any = self.gathered[0].base
+        if self.lengths is None:
+            call = self.comm.Iallgather if self.patient else self.comm.Allgather
+        else:
+            call = self.comm.Iallgatherv if self.patient else self.comm.Allgatherv
+            mine, gathered = mine[: self.lengths[self.comm.rank]], (gathered, (self.lengths, self.parts))
+        self._wait(call(mine, gathered))
 
     def close(self) -> None:
         self.outgoing, self.gathered = [], []
         self.received = self.mine = np.zeros(0, np.uint8)
 
-    def _wait(self, request: MPI.Request) -> None:
-        while not request.Test():
+    def _wait(self, request: MPI.Request | None) -> None:
+        """Until what was begun has come; None: it has."""
+        while request is not None and not request.Test():
             time.sleep(SECONDS_BETWEEN_LOOKS)
 
 
@@ -71,13 +91,13 @@ class SharedMemory:
 
     name = "shared memory"
 
-    def __init__(self, space: SharedSpace, outgoing_bytes: int, mine_bytes: int) -> None:
-        P, whole = space.ranks, segments(space)
+    def __init__(self, space: SharedSpace, header_bytes: int, part_bytes: int) -> None:
+        P, whole, outgoing_bytes = space.ranks, segments(space), header_bytes + part_bytes
         messages = whole[:, : P * outgoing_bytes].reshape(P, P, outgoing_bytes)
         self.outgoing: list[Bytes] = list(messages[space.rank])
         self.received: Bytes = whole.reshape(-1)
         self.first, self.stride = space.rank * outgoing_bytes, whole.shape[1]
-        self.gathered: list[Bytes] = list(whole[:, P * outgoing_bytes :][:, :mine_bytes])
+        self.gathered: list[Bytes] = list(whole[:, P * outgoing_bytes :][:, :part_bytes])
         self.mine = self.gathered[space.rank]
         self.scatter: Callable[[], None] = space.barrier
         self.gather: Callable[[], None] = space.barrier
@@ -99,9 +119,11 @@ def segments(space: SharedSpace) -> Bytes:
     return np.frombuffer(space.memory, np.uint8).reshape(space.ranks, -1)
 
 
-def connect(comm: MPI.Comm, outgoing_bytes: int, mine_bytes: int, patient: bool = False) -> Messages | SharedMemory:
-    """Shared memory where all ranks are on one host that has room for it, else messages; collective."""
-    space = share(comm, comm.size * outgoing_bytes + mine_bytes) if comm.size > 1 else None
+def connect(
+    comm: MPI.Comm, header_bytes: int, part_bytes: int, patient: bool = False, owners: int | None = None
+) -> Messages | SharedMemory:
+    """Shared memory where all ranks are on one host that has room for it, else messages; collective. See Messages."""
+    space = share(comm, comm.size * (header_bytes + part_bytes) + part_bytes) if comm.size > 1 else None
     if space:
-        return SharedMemory(space, outgoing_bytes, mine_bytes)
-    return Messages(comm, outgoing_bytes, mine_bytes, patient)
+        return SharedMemory(space, header_bytes, part_bytes)
+    return Messages(comm, header_bytes, part_bytes, patient, owners)

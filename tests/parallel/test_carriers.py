@@ -15,7 +15,7 @@ from distconv.comm.wire import WIRES, random_key
 from distconv.comm.world import World
 from distconv.errors import UsageError
 
-SIZES = (1, 300, 10_000)
+SIZES = (1, 255, 256, 257, 600, 2000, 10_000)  # with 1, 2, 3, 8 and 40 blocks, so that some ranks own nothing
 SEED, STEP = 3, 5
 
 
@@ -64,6 +64,48 @@ def test_shared_memory_and_messages_give_the_bits_of_the_model(
         vector = contribution(world.rank, size)
         exchange.sum(vector, header(world))
         assert vector.tobytes() == wanted.tobytes()
+
+
+@pytest.mark.parametrize("patient", [False, True])
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("wire", ["float16", "int8", "float32", "float64"])
+def test_who_owns_nothing_is_sent_headers_only_and_sends_nothing_to_all(
+    world: World, wire: str, size: int, patient: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(exchanges, "connect", transport.Messages)
+    exchange = Flat(world.comm, size, WIRES[wire], patient)
+    blocks, P, untouched = -(-size // 256), world.size, 0xAA
+    owners = -(-blocks // -(-blocks // P))
+    part = WIRES[wire].nbytes(-(-blocks // P) * 256)
+    messages = exchange.transport
+    messages.received[:] = untouched
+    for row in messages.gathered:
+        row[:] = untouched
+    exchange.sum(contribution(world.rank, size).astype(WIRES[wire].dtype), header(world))
+
+    parts = messages.received.reshape(P, -1)[:, HEADER.itemsize :]
+    assert parts.shape[1] == part
+    assert [not (row == untouched).all() for row in messages.gathered] == [rank < owners for rank in range(P)]
+    if world.rank >= owners:
+        assert (parts == untouched).all()
+    sent = world.comm.allgather(exchange.bytes_sent)
+    assert sum(sent) == P * (P - 1) * HEADER.itemsize + 2 * (P - 1) * owners * part
+    assert sent[0] == max(sent)
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("wire", ["int16", "int32", "float16", "float32"])
+@pytest.mark.parametrize("kind", ["flat", "two-level", "buckets", "mpi"])
+def test_every_carrier_sums_vectors_of_fewer_blocks_than_ranks(world: World, kind: str, wire: str, size: int) -> None:
+    if (wire.startswith("int") and kind == "buckets") or (kind, wire) == ("mpi", "float16"):
+        return  # which are refused, or are MPI's own business
+    exchange = choose(world, size, wire, kind)
+    vector = np.full(size, np.float32(world.rank + 1) / 2)
+    headers = exchange.sum(vector, header(world))
+    exchange.close()
+    lost = 0 if wire in ("float16", "float32") else 2e-4
+    np.testing.assert_allclose(vector, world.size * (world.size + 1) / 4, rtol=lost)
+    assert headers["samples"].tolist() == [10 * rank for rank in range(world.size)]
 
 
 @pytest.mark.parametrize("size", SIZES)
