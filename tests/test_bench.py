@@ -120,9 +120,52 @@ def test_an_exchange_bound_job_halves_its_time_with_half_the_bytes_and_gains_not
     full, half = (predict(1e-9, 1 << 24, 4096, 64, wire, slow) for wire in ("float32", "float16"))
     assert half.images_per_second / full.images_per_second == pytest.approx(2, rel=0.02)
     vector_seconds = 2 * 4 * (1 << 24) * 8 / (GOODPUT * 1e6)
-    assert full.exchange_seconds == pytest.approx(vector_seconds * 63 / 64, rel=0.001)
+    headers_and_looks = 16 * 63 * 104 * 8 / (GOODPUT * 1e6) + 16 * 7 * 1e-4
+    assert full.exchange_seconds == pytest.approx(vector_seconds * 63 / 64 + headers_and_looks, rel=1e-6)
     more = predict(1e-9, 1 << 24, 4096, 128, "float32", slow)
     assert more.images_per_second <= full.images_per_second
+
+
+BUCKET_NUMBERS, BUCKETS = 1 << 20, 12
+DEEP = BUCKETS * BUCKET_NUMBERS  # parameters, and as many seconds of backward pass for each bucket
+
+
+@pytest.mark.parametrize("wire", ["float16", "float32"])
+@pytest.mark.parametrize("bandwidth", [1e7, 1e8, 3e8, 1e9, 1e11])
+def test_buckets_hide_behind_the_backward_pass_but_for_the_first_numbers(wire: str, bandwidth: float) -> None:
+    """Of K equal buckets of e seconds, the last one is exposed, or K e - B (K-1)/K of a backward pass of B seconds."""
+    network, image = Network(1e-4, bandwidth), 0.01
+    row = predict(image, DEEP, 4 * 100, 4, wire, network)
+    each = exchange_seconds(BUCKET_NUMBERS, 4, wire, network) + 3 * 1e-4  # and three looks of the thread
+    backward = 2 / 3 * 100 * image
+    assert row.exchange_seconds == pytest.approx(BUCKETS * each)
+    hideable = backward * (BUCKETS - 1) / BUCKETS
+    assert row.exposed_seconds == pytest.approx(max(each, BUCKETS * each - hideable))
+    assert row.images_per_second == pytest.approx(400 / (100 * image + row.exposed_seconds))
+
+
+def test_small_gradients_and_one_rank_hide_nothing() -> None:
+    network = Network(1e-4, 1e9)
+    small = predict(0.01, (2 << 20) - 1, 400, 4, "float32", network)
+    alone = predict(0.01, DEEP, 400, 1, "float32", IDEAL)
+    assert small.exposed_seconds == small.exchange_seconds == exchange_seconds((2 << 20) - 1, 4, "float32", network)
+    assert alone.exposed_seconds == alone.exchange_seconds == 0
+    assert predict(0.01, 2 << 20, 400, 4, "float32", network).exposed_seconds < 0.6 * small.exposed_seconds
+
+
+@given(counts, st.integers(2, 300), networks)
+def test_what_is_exposed_is_a_part_of_the_exchange(parameters: int, P: int, network: Network) -> None:
+    row = predict(0.001, parameters, P, P, "float16", network)
+    assert 0 < row.exposed_seconds <= row.exchange_seconds * (1 + 1e-9)
+
+
+def test_with_fewer_blocks_than_ranks_bytes_do_not_grow_with_empty_parts() -> None:
+    """483 blocks: 482 other owners get a part, and 4095 ranks a header and what rank 0 has summed."""
+    half_block = 2 * 256 + 8
+    assert bytes_sent(MODEL, 4096, "float16") == 4095 * (104 + half_block) + 482 * half_block
+    assert bytes_sent(256, 8, "float32") == 7 * (104 + 1024)
+    some, more = (exchange_seconds(MODEL, P, "float16", Network(0.0, 1e9)) for P in (1024, 4096))
+    assert more - some == pytest.approx(3072 * (104 + half_block) * 8 / GOODPUT / 1e9)  # the all-gather is as long
 
 
 def test_the_ladder_leaves_out_ranks_without_an_image() -> None:
@@ -173,7 +216,7 @@ def test_predict_tells_steps_and_time_only_if_it_is_asked() -> None:
     plain, more = rows_of(bench(0, *arguments, "--json")), rows_of(bench(0, *asked, "--json"))
     for one, other in zip(plain, more, strict=True):
         assert set(other) - set(one) == {"steps", "training_seconds"} and one.items() <= other.items()
-        step = one["compute_seconds"] + one["exchange_seconds"]  # type: ignore[operator]
+        step = one["compute_seconds"] + one["exposed_seconds"]  # type: ignore[operator]
         assert other["training_seconds"] == pytest.approx(other["steps"] * step)
     text = bench(0, *asked).stdout
     assert "noise scale / batch" in text and "noise" not in bench(0, *arguments).stdout

@@ -16,6 +16,12 @@ from distconv.comm.exchange import HEADER, Exchange, Headers, Refusal
 from distconv.kernels.interface import Array
 
 BUCKET = 1 << 20  # numbers: 2 MiB of halves, 0.3 s at 100 Mbit/s, so that latencies do not count
+LEAST = 2 * BUCKET  # numbers of a gradient that is worth it
+
+
+def places(size: int) -> list[slice]:
+    """Where the buckets of a vector (size,) lie in it."""
+    return [slice(start, min(start + BUCKET, size)) for start in range(0, size, BUCKET)]
 
 
 class Buckets:
@@ -25,7 +31,7 @@ class Buckets:
 
     def __init__(self, size: int, connect: Callable[[int, int], Exchange], header: np.dtype[Any] = HEADER) -> None:
         self.header = header
-        self.places = [slice(start, min(start + BUCKET, size)) for start in range(0, size, BUCKET)]
+        self.places = places(size)
         self.exchanges = [connect(place.stop - place.start, place.start) for place in self.places]
         self.wire = self.exchanges[0].wire
         self.how = f"{len(self.places)} buckets behind the backward pass, {self.exchanges[0].how}"

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from distconv.comm.buckets import BUCKET, Buckets
+from distconv.comm.buckets import LEAST, Buckets
 from distconv.comm.exact import ALL_WIRES, Exact, ExactWire
 from distconv.comm.exchange import HEADER, Exchange, Flat, TwoLevel
 from distconv.comm.mpi_allreduce import Library
@@ -78,6 +78,6 @@ def _select(
     if kind == "buckets" and not threads:
         raise ValueError("this MPI does not let a thread send (MPI_THREAD_SERIALIZED)")
     crosses_network = kind == "auto" and hosts > 1 and threads and overlaps
-    if kind == "buckets" or (crosses_network and size >= 2 * BUCKET):
+    if kind == "buckets" or (crosses_network and size >= LEAST):
         return Buckets(size, lambda n, place: Flat(comm, n, wire, True, header, seed, place), header)
     return Flat(comm, size, wire, header=header, seed=seed)
