@@ -1,7 +1,11 @@
-"""A large model needs its vectors and one message of the wire, and little else, from the start of a run to its end."""
+"""A large model needs its vectors and one message of the wire, and little else, from the start of a run to its end.
+
+And a run says at its start how much that will be.
+"""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -14,7 +18,8 @@ WIDE = """
 import atexit, os
 from pathlib import Path
 from distconv.process.launched import launcher_rank
-from distconv.nn.layers import Affine, Chain
+from distconv.nn.layers import Affine, Chain, Conv, MaxPool
+from distconv.nn.networks import deepconvnet, simpleconvnet
 from distconv.nn.parameters import Spec
 
 class Wide:
@@ -29,6 +34,10 @@ class Wide:
 
 def network(classes):
     return Chain(Wide(), Affine(classes))
+
+def stack(classes):
+    wide = [Conv(filters, pad=1, relu=True) for filters in (64, 64, 256, 512, 512, 512, 512)]
+    return Chain(Conv(32, pad=1, relu=True), MaxPool(), *wide, Affine(classes))
 
 def tell():
     status = Path("/proc/self/status").read_text()
@@ -75,3 +84,27 @@ def test_a_run_a_resumed_one_and_an_evaluation_hold_no_copies_of_a_large_model(p
     rounded = (8 + 4) * SIZE  # the values in float64, and rounded to float32
     found = peaks(SIZE, *evaluate("large"))
     assert all(peak <= base + 1.1 * rounded for peak, base in zip(found, small, strict=True)), (found, small)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="only Linux tells the peak of a process")
+@pytest.mark.parametrize(
+    ("model", "flags"),
+    [
+        ("deepconvnet", "--batch-size 1000"),
+        ("deepconvnet", "--batch-size 97 --shards 8 --ema 0.9 --augment mnist"),
+        ("simpleconvnet", "--batch-size 1000 --exchange two-level"),
+        ("stack", "--batch-size 32 --limit-train 64"),
+        ("stack", "--batch-size 32 --limit-train 64 --shards 8 --ema 0.9 --optimizer sgd --wire int32"),
+        ("network", "--batch-size 4 --limit-train 8 --exchange buckets --wire float32"),
+    ],
+)
+def test_a_run_says_before_its_first_step_how_much_a_rank_will_hold(  # type: ignore[no-untyped-def]
+    peaks, tmp_path: Path, model: str, flags: str
+) -> None:
+    common = "--data digits --epochs 1 --lr 1e-5 --eval-samples 100"
+    train = ("distconv.train", "--model", f"wide:{model}", *common.split(), *flags.split())
+    held, _ = peaks(SIZE, *train, "--out", tmp_path / "run")
+    start = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])
+    assert abs(start["memory_bytes"] / held - 1) <= 0.1, (start["memory_bytes"], held)

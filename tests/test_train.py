@@ -16,7 +16,7 @@ from distconv.run.log import read_metrics
 from tests import jobs
 
 QUICK = ("--data", "digits", "--limit-train", "150", "--batch-size", "32", "--eval-samples", "40")  # 5 steps an epoch
-TIMINGS = {
+MEASURED = {
     "out",
     "time",
     "images_per_second",
@@ -25,6 +25,7 @@ TIMINGS = {
     "wait_seconds",
     "wire_seconds_float32",
     "slowest_rank",
+    "memory_bytes",
 }
 
 
@@ -33,10 +34,10 @@ def train(ranks: int, *arguments: str | Path, **environment: Any) -> subprocess.
 
 
 def metrics(out: Path, event: str = "") -> list[dict[str, Any]]:
-    """The records of a run without its timings."""
+    """The records of a run without what is measured."""
     records = [dict(record) for record in read_metrics(out / "metrics.jsonl")]
     return [
-        {key: value for key, value in record.items() if key not in TIMINGS}
+        {key: value for key, value in record.items() if key not in MEASURED}
         for record in records
         if event in ("", record["event"])
     ]

@@ -36,6 +36,7 @@ class Buckets:
         self.wire = self.exchanges[0].wire
         self.how = f"{len(self.places)} buckets behind the backward pass, {self.exchanges[0].how}"
         self.bytes_sent = sum(exchange.bytes_sent for exchange in self.exchanges)
+        self.buffer_bytes = sum(exchange.buffer_bytes for exchange in self.exchanges)
         self.thread = ThreadPoolExecutor(1)
         self.sent: list[Future[Headers]] = []  # from the last bucket down
 

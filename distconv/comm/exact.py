@@ -73,6 +73,7 @@ class Exact:
         self.total = np.zeros(size, wire.numbers.dtype)
         self.how = f"{inner.how}, in whole numbers"
         self.bytes_sent = inner.bytes_sent + (comm.size - 1) * len(self.transport.mine)
+        self.buffer_bytes = inner.buffer_bytes + self.transport.buffer_bytes + self.total.nbytes
 
     @property
     def waited(self) -> float:

@@ -71,6 +71,7 @@ class Exchange(Protocol):
     wire: Wire
     how: str  # the same for people, with what it runs over
     bytes_sent: int  # by this rank in one sum, to other ranks
+    buffer_bytes: int  # of its own memory and of what ranks share, that this rank writes or reads
 
     @property
     def waited(self) -> float:
@@ -140,6 +141,7 @@ class Flat:
         self.transport = connect(comm, self.header_bytes, nbytes, patient, have_part)
         self.how = f"flat, {self.transport.name}"
         self.bytes_sent = bytes_sent(comm.rank, comm.size, have_part, self.header_bytes, nbytes)
+        self.buffer_bytes = self.transport.buffer_bytes
         H, transport = header.itemsize, self.transport
         self.heads = [message[:H].view(header) for message in transport.outgoing]  # where this rank's header goes
         self.bodies = [message[self.header_bytes :] for message in transport.outgoing]
@@ -224,6 +226,8 @@ class TwoLevel:
         self.headers = whole[:, vector_bytes:][:, : across.size * header.itemsize]
         self.how = f"two-level, {across.size} hosts x {L} ranks, {self.inner.transport.name} between hosts"
         self.bytes_sent = self.inner.bytes_sent
+        # Its own vector, the others' numbers in its part, and the first rank's vector, where the sum is.
+        self.buffer_bytes = self.inner.buffer_bytes + (3 * L - 2) * vector_bytes // L
 
     @property
     def waited(self) -> float:

@@ -37,6 +37,7 @@ class Library:
         header_bytes(header)
         self.comm, self.wire, self.header = comm, wire, header
         self.ours, self.sums = np.zeros((2, size), wire.name)
+        self.buffer_bytes = 2 * self.ours.nbytes
         self.bytes_sent = round(2 * (comm.size - 1) / comm.size * self.ours.nbytes)  # what a ring sends, not counted
 
     def close(self) -> None:

@@ -3,8 +3,8 @@
 Both have the same form. A rank writes one message for each rank into `outgoing`; after `scatter`, the messages of the
 others to this rank lie in `received`, `stride` bytes apart from `first` on. It writes one message for all into `mine`;
 after `gather`, those of the ranks lie in `gathered`. Each is a barrier, so buffers can be used again step after step.
-`waited`: seconds that this rank slept in them. `close` is collective and gives the buffers back; after it, `scatter`
-raises RuntimeError.
+`waited`: seconds that this rank slept in them; `buffer_bytes`: those that it writes or reads. `close` is collective and
+gives the buffers back; after it, `scatter` raises RuntimeError.
 """
 
 from __future__ import annotations
@@ -47,6 +47,7 @@ class Messages:
         self.first, self.stride = 0, outgoing_bytes
         self.mine: Bytes = np.zeros(part_bytes, np.uint8)
         self.gathered: list[Bytes] = list(np.zeros((P, part_bytes), np.uint8))
+        self.buffer_bytes = (2 * P - 1) * outgoing_bytes + (P + 1) * part_bytes  # what is its own is not sent
         self.lengths: list[int] | None = None  # of the parts, where some ranks have none
         if owners is not None and owners < P:
             self.lengths = [part_bytes] * owners + [0] * (P - owners)
@@ -99,6 +100,7 @@ class SharedMemory:
         self.first, self.stride = space.rank * outgoing_bytes, whole.shape[1]
         self.gathered: list[Bytes] = list(whole[:, P * outgoing_bytes :][:, :part_bytes])
         self.mine = self.gathered[space.rank]
+        self.buffer_bytes = 2 * (P - 1) * outgoing_bytes + P * part_bytes
         self.scatter: Callable[[], None] = space.barrier
         self.gather: Callable[[], None] = space.barrier
         self.space = space

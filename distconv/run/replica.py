@@ -96,7 +96,7 @@ class Replica:
         if following is not None and self.exchange.needs_no_host:
             self._begin(step + 1, following, global_batch)
         self.device.wait(self.begun.pop(step))
-        count, parts = len(self.task.sums), self._parts(len(samples), global_batch)
+        count, parts = len(self.task.sums), self.parts(len(samples), global_batch)
         found = np.array(self.mailbox.sums(step)[: len(parts) * count], np.float64).reshape(-1, count)
         sums = np.zeros((len(self.shards.own), count))
         for (k, _), of_part in zip(parts, found, strict=True):
@@ -157,7 +157,7 @@ class Replica:
         kernels, mailbox = self.kernels, self.mailbox
         mailbox.begin(self.shares)
         sums: list[Any] = []
-        for k, part in self._parts(n, global_batch):
+        for k, part in self.parts(n, global_batch):
             samples, last = mailbox.samples[part], part.stop == n
             context = Context(
                 training=True,
@@ -173,7 +173,7 @@ class Replica:
             self.device.join()
         return sums
 
-    def _parts(self, n: int, global_batch: int) -> list[tuple[int, slice]]:
+    def parts(self, n: int, global_batch: int) -> list[tuple[int, slice]]:
         """The parts of n samples, one after the other, each with the number of its shard; none is empty."""
         parts = []
         for k, shard in enumerate(self.shards.parts(global_batch) if len(self.shards.own) > 1 else [slice(0, n)]):

@@ -32,6 +32,7 @@ from distconv.run.loading import load_dataset
 from distconv.run.log import RunLog, describe_noise, describe_steps, read_metrics, write_text
 from distconv.run.loop import EpochRecord, Record, StepRecord, StopRecord, logged
 from distconv.run.loop import train as records
+from distconv.run.memory import tell_memory
 from distconv.run.run import Run
 from distconv.run.stopping import StopRequest
 
@@ -166,8 +167,7 @@ def resume(run: Run, out: Path, log: RunLog) -> Checkpoint | None:
 
 
 def introduce(run: Run, out: Path, data_name: str, checkpoint: Checkpoint | None, log: RunLog) -> None:
-    """The start line and the start event."""
-
+    """The start line, the memory that it will take, and the start event."""
     world, data, settings, exchange, device = (
         run.world, run.data, run.config, run.replica.exchange, run.replica.kernels.name
     )  # fmt: skip
@@ -216,6 +216,7 @@ def introduce(run: Run, out: Path, data_name: str, checkpoint: Checkpoint | None
         parameter_count=run.parameters.trained_size,
         data=data_name,
         data_sha256=data.digest,
+        memory_bytes=tell_memory(run, log.say),
         train_images=data.size("train"),
         batch_size=settings.step_size,
         test_images=data.size("test"),
