@@ -48,6 +48,7 @@ def main(argv: Sequence[str]) -> int:
 def step(argv: Sequence[str]) -> int:
     """Measures the ranks that it is started in."""
     flags = step_flags(argv)
+    Config(model=flags.model)  # raises for a name that cannot be before anything is started
     one_blas_thread()
 
     with start() as world, contextlib.ExitStack() as rivals:

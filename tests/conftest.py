@@ -6,12 +6,16 @@ import os
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 
 from distconv.kernels.gpu.arithmetic import Gpu
 from tests.gpu import DEVICES, new_device
 
 HERE = Path(__file__).parent
+
+hypothesis.settings.register_profile("no clock", deadline=None)  # the first example may compile a kernel
+hypothesis.settings.load_profile("no clock")
 
 
 @pytest.fixture(scope="session")

@@ -292,7 +292,7 @@ def test_where_the_peaks_cannot_be_measured_only_the_shares_are_missing(monkeypa
 
     layers = [gpu_step.LayerRow("conv1", way, 2, 1e-3, 10, 10) for way in ("forward", "backward")]
     monkeypatch.setattr(gpu_step, "build_run", small_run)
-    monkeypatch.setattr(gpu_step, "layer_rows", lambda engine, batch_size: layers)
+    monkeypatch.setattr(gpu_step, "layer_rows", lambda replica, name, batch_size: layers)
     engines, look_inside = gpu_step.bench_gpu(start(), "deepconvnet", "float32", print)(2, 1)
     parts, text = look_inside([Row(engines[0].name, "cuda", 1, 1, 2, "float16", "step", 0.1, 20)])
     assert parts["rest", ""] == pytest.approx(0.098)
