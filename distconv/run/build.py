@@ -104,7 +104,7 @@ def open_gpu(placed: Placement, say: Callable[[str], None]) -> Cuda | None:
         say(placed.line)
     if placed.ordinal is None:
         return None
-    say("preparing the GPU's kernels; the first time on a machine they are compiled, in a minute or less")
+    say("preparing the GPU's kernels; the first time on a machine they are compiled: a second or two for each shape")
     return Cuda(placed.ordinal, say)
 
 

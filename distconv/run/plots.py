@@ -50,7 +50,7 @@ def draw_curves(records: Sequence[Mapping[str, Any]], title: str, path: Path) ->
     loss, score = figure.subplots(1, 2)
     figure.suptitle(title)
     loss.plot(number, [record.get("train_loss") for record in epochs], "o-", color="tab:blue")
-    loss.set(title="training loss (with dropout)", xlabel="epoch", ylabel="mean over the samples")
+    loss.set(title="loss in training", xlabel="epoch", ylabel="mean over the samples")
     loss.set_ylim(bottom=0)
     for part, label, color in (
         ("train", "training", "tab:gray"), ("validation", "validation", "tab:purple"), ("test", "test", "tab:orange"),
@@ -59,7 +59,7 @@ def draw_curves(records: Sequence[Mapping[str, Any]], title: str, path: Path) ->
         scores = [record.get(f"{part}_{metric}") for record in epochs]
         if part in ("train", "test") or any(scores):
             score.plot(number, scores, "o-", color=color, label=label)
-    score.set(title=f"{metric} (without dropout)", xlabel="epoch")
+    score.set(title=f"{metric} in evaluation", xlabel="epoch")
     score.yaxis.set_major_formatter(PercentFormatter(1, decimals=2))
     score.legend()
     for axes in (loss, score):
