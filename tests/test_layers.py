@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from distconv.errors import UsageError
 from distconv.nn.blocks import Branches, Residual
 from distconv.nn.fusion import fused
 from distconv.nn.layers import Affine, Chain, Context, Conv, Dropout, Layer, MaxPool, ReLU
@@ -289,6 +290,12 @@ def test_a_convolution_and_its_pool_as_one_layer_are_the_two_and_a_users_own_sta
         np.testing.assert_array_equal(together, apart)
 
 
+def test_blocks_are_made_of_layers_and_nothing_else():
+    for wrong in (lambda: Residual(3), lambda: Residual(Conv(4), Conv), lambda: Branches(Conv(4), "pool"), Branches):
+        with pytest.raises(UsageError, match="layers"):
+            wrong()
+
+
 def test_layers_are_named_after_kind_and_number():
     model = Chain(Conv(1), ReLU(), Conv(2), Affine(3), MaxPool(), Affine(4))
     assert [name for name, _ in model.layers] == ["conv1", "relu1", "conv2", "affine1", "maxpool1", "affine2"]
@@ -305,6 +312,13 @@ def test_layers_are_named_after_kind_and_number():
         (Conv(4, stride=0), (8, 8, 1), r"Conv\(.*stride=0.* at least 1"),
         (Conv(4, size=0), (8, 8, 1), r"Conv\(.*size=0.* at least 1"),
         (Dropout(1.5), (8,), r"Dropout\(ratio=1.5.* 0 to 1"),
+        (Conv(4, size=4, pad="same"), (8, 8, 1), r"Conv\(.*size=4.* odd size"),
+        (Conv(4, pad="valid"), (8, 8, 1), r"Conv\(.*pad='valid'.* whole number"),
+        (AveragePool(9), (8, 8, 1), r"AveragePool\(size=9.* image of 8 x 8"),
+        (GlobalAveragePool(), (8,), r"GlobalAveragePool\(\) needs images .* \(8,\)"),
+        (BatchNorm(), (), r"BatchNorm\(.* needs channels"),
+        (Residual(Conv(4)), (8, 8, 4), r"body makes \(6, 6, 4\) of \(8, 8, 4\), .* give it a shortcut"),
+        (Branches(Conv(4), Conv(4, pad="same")), (8, 8, 1), r"\(6, 6, 4\), \(8, 8, 4\) of .* one height"),
     ],
 )
 def test_what_does_not_fit_is_refused_with_the_layer_named(model, shape, message):

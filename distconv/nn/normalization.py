@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from distconv.kernels.interface import Array
@@ -26,9 +26,7 @@ class BatchNorm:
     momentum: float = 0.1
 
     def shapes(self, input_shape: Shape) -> tuple[Shape, Specs]:
-        if not input_shape:
-            raise ValueError(f"{self} needs channels, but what comes in has shape {input_shape}")
-        C = input_shape[-1:]
+        C = _channels(self, input_shape)
         return input_shape, {
             "gamma": Spec(C, mean=1.0, decay=False),
             "beta": Spec(C, decay=False),
@@ -112,12 +110,9 @@ class Standardize:
     is_fixed: ClassVar[bool] = True  # its backward pass brings dx and nothing else
 
     def shapes(self, input_shape: Shape) -> tuple[Shape, Specs]:
-        C = input_shape[-1:]
+        C = _channels(self, input_shape)
         mean = Spec(C, trained=False, of_data="channel_means")
-        return input_shape, {
-            "mean": mean,
-            "deviation": Spec(C, mean=1.0, trained=False, of_data="channel_deviations"),
-        }
+        return input_shape, {"mean": mean, "deviation": replace(mean, mean=1.0, of_data="channel_deviations")}
 
     def forward(self, x: Array, params: Views, context: Context) -> tuple[Array, Backward]:
         kernels = context.kernels
@@ -125,13 +120,16 @@ class Standardize:
         y: Array = kernels.scale_channels(x, factor, -params["mean"] * factor, False)
 
         def backward(dy: Array, grads: Views, wants_dx: bool) -> Array | None:
-            return (
-                kernels.scale_channels(dy, factor, kernels.device.zeros(x.shape[-1], x.dtype), False)
-                if wants_dx
-                else None
-            )
+            nothing = kernels.device.zeros(x.shape[-1], x.dtype)
+            return kernels.scale_channels(dy, factor, nothing, False) if wants_dx else None
 
         return y, backward
+
+
+def _channels(layer: object, input_shape: Shape) -> Shape:
+    if not input_shape:
+        raise ValueError(f"{layer} needs channels, but what comes in has shape {input_shape}")
+    return input_shape[-1:]
 
 
 def takes_statistics(model: Layer) -> bool:
