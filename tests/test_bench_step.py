@@ -34,7 +34,7 @@ from distconv.comm.start import start
 from distconv.config import Config
 from distconv.errors import UsageError
 from distconv.nn.layers import Affine, Chain, Context, Conv, Dropout, MaxPool
-from distconv.nn.networks import build_network, image_shape
+from distconv.nn.networks import build_network, usual_image_shape
 from distconv.nn.parameters import Parameters
 from distconv.run.build import build_run
 from distconv.run.run import Run
@@ -168,7 +168,7 @@ def test_pytorchs_network_is_the_same(name: str) -> None:
     torch = pytest.importorskip("torch")
     from distconv.benchmarks.torch_model import translate
 
-    shape = image_shape(name)
+    shape = usual_image_shape(name)
     # PyTorch's dropout scales in training, ours in evaluation.
     layers = build_network(name, shape, 10, (10,))[0].layers  # type: ignore[attr-defined]
     ours = Chain.named((name, layer) for name, layer in layers if not isinstance(layer, Dropout))

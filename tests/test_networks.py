@@ -17,7 +17,9 @@ from distconv.kernels.cpu.device import Cpu
 from distconv.nn.blocks import Branches
 from distconv.nn.layers import Chain, Context, Dropout, inner_layers
 from distconv.nn.networks import NETWORKS, build_network
-from distconv.nn.parameters import Parameters, _flatten, count
+from distconv.nn.normalization import Standardize
+from distconv.nn.parameters import Parameters, count
+from distconv.nn.pooling import GlobalAveragePool
 from distconv.tasks.classify import Classification
 from tests import reference
 
@@ -72,14 +74,16 @@ def test_the_weights_of_inception_blocks_are_those_of_the_papers_table():
     table = [159, 380, 364, 437, 463, 580, 840, 1072, 1388]
     model, specs = build_network("googlenet", CIFAR, 10, (10,))
     blocks = [specs[name] for name, layer in model.layers if isinstance(layer, Branches)]
-    filters = [{name: spec for name, spec in _flatten(block) if name.endswith(".W")} for block in blocks]
+    filters = [
+        {name: spec for name, spec in Parameters(block).specs.items() if name.endswith(".W")} for block in blocks
+    ]
     assert [count(weights) / 1024 for weights in filters] == pytest.approx(table, rel=0.08)
 
 
 def test_a_residual_network_has_the_layers_of_its_name():
     for name in ("resnet20", "resnet56", "resnet18"):
         convolutions = [
-            path for path, spec in _flatten(build_network(name, CIFAR, 10, (10,))[1])
+            path for path in Parameters(build_network(name, CIFAR, 10, (10,))[1]).specs
             if path.endswith(".W") and "shortcut" not in path
         ]  # fmt: skip
         assert f"resnet{len(convolutions)}" == name  # the affine layer among them
@@ -273,6 +277,12 @@ def test_a_network_of_the_users_own_is_found_by_module_and_function(own_networks
     model, specs = build_network("own_networks:small", (4, 5, 1), 6, (6,))
     assert [name for name, _ in model.layers] == ["conv1", "affine1"]
     assert specs["affine1"]["W"].shape == (2 * 3 * 2, 6)
+
+
+def test_a_network_of_which_nothing_is_trained_is_refused():
+    model = Chain(Standardize(), GlobalAveragePool())
+    with pytest.raises(UsageError, match="nothing to train"):
+        build_network("own:network", (8, 8, 10), 10, (10,), model)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 import pytest
 
-from distconv.nn.parameters import PIECE, Parameters, Spec
+from distconv.nn.parameters import PIECE, Parameters, Spec, count
 from tests.files import peak_memory
 
 SPECS = {
@@ -153,3 +153,33 @@ def test_a_large_array_is_drawn_as_if_at_once():
 def test_first_values_and_the_digest_of_a_large_model_take_no_memory_to_speak_of():
     parameters = Parameters({"affine1": {"W": Spec((1000, 4000), 0.1)}})
     assert peak_memory(lambda: (parameters.initialize(0), parameters.digest())) < parameters.vector.nbytes / 4
+
+
+class Channels:
+    """Data that knows something of its images."""
+
+    channel_means = np.array([0.25, 0.5])
+
+
+STANDARDISED = {
+    "standardize1": {"mean": Spec((2,), trained=False, of_data="channel_means")},
+    "conv1": {"W": Spec((3, 4), 0.5), "mean": Spec((4,), mean=1.0, trained=False)},
+    "affine1": {"W": Spec((4, 5), 0.5), "b": Spec((5,))},
+}
+
+
+def test_what_is_not_trained_lies_first_so_that_gradients_are_final_from_a_layer_on():
+    parameters = Parameters(STANDARDISED)
+    names = ["standardize1.mean", "conv1.mean", "conv1.W", "affine1.W", "affine1.b"]
+    assert list(parameters.starts) == names
+    assert parameters.runs(lambda spec: spec.trained) == [slice(6, 6 + 12 + 25)]
+    assert [parameters.start(layer) for layer in STANDARDISED] == [None, 6, 18]
+    assert parameters.trained_size == count(STANDARDISED, lambda spec: spec.trained) == 37 and count(STANDARDISED) == 43
+
+
+def test_first_values_may_be_those_of_the_data_where_it_has_them():
+    parameters = Parameters(STANDARDISED)
+    for data, wanted in ((Channels(), [0.25, 0.5]), (object(), [0, 0]), (None, [0, 0])):
+        parameters.initialize(0, data)
+        np.testing.assert_array_equal(parameters.values["standardize1"]["mean"], np.float32(wanted))
+        np.testing.assert_array_equal(parameters.values["conv1"]["mean"], np.ones(4, np.float32))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from distconv.nn.networks import NETWORKS, build_network, image_shape
+from distconv.nn.networks import NETWORKS, build_network, usual_image_shape
 from distconv.nn.parameters import Parameters
 from distconv.nn.summary import parts, table
 from tests import jobs
@@ -12,8 +12,8 @@ from tests import jobs
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_the_parts_have_all_parameters_and_the_last_gives_the_scores(name: str) -> None:
-    model, specs = build_network(name, image_shape(name), 10, (10,))
-    found = list(parts(model, image_shape(name)))
+    model, specs = build_network(name, usual_image_shape(name), 10, (10,))
+    found = list(parts(model, usual_image_shape(name)))
     assert sum(part.parameters for part in found) == Parameters(specs).trained_size
     assert found[-1].output_shape == (10,)
     assert len({part.name for part in found}) == len(found)
@@ -25,8 +25,8 @@ def test_the_parts_have_all_parameters_and_the_last_gives_the_scores(name: str) 
     ("name", "millions"), [("resnet20", 41), ("resnet56", 126), ("vgg11", 153), ("vgg16", 313), ("resnet18", 556)]
 )
 def test_the_operations_are_those_that_others_count(name: str, millions: int) -> None:
-    model, _ = build_network(name, image_shape(name), 10, (10,))
-    assert sum(part.flops for part in parts(model, image_shape(name))) / 2e6 == pytest.approx(millions, rel=0.01)
+    model, _ = build_network(name, usual_image_shape(name), 10, (10,))
+    assert sum(part.flops for part in parts(model, usual_image_shape(name))) / 2e6 == pytest.approx(millions, rel=0.01)
 
 
 def test_a_line_of_the_table_is_a_layer() -> None:

@@ -21,7 +21,7 @@ from distconv.config import Config
 from distconv.data.dataset import Dataset
 from distconv.kernels.interface import Array
 from distconv.nn.layers import Backward, Chain, Context, Layer
-from distconv.nn.networks import build_network, image_shape
+from distconv.nn.networks import build_network, usual_image_shape
 from distconv.nn.parameters import Shape, Specs, Views
 from distconv.nn.summary import parts
 from distconv.run.build import build_run
@@ -126,7 +126,7 @@ class TimedChain(Chain):
 def random_dataset(model: str, batch_size: int, repeats: int, steps: int = 1) -> Dataset:
     """Enough images for a model that no turn of so many steps ends an epoch, and a batch of test images."""
     stream, count = np.random.default_rng(0), ((WARM_UP + repeats) * steps + 2) * batch_size
-    images = stream.integers(0, 256, (count, *image_shape(model)), np.uint8)
+    images = stream.integers(0, 256, (count, *usual_image_shape(model)), np.uint8)
     labels = stream.integers(0, CLASSES, count, np.uint8)
     return Dataset("random", images, labels, images[:batch_size], labels[:batch_size], CLASSES)
 
@@ -231,9 +231,9 @@ def step_flops(name: str) -> dict[tuple[str, str], int]:
 
     dw and dx cost what y costs; the first product needs no dx. Winograd's convolution takes fewer of them than this.
     """
-    model, _ = build_network(name, image_shape(name), CLASSES, (CLASSES,))
+    model, _ = build_network(name, usual_image_shape(name), CLASSES, (CLASSES,))
     found: dict[tuple[str, str], int] = defaultdict(int)
-    for part in parts(model, image_shape(name)):
+    for part in parts(model, usual_image_shape(name)):
         if part.flops:
             layer, adjoints = part.name.partition(".")[0], 2 if found else 1
             found[layer, "backward"] += part.flops * adjoints

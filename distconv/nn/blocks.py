@@ -32,7 +32,7 @@ class Residual:
 
     def shapes(self, input_shape: Shape) -> tuple[Shape, Specs]:
         found = {name: shapes_of(layer, input_shape) for name, layer in self.layers}
-        shape, beside = found["body"][0], found["shortcut"][0] if self.shortcut else input_shape
+        shape, beside = found["body"][0], found["shortcut"][0] if "shortcut" in found else input_shape
         if shape != beside:
             raise ValueError(
                 f"Residual: its body makes {shape} of {input_shape}, which cannot be added to {beside}: give it a "
@@ -43,7 +43,7 @@ class Residual:
     def forward(self, x: Array, params: Views, context: Context) -> tuple[Array, Backward]:
         kernels, beside, shortcut_backward = context.kernels, x, None
         y, body_backward = self.body.forward(x, params.get("body", {}), context.within("body"))
-        if self.shortcut:
+        if self.shortcut is not None:
             within = context.within("shortcut")
             beside, shortcut_backward = self.shortcut.forward(x, params.get("shortcut", {}), within)
         y = kernels.plus(y, beside, self.relu)

@@ -147,7 +147,7 @@ NETWORKS = {
 }
 
 
-def image_shape(name: str) -> Shape:
+def usual_image_shape(name: str) -> Shape:
     """Of the images that a network is made for: MNIST's or CIFAR-10's."""
     return (28, 28, 1) if name in ("deepconvnet", "simpleconvnet") else (32, 32, 3)
 
@@ -178,6 +178,6 @@ def build_network(
         raise UsageError(
             f"--model {name} gives outputs of shape {found}, but the data set has {classes} classes: {advice}"
         )
-    if not count(specs):
+    if not count(specs, lambda spec: spec.trained):
         raise UsageError(f"--model {name} has no parameters, so there is nothing to train")
     return model, specs

@@ -139,7 +139,7 @@ class Parameters:
     @property
     def trained_size(self) -> int:
         """How many numbers are trained: what people call a model's parameters."""
-        return sum(math.prod(spec.shape) for spec in self.specs.values() if spec.trained)
+        return count(self.specs, lambda spec: spec.trained)
 
     def initialize(self, seed: int, data: Any = None) -> None:
         """Draw the first values; each array has a stream of its own, so adding a layer changes no other.
@@ -204,9 +204,9 @@ def untrained(specs: Specs) -> Specs:
     }
 
 
-def count(specs: Specs) -> int:
-    """How many numbers the parameters are."""
-    return sum(math.prod(spec.shape) for _, spec in _flatten(specs))
+def count(specs: Specs, of: Callable[[Spec], bool] = lambda spec: True) -> int:
+    """How many numbers the parameters of a kind are."""
+    return sum(math.prod(spec.shape) for _, spec in _flatten(specs) if of(spec))
 
 
 def _flatten(specs: Specs, prefix: str = "") -> list[tuple[str, Spec]]:

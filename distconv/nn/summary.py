@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from distconv.nn.layers import Chain, Layer, inner_layers, shapes_of
 from distconv.nn.normalization import ConvNorm
-from distconv.nn.parameters import Parameters, Shape, Spec
+from distconv.nn.parameters import Shape, Spec, count
 
 FLOAT = 4  # bytes of a number
 
@@ -44,7 +44,7 @@ def parts(layer: Layer, input_shape: Shape, name: str = "") -> Iterator[Part]:
         w = specs.get("W")
         flops = 2 * math.prod(w.shape) * math.prod(shape[:-1]) if isinstance(w, Spec) else 0
         kept = FLOAT * math.prod(shape) * (2 if isinstance(layer, ConvNorm) else 1)
-        yield Part(name, layer, shape, Parameters(specs).trained_size, flops, kept)
+        yield Part(name, layer, shape, count(specs, lambda spec: spec.trained), flops, kept)
 
 
 def table(model: Layer, input_shape: Shape) -> str:
@@ -68,6 +68,6 @@ def describe(name: str, model: Layer, input_shape: Shape) -> str:
         f"{name} on images of {' x '.join(map(str, input_shape))}, for each image:\n\n{table(model, input_shape)}\n\n"
         "MFLOP: of the matrix products of a forward pass, a product and a sum counted as two; a training step takes "
         f"some {3 * flops / 1e6:,.0f}.\nkept: in float32, for the backward pass; an evaluation keeps nothing.\n"
-        f"In memory besides: {FLOAT * Parameters(model.shapes(input_shape)[1]).size / 2**20:.1f} MiB of parameters, as "
+        f"In memory besides: {FLOAT * count(model.shapes(input_shape)[1]) / 2**20:.1f} MiB of parameters, as "
         "much of gradients, and what the optimizer remembers (Adam: twice as much)."
     )

@@ -13,10 +13,10 @@ def printed(settings: Config, what: str) -> str:
 def _description(settings: Config) -> str:
     """For the images of the data set; where none is named, for those that the model is made for, of 10 classes."""
     from distconv import data  # NumPy, which the settings can do without
-    from distconv.nn.networks import build_network, image_shape
+    from distconv.nn.networks import build_network, usual_image_shape
     from distconv.nn.summary import describe
 
-    shape, classes = image_shape(settings.model), 10
+    shape, classes = usual_image_shape(settings.model), 10
     if settings.data != data.AUTO:
         found = data.load(data.prepare(settings.data)[0])
         shape, classes = found.image_shape, found.classes
