@@ -96,6 +96,7 @@ NOT_A_CHAIN = Chain(
             Chain(
                 Standardize(),
                 Residual(Chain(ConvNorm(4, stride=2), ConvNorm(4, relu=False)), ConvNorm(4, 1, 2, relu=False)),
+                Residual(ConvNorm(4, relu=False)),
                 Branches(ConvNorm(3, 1), Chain(MaxPool(3, 1, pad=1), Conv(2, pad="same"))),
             ),
             (7, 6, 3),
@@ -116,6 +117,21 @@ def test_gradients_are_the_same_when_nobody_wants_dx():
         backward(np.ones(y.shape), parameters.grads, wants_dx)
         found.append(parameters.gradient.copy())
     np.testing.assert_array_equal(*found)
+
+
+def test_running_statistics_go_a_tenth_of_the_way_to_those_of_the_parts_of_a_batch():
+    """Each part counts by its samples, whoever has it: 2 and 3 of 5, of 4 pixels each."""
+    x, norm = images(5, 2, 2, 3), BatchNorm()
+    parameters = built(norm, (2, 2, 3))
+    parts, wanted = np.split(x, [2]), {"mean": 0.0, "variance": 0.0}
+    for part in parts:
+        context = Context(training=True, global_batch=5)
+        norm.forward(part, parameters.values, context)[1](np.zeros_like(part), parameters.grads, True)
+        pixels, share = part.reshape(-1, 3), 0.1 * len(part) / 5
+        wanted["mean"] += share * (pixels.mean(axis=0) - parameters.values["mean"])
+        wanted["variance"] += share * (pixels.var(axis=0, ddof=1) - parameters.values["variance"])
+    for name, way in wanted.items():
+        np.testing.assert_allclose(parameters.grads[name], way, rtol=1e-12)
 
 
 def test_nobody_computes_a_gradient_for_what_is_not_trained():
