@@ -100,7 +100,8 @@ def step(argv: Sequence[str]) -> int:
                 log.say(f"\n{text}" + ", PyTorch's among them" * (rival is not None and device == "cpu"))
         with world.together():
             if flags.png and world.rank == 0:
-                from distconv.run.plots import draw_png, draw_step
+                from distconv.pictures.measurements import draw_step
+                from distconv.pictures.style import draw_png
 
                 parts = [(size, part) for size, (part, _) in zip(sizes, results, strict=True)]
                 draw_png(flags.png, lambda: draw_step(parts, title, flags.png))
@@ -174,7 +175,8 @@ def scaling(argv: Sequence[str]) -> int:
     title = f"{flags.model} on {flags.data}, {flags.wire} on the wire: {what}"
     print("\n".join(json.dumps(asdict(rung)) for rung in rungs) if flags.json else f"{title}\n{table(rungs)}")
     if flags.png:
-        from distconv.run.plots import draw_png, draw_scaling
+        from distconv.pictures.measurements import draw_scaling
+        from distconv.pictures.style import draw_png
 
         draw_png(flags.png, lambda: draw_scaling([asdict(rung) for rung in rungs], title, flags.png))
     return int(len(rungs) < len(flags.numbers))

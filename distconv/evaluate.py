@@ -25,10 +25,11 @@ def main(argv: Sequence[str]) -> int:
     precisions = [precision for precision in PRECISIONS if precision in asked]
 
     with start() as world:
+        from distconv.pictures.answers import draw_confusion
+        from distconv.pictures.style import draw_on_one_rank
         from distconv.run.answers import judge, short_names
         from distconv.run.loading import open_models
         from distconv.run.log import RunLog
-        from distconv.run.plots import draw_confusion, draw_on_one_rank
 
         world.watch.set_limits(0.0)
         log = RunLog(world.rank == 0)

@@ -33,10 +33,11 @@ def main(argv: Sequence[str]) -> int:
         raise UsageError(f"--most {arguments.most}: expected a whole number from 1 to {MOST}")
 
     with start() as world:
+        from distconv.pictures.answers import draw_mistakes
+        from distconv.pictures.style import draw_on_one_rank
         from distconv.run.answers import judge, short_names
         from distconv.run.loading import open_models
         from distconv.run.log import RunLog
-        from distconv.run.plots import draw_mistakes, draw_on_one_rank
 
         world.watch.set_limits(0.0)
         log = RunLog(world.rank == 0)

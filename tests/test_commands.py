@@ -19,9 +19,9 @@ from distconv.kernels.cpu.device import Cpu
 from distconv.nn.layers import Context
 from distconv.nn.networks import build_network
 from distconv.nn.parameters import Parameters
+from distconv.pictures.answers import draw_confusion, draw_mistakes
 from distconv.run.checkpoint import find_checkpoints, load_checkpoint
 from distconv.run.log import read_metrics
-from distconv.run.plots import draw_confusion, draw_mistakes
 from tests import jobs
 
 QUICK = ("--data", "digits", "--limit-train", "300", "--batch-size", "30", "--epochs", "2")

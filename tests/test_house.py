@@ -22,6 +22,7 @@ FLOORS = (
     ("benchmarks", "checkup"),
     ("supervise",),
     ("run",),
+    ("pictures",),
     ("settings",),
     ("config",),
     ("command_line",),

@@ -13,9 +13,9 @@ from types import SimpleNamespace
 import pytest
 
 from distconv.errors import StorageError
+from distconv.pictures.curves import draw_curves
 from distconv.run import log as runlog
 from distconv.run.log import RunLog, describe_steps, read_metrics
-from distconv.run.plots import draw_curves
 from tests import jobs
 from tests.files import ROOT
 

@@ -54,7 +54,8 @@ def show(flags: argparse.Namespace) -> int:
     from distconv.data.dataset import Dataset
     from distconv.kernels.cpu.device import Cpu
     from distconv.nn.layers import Context
-    from distconv.run.plots import draw_augmented, draw_png
+    from distconv.pictures.answers import draw_augmented
+    from distconv.pictures.style import draw_png
 
     name, note = data.prepare(flags.name)
     if note:

@@ -7,11 +7,8 @@ written down, told to people, and saved.
 from __future__ import annotations
 
 import platform
-import textwrap
-import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -21,22 +18,21 @@ from distconv.comm.world import World, blas_threads
 from distconv.config import Config
 from distconv.kernels.compiled import CACHE
 from distconv.nn.normalization import takes_statistics
-from distconv.nn.optimizers import EMA
 from distconv.nn.schedules import Schedule
-from distconv.run import agreement
 from distconv.run import checkpoint as files
 from distconv.run.build import build_run
 from distconv.run.checkpoint import Checkpoint
-from distconv.run.folder import BEST, LOCK, check_folder, held_folder, lock_file, make_ready
+from distconv.run.ending import conclude, finish
+from distconv.run.folder import check_folder, held_folder, make_ready
 from distconv.run.loading import load_dataset
-from distconv.run.log import RunLog, describe_noise, describe_steps, read_metrics, write_text
+from distconv.run.log import RunLog
 from distconv.run.loop import EpochRecord, Record, StepRecord, StopRecord, logged
 from distconv.run.loop import train as records
 from distconv.run.memory import tell_memory
 from distconv.run.run import Run
+from distconv.run.saver import Saver
 from distconv.run.stopping import StopRequest
 
-COST = 100  # times as much training as saving
 SHOWN = {"train": "training", "ema_test": "test (averaged)", "ema_validation": "validation (averaged)"}  # to people
 
 
@@ -229,121 +225,3 @@ def introduce(run: Run, out: Path, data_name: str, checkpoint: Checkpoint | None
             "mpi": world.library,
         },
     )
-
-
-def finish(run: Run, out: Path, log: RunLog) -> int:
-    """Final score on the whole test set, curves and DONE; exit code 1 where the target is missed."""
-    run.world.at("evaluate", run.step)
-    if run.best_epoch:
-        early = (
-            f"stopped early, after {run.config.patience} epochs without a better one; " if run.out_of_patience else ""
-        )
-        log.say(
-            f"{early}best on the validation set: epoch {run.best_epoch}, {run.task.metric} {run.best_score:.2%}, kept "
-            f"in {out / BEST}"
-        )
-    correct, total = (int(number) if number.is_integer() else number for number in run.measure("test"))
-    averaged = run.measure("test", averaged=True)[0] if run.config.ema else None
-    agreement.agree(run)  # nothing has changed while it was evaluated
-    score = correct / total if total else float("nan")
-    metric = run.task.metric
-    final = {"step": run.step, "metric": metric, f"test_{metric}": score, "correct": correct, "total": total}
-    if averaged is not None:
-        final[f"{EMA}_test_{metric}"] = averaged / total if total else float("nan")
-    log.write("final", **final, parameters_sha256=run.parameters.digest())
-    log.close()
-    run.world.at("end")
-    with run.world.together():
-        if run.world.rank == 0:
-            metrics = read_metrics(out / "metrics.jsonl")
-            draw(metrics, run, out, log)
-            if steps := [record for record in metrics if record.get("event") == "step"]:
-                log.say(describe_steps(steps, run.world.size))
-                if line := describe_noise(metrics, run.config.step_size, run.world.size):
-                    log.say(line)
-            write_text(out / "DONE", f"{run.step}\n")
-    return conclude(final, run.config, out, log)
-
-
-def conclude(final: Mapping[str, Any], settings: Config, out: Path, log: RunLog) -> int:
-    """Say how good the model of a finished run is; exit code 1 where it, averaged if it is, misses the target."""
-    metric = final.get("metric", "accuracy")  # older runs tell no other
-    score, averaged = final[f"test_{metric}"], final.get(f"{EMA}_test_{metric}")
-    log.say(
-        f"test {metric} {score:.2%} ({final['correct']:,} of {final['total']:,})"
-        + (f", with averaged weights {averaged:.2%}" if averaged is not None else "")
-        + f"; model, metrics and curves are in {out}"
-    )
-    score = score if averaged is None else averaged
-    missed = score < settings.target_accuracy
-    if missed:
-        log.say(f"the target {metric} {settings.target_accuracy:.2%} was missed")
-    return int(missed)
-
-
-def draw(metrics: Sequence[Mapping[str, Any]], run: Run, out: Path, log: RunLog) -> None:
-    """The curves; a picture that cannot be drawn is told, and does not fail the run. Raises StorageError."""
-    title = f"{run.config.model} on {run.world.size} rank{'s' * (run.world.size > 1)}"
-    try:
-        from distconv.run.plots import draw_curves  # Matplotlib, which rank 0 alone needs, at the end
-
-        draw_curves(metrics, title, out / "curves.png")
-    except OSError as error:
-        raise errors.StorageError(f"{out / 'curves.png'} cannot be written: {error}") from None
-    except Exception as error:  # Matplotlib's own, of many kinds
-        log.say(f"the curves could not be drawn ({textwrap.shorten(str(error), 200)})")
-
-
-class Saver:
-    """Writes checkpoints on rank 0: when asked, and when the time has come."""
-
-    def __init__(self, run: Run, folder: Path, data_name: str, log: RunLog) -> None:
-        self.run, self.folder, self.log = run, folder, log
-        shape = list(run.data.image_shape)
-        self.data = {
-            "name": data_name,
-            "digest": run.data.digest,
-            "classes": run.data.classes,
-            "image_shape": shape,
-        }
-        self.lock = lock_file(folder.parent)
-        self.due = time.monotonic() + run.config.checkpoint_seconds
-        self.saved_at = -1  # step
-
-    def is_due(self) -> bool:
-        return self.run.world.rank == 0 and time.monotonic() >= self.due
-
-    def save(self) -> bool:
-        """Write the state that the ranks have just agreed on, and return True; or False, after a bad step."""
-
-        run, began = self.run, time.monotonic()
-        if run.skipped or run.diverging:
-            return False
-        if run.world.rank == 0 and self.saved_at != run.step:
-            run.world.at("save")
-            lock = lock_file(self.folder.parent)
-            if not self.folder.exists():
-                raise errors.StorageError(
-                    f"{self.folder} is gone: somebody has removed or renamed the folder of the run"
-                )
-            if lock != self.lock:
-                raise errors.StorageError(
-                    f"{self.folder.parent / LOCK} is not the file that this job has locked: somebody has removed it, "
-                    "and another job may have the folder; see to it that none has, and start again"
-                )
-            path = files.save_checkpoint(
-                self.folder, run.parameters, run.replica.state, run.position(), run.config, self.data, run.agreed_sha256
-            )
-            if run.best_epoch and run.best_epoch * run.steps_per_epoch == run.step:
-                files.keep_copy(path, self.folder.parent / BEST)
-            self.saved_at = run.step
-            now, asked = time.monotonic(), run.config.checkpoint_seconds
-            self.due = now + (max(asked, COST * (now - began)) if asked else 0)
-        return True
-
-    def set_aside(self, step: int) -> None:
-        """Have no run go on from the states after this step and later ones."""
-
-        if self.run.world.rank == 0:
-            for path in files.set_aside(self.folder, step):
-                self.log.say(f"set aside as {path}: the loss was out of bounds in the steps after it")

@@ -1,0 +1,92 @@
+"""What a model sees and answers: the grid of mistakes, what is taken for what, images changed at random."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from numpy.typing import NDArray
+
+from distconv.data.dataset import Images
+from distconv.pictures.style import BLUE, inches, save
+
+Counts = NDArray[np.int64]
+MOST_COUNTED = 40  # classes of a matrix whose counts can be read
+
+
+def draw_mistakes(images: Images, captions: Sequence[str], title: str, path: Path) -> None:
+    """Images (N, H, W, C) in a grid, each under its caption, as a PNG; N may be 0.
+
+    A column is as wide as the longest line of a caption.
+    """
+    count = len(images)
+    columns = min(count, max(5, math.ceil(math.sqrt(count)))) or 1
+    rows = math.ceil(count / columns)
+    lines = [line for caption in captions for line in caption.splitlines()]
+    widest = max((inches(line, 10) for line in lines), default=0.0)
+    figure = Figure(figsize=(max(8.0, max(1.6, widest + 0.2) * columns), 0.6 + 1.9 * rows), layout="constrained")
+    figure.suptitle(title, fontsize=11)
+    grid = figure.subplots(rows, columns, squeeze=False) if count else np.empty((0, 0), object)
+    for axes in grid.flat:
+        axes.set_axis_off()
+    for axes, image, caption in zip(grid.flat, images, captions, strict=False):
+        axes.imshow(image[..., 0] if image.shape[-1] == 1 else image[..., :3], cmap="gray_r")
+        axes.set_title(caption, fontsize=10)
+    save(figure, path)
+
+
+def draw_confusion(matrix: Counts, class_names: Sequence[str] | None, title: str, path: Path) -> None:
+    """How many images of each label, a row, got each inference, a column (classes, classes), as a PNG.
+
+    Classes stand there by their names, or by their numbers where they have none, or are many. The colour goes with the
+    logarithm of the count, or the few errors would be as white as none.
+    """
+    classes = len(matrix)
+    counted = classes <= MOST_COUNTED
+    side = max(4.5, 0.45 * classes) if counted else 9.0
+    names = class_names if counted and class_names else ()
+    room = max((inches(name, 10) for name in names), default=0.0)
+    figure = Figure(figsize=(side + 0.5 + room, side + 1.0 + room), layout="constrained")
+    figure.suptitle(title, fontsize=11)
+    axes = figure.subplots()
+    shade = np.log1p(matrix) / np.log1p(max(1, matrix.max()))
+    axes.imshow(shade, cmap="Blues", vmin=0, vmax=1)
+    axes.set(xlabel="inference", ylabel="label")
+    axes.tick_params(which="both", length=0)
+    if counted:
+        axes.set(xticks=range(classes), yticks=range(classes))
+        if names:
+            axes.set_xticklabels(names, rotation=90)
+            axes.set_yticklabels(names)
+        axes.set_xticks(np.arange(classes + 1) - 0.5, minor=True)
+        axes.set_yticks(np.arange(classes + 1) - 0.5, minor=True)
+        axes.grid(which="minor", color="0.85", linewidth=0.5)
+        for label, inference in np.argwhere(matrix):
+            color = "white" if shade[label, inference] > 0.6 else "black"
+            count = matrix[label, inference]
+            axes.text(inference, label, count, ha="center", va="center", color=color, fontsize=9 - 2 * (count > 9999))
+    else:
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+    save(figure, path)
+
+
+def draw_augmented(rows: Sequence[Sequence[Images]], title: str, path: Path) -> None:
+    """A grid of images (H, W, C) from 0 to 1, of which each row begins with one that was not changed, as a PNG."""
+    height, width = rows[0][0].shape[:2]
+    figure = Figure(figsize=(0.9 * len(rows[0]), 0.9 * len(rows) * height / width + 0.5), layout="constrained")
+    figure.suptitle(title, fontsize=10)
+    grid = figure.subplots(len(rows), len(rows[0]), squeeze=False)
+    for row, images in zip(grid, rows, strict=True):
+        for axes, image in zip(row, images, strict=True):
+            axes.imshow(
+                image[..., 0] if image.shape[-1] == 1 else image[..., :3].clip(0, 1), cmap="gray_r", vmin=0, vmax=1
+            )
+            axes.set(xticks=[], yticks=[])
+            axes.spines[:].set_color(BLUE if axes is row[0] else "lightgray")
+            axes.spines[:].set_linewidth(2 if axes is row[0] else 0.5)
+    save(figure, path)
