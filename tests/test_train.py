@@ -23,6 +23,8 @@ MEASURED = {
     "compute_seconds",
     "exchange_seconds",
     "wait_seconds",
+    "busy_seconds",
+    "peak_memory_bytes",
     "wire_seconds_float32",
     "slowest_rank",
     "memory_bytes",
@@ -78,7 +80,8 @@ def test_the_start_line_is_said_once_and_the_end_tells_where_the_files_are(whole
     for part in ("2 ranks", "1 host", "cpu", "1 BLAS thread a rank", "deepconvnet", "float16", "digits"):
         assert part in start[0]
     assert sum(line.startswith("epoch 3/3:") for line in lines) == 1
-    assert str(whole) in lines[-1] and "test accuracy" in lines[-1]
+    assert str(whole) in lines[-2] and "test accuracy" in lines[-2]
+    assert lines[-1] == f"next: python -m distconv.evaluate {whole}"
 
 
 def test_the_curves_are_a_picture(whole: Path) -> None:

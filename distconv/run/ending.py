@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import resource
+import shlex
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,7 +15,11 @@ from distconv.nn.optimizers import EMA
 from distconv.run import agreement
 from distconv.run.folder import BEST
 from distconv.run.log import RunLog, describe_noise, describe_steps, read_metrics, write_text
+from distconv.run.report.samples import ANSWERS, answer, save_samples
 from distconv.run.run import Run
+from distconv.tasks.classify import Classification
+
+KIBIBYTE = 1024  # the unit of Linux's ru_maxrss
 
 
 def finish(run: Run, out: Path, log: RunLog) -> int:
@@ -27,14 +33,27 @@ def finish(run: Run, out: Path, log: RunLog) -> int:
             f"{early}best on the validation set: epoch {run.best_epoch}, {run.task.metric} {run.best_score:.2%}, kept "
             f"in {out / BEST}"
         )
-    correct, total = (int(number) if number.is_integer() else number for number in run.measure("test"))
-    averaged = run.measure("test", averaged=True)[0] if run.config.ema else None
+    answers = answer(run)  # of averaged weights where there are such
+    if answers is None or run.config.ema:
+        correct, total = run.measure("test")
+    else:
+        correct, total = float(answers.correct), float(len(answers.labels))
+    averaged = None
+    if run.config.ema:
+        averaged = run.measure("test", averaged=True)[0] if answers is None else answers.correct
     agreement.agree(run)  # nothing has changed while it was evaluated
     score = correct / total if total else float("nan")
     metric = run.task.metric
-    final = {"step": run.step, "metric": metric, f"test_{metric}": score, "correct": correct, "total": total}
+    final = {
+        "step": run.step,
+        "metric": metric,
+        f"test_{metric}": score,
+        "correct": _whole(correct),
+        "total": _whole(total),
+    }
     if averaged is not None:
         final[f"{EMA}_test_{metric}"] = averaged / total if total else float("nan")
+    final["peak_memory_bytes"] = KIBIBYTE * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     log.write("final", **final, parameters_sha256=run.parameters.digest())
     log.close()
     run.world.at("end")
@@ -46,7 +65,10 @@ def finish(run: Run, out: Path, log: RunLog) -> int:
                 log.say(describe_steps(steps, run.world.size))
                 if line := describe_noise(metrics, run.config.step_size, run.world.size):
                     log.say(line)
+            if answers:
+                save_samples(out / ANSWERS, run, answers)
             write_text(out / "DONE", f"{run.step}\n")
+    show_report(run, out, log)
     return conclude(final, run.config, out, log)
 
 
@@ -57,8 +79,10 @@ def conclude(final: Mapping[str, Any], settings: Config, out: Path, log: RunLog)
     log.say(
         f"test {metric} {score:.2%} ({final['correct']:,} of {final['total']:,})"
         + (f", with averaged weights {averaged:.2%}" if averaged is not None else "")
-        + f"; model, metrics and curves are in {out}"
+        + f"; model, metrics and report.html are in {out}"
     )
+    command = "evaluate" if metric == Classification.metric else "report"
+    log.say(f"next: python -m distconv.{command} {shlex.quote(str(out))}")
     score = score if averaged is None else averaged
     missed = score < settings.target_accuracy
     if missed:
@@ -77,3 +101,19 @@ def draw(metrics: Sequence[Mapping[str, Any]], run: Run, out: Path, log: RunLog)
         raise errors.StorageError(f"{out / 'curves.png'} cannot be written: {error}") from None
     except Exception as error:  # Matplotlib's own, of many kinds
         log.say(f"the curves could not be drawn ({textwrap.shorten(str(error), 200)})")
+
+
+def show_report(run: Run, out: Path, log: RunLog) -> None:
+    """Write the page about the run; what cannot be shown is told, and does not fail the run."""
+    if run.world.rank == 0:
+        try:
+            from distconv.run.report.page import PAGE, write_report
+
+            write_report([out], out / PAGE)
+        except Exception as error:  # a page is worth less than the run that it tells of
+            log.say(f"report.html could not be written ({textwrap.shorten(str(error), 200)})")
+
+
+def _whole(number: float) -> float | int:
+    """A count is written as one; what a user's own task adds up may be none."""
+    return int(number) if number.is_integer() else number

@@ -30,7 +30,9 @@ if TYPE_CHECKING:
 LOCK = ".distconv-lock"  # stays, and so marks the folder as ours
 PATIENCE = 10.0  # seconds for the job that holds the folder to go; one that was killed may still be dying
 BEST = "best.safetensors"  # the state of the epoch that was best on the validation set
-REWRITTEN = ("config.toml", "metrics.jsonl", "curves.png", BEST, "DONE", "errors")  # what a run writes over, or deletes
+REWRITTEN = (  # what a run writes over, or deletes
+    "config.toml", "metrics.jsonl", "curves.png", "report.html", "answers.npz", BEST, "DONE", "errors",
+)  # fmt: skip
 REPORT = re.compile(r"rank-\d+\.json")
 
 

@@ -63,7 +63,7 @@ class EpochRecord:
     the average of the weights, where one is kept, are named ema_test and so on.
 
     The wire's health is that of a gradient at the epoch's end: see WireHealth. noise_scale: of the gradients of the
-    epoch, in samples; see noise.py.
+    epoch, in samples; see noise.py. busy_seconds: of each rank, the mean time of a step between two exchanges.
     """
 
     event: ClassVar[str] = "epoch"
@@ -77,6 +77,7 @@ class EpochRecord:
     flushed_share: float
     wire_error: float
     noise_scale: float
+    busy_seconds: list[float]
     parameters_sha256: str
 
 
@@ -160,6 +161,7 @@ def _step(
     run.exchanged = time.perf_counter()
     wait = max(float(headers["busy_seconds"].max() - header["busy_seconds"]), replica.exchange.waited - waited)
     _check_headers(run, headers, global_batch)
+    run.note_busy(headers["busy_seconds"])
 
     run.step += 1
     run.corrupted = replica.checksum() != run.checksum
@@ -280,6 +282,7 @@ def _end_of_epoch(run: Run, epoch: int, images_per_second: float) -> EpochRecord
         health.flushed_share,
         health.wire_error,
         noise_scale,
+        run.take_busy(),
         run.parameters.digest(),
     )
 

@@ -9,23 +9,22 @@ import numpy as np
 from distconv.comm.world import World
 from distconv.data.data import Data
 from distconv.data.shard import Shards, split
-from distconv.kernels.cpu.device import Cpu
 from distconv.kernels.interface import Array, Kernels
 from distconv.nn.layers import Context, Layer
 from distconv.nn.parameters import Views
 from distconv.tasks.task import Task
 
 
-def scores(data: Data, model: Layer, values: Views, kernels: Cpu, world: World) -> Array:
-    """What the model gives the test samples of this rank's share -> (share, classes), of the kernels' dtype.
+def scores(data: Data, model: Layer, values: Views, kernels: Kernels, world: World) -> Array:
+    """What the model gives the test samples of this rank's share -> (share, classes), on the host.
 
     A share is what `split` says, so those of all ranks one after another are the scores of all samples.
     """
     found = []
     for context in _contexts(split(data.size("test"), world.size, world.rank), kernels, world):
         x, _ = data.batch("test", context.samples, context)
-        found.append(model.forward(x, values, context)[0])
-    return np.concatenate(found) if found else np.empty((0, data.classes), kernels.dtype)
+        found.append(kernels.device.download(model.forward(x, values, context)[0]))
+    return np.concatenate(found) if found else np.empty((0, data.classes), np.float32)
 
 
 def measure(

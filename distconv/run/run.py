@@ -7,6 +7,9 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from distconv.comm.probe import WireProbe
 from distconv.comm.world import World
 from distconv.config import Config
@@ -46,6 +49,8 @@ class Run:
     checksum: int = 0  # after the last update; see Replica
     corrupted: bool = False  # whether bits of the state have changed between two updates, when nothing may write them
     agreed_sha256: str = ""  # SHA-256 of the last state that all ranks were seen to share
+    busy_sum: Any = 0.0  # see note_busy
+    busy_steps: int = 0
     exchanged: float = field(default_factory=time.perf_counter)  # when the last exchange ended
 
     @property
@@ -75,6 +80,17 @@ class Run:
         values = replica.averages if averaged else replica.values
         kernels, shards = replica.kernels, self.shards
         return measure(self.task, self.data, part, replica.model, values, kernels, self.world, shards, most)
+
+    def note_busy(self, seconds: NDArray[np.float64]) -> None:
+        """Of a step: how long each rank (P,) was busy since the end of the last exchange."""
+        self.busy_sum = self.busy_sum + seconds
+        self.busy_steps += 1
+
+    def take_busy(self) -> list[float]:
+        """The means of these seconds since they were last taken, or since this start of the run."""
+        means: list[float] = (self.busy_sum / max(1, self.busy_steps)).tolist()
+        self.busy_sum, self.busy_steps = np.zeros(self.world.size), 0
+        return means
 
     def position(self) -> dict[str, Any]:
         epoch, batch = divmod(self.step, self.steps_per_epoch)

@@ -7,6 +7,7 @@ written down, told to people, and saved.
 from __future__ import annotations
 
 import platform
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from distconv.nn.schedules import Schedule
 from distconv.run import checkpoint as files
 from distconv.run.build import build_run
 from distconv.run.checkpoint import Checkpoint
-from distconv.run.ending import conclude, finish
+from distconv.run.ending import conclude, finish, show_report
 from distconv.run.folder import check_folder, held_folder, make_ready
 from distconv.run.loading import load_dataset
 from distconv.run.log import RunLog
@@ -114,6 +115,7 @@ def follow(records: Iterator[Record], run: Run, saver: Saver, out: Path, log: Ru
                 f"stopped on request after step {record.step}; the same command with --out {out} goes on from {there}"
             )
             log.close()
+            show_report(run, out, log)
             return errors.STOPPED
     return 0
 
@@ -201,6 +203,7 @@ def introduce(run: Run, out: Path, data_name: str, checkpoint: Checkpoint | None
         resumed_step=run.step,
         ranks=world.size,
         hosts=world.hosts,
+        hostnames=world.comm.allgather(socket.gethostname()),
         device=device,
         precision=settings.precision,
         blas_threads=threads,

@@ -1,0 +1,70 @@
+"""`python -m distconv.report RUN ...`: what happened in a run, or in several, as one page to look at."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from distconv.comm.start import run_command
+from distconv.command_line import Parser
+from distconv.errors import UsageError
+
+SECONDS_BETWEEN_PAGES = 5.0
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = Parser(
+        prog="python -m distconv.report",
+        description="Write one HTML page that shows what happened in a run: curves, where the time went, what the wire "
+        "lost, mistakes, restarts, and what to try next. Of several runs: their curves over each other, and what "
+        "differs. The page needs no network and nothing beside it. A run writes it into its folder when it ends.",
+        epilog="examples:\n"
+        "  python -m distconv.report runs/mine                    # writes runs/mine/report.html\n"
+        "  python -m distconv.report runs/mine --watch            # again and again while the run goes on\n"
+        "  python -m distconv.report runs/a runs/b --html ab.html\n"
+        "  python -m distconv.report runs/mine --csv mine.csv     # its steps and epochs, a row for each",
+    )
+    parser.add_argument("folders", type=Path, nargs="+", metavar="RUN", help="a run's folder, or one of --ensemble")
+    parser.add_argument(
+        "--html", type=Path, metavar="FILE", help="(default: report.html in the run's folder, or of several runs here)"
+    )
+    parser.add_argument(
+        "--watch", action="store_true", help="write the page every five seconds until all runs are over; Ctrl-C ends it"
+    )
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="write the step and epoch records as a table, too")
+    arguments = parser.parse_args(argv)
+
+    # NumPy and Matplotlib, which --help can do without.
+    from distconv.run.report.export import write_csv
+    from distconv.run.report.page import PAGE, write_report
+
+    folders = [member for folder in arguments.folders for member in members(folder)]
+    path = arguments.html or (folders[0] if len(folders) == 1 else Path()) / PAGE
+    for file in (path, arguments.csv):
+        if file and not os.path.isdir(file.parent):  # noqa: PTH112 (pathlib raises where a name is too long)
+            raise UsageError(f"{file} lies in no folder that there is: make {file.parent}, or name another file")
+    histories = write_report(folders, path)
+    print(f"written to {path}", flush=True)
+    if arguments.csv:
+        write_csv(arguments.csv, histories)
+        print(f"written to {arguments.csv}", flush=True)
+    if arguments.watch:
+        with contextlib.suppress(KeyboardInterrupt):
+            while any(history.status == "running" for history in histories):
+                time.sleep(SECONDS_BETWEEN_PAGES)
+                histories = write_report(folders, path)
+        print(f"the page is at its end: {', '.join(history.status for history in histories)}")
+    return 0
+
+
+def members(folder: Path) -> list[Path]:
+    """The folder, or those of the runs in it where it is that of --ensemble."""
+    found = sorted(folder.glob("member-*/metrics.jsonl"), key=lambda path: (len(path.parent.name), path))
+    return [path.parent for path in found] if found and not (folder / "metrics.jsonl").exists() else [folder]
+
+
+if __name__ == "__main__":
+    run_command(main)

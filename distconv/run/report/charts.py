@@ -1,0 +1,169 @@
+"""The charts of one run."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+
+import numpy as np
+
+from distconv.run.report.advice import rank_seconds
+from distconv.run.report.history import History
+from distconv.run.report.numbers import in_bytes, milliseconds, percent, short
+from distconv.run.report.svg import Line, Numbers, Part, area_chart, bar_chart, line_chart
+
+SCORES = (  # of an epoch, with the colour of the page and the dashes that tell them apart
+    ("train", "training", "--train", "6 3"),
+    ("validation", "validation", "--validation", "2 3"),
+    ("test", "test", "--test", ""),
+    ("ema_test", "test, averaged weights", "--averaged", "8 3 2 3"),
+)
+MOST_RANKS = 24  # that are shown one by one
+
+
+def charts(history: History) -> list[tuple[str, list[str]]]:
+    """Sections of figures, each with its heading; figures that have nothing to show are left out."""
+    sections = [
+        ("Learning", [loss_chart(history), score_chart(history), rate_chart(history)]),
+        ("Time", [speed_chart(history), time_chart(history), rank_bars(history)]),
+        ("Gradients", [noise_chart(history), wire_chart(history), float32_bars(history)]),
+    ]
+    return [(name, [figure for figure in figures if figure]) for name, figures in sections]
+
+
+def in_epochs(history: History) -> Numbers:
+    """(S,), where each step lies among the epochs: 2.5 is the middle of the third."""
+    return history.steps("step") / history.steps_per_epoch
+
+
+def x_limits(history: History) -> tuple[float, float]:
+    """From the beginning to the last epoch, whole."""
+    last = float(np.max(in_epochs(history), initial=0.0))
+    return 0.0, math.ceil(last - 1e-9) if last >= 1 else last or 1.0
+
+
+def smoothed(values: Numbers, window: int) -> Numbers:
+    """(S,), the mean of each value and those before it, `window` at most; NaN counts for nothing."""
+    known = np.isfinite(values)
+    sums, counts = (np.concatenate([[0.0], np.cumsum(a)]) for a in (np.where(known, values, 0.0), known))
+    ends = np.arange(1, len(values) + 1)
+    begins = np.maximum(0, ends - window)
+    with np.errstate(invalid="ignore"):
+        means: Numbers = (sums[ends] - sums[begins]) / (counts[ends] - counts[begins])
+    return means
+
+
+def loss_chart(history: History) -> str:
+    note = "In training, where dropout, label smoothing and changed images make it larger than in evaluation."
+    return line_chart("Training loss", raw_and_smoothed(history, "train_loss"), "epoch", short, True, note=note,
+                      x_limits=x_limits(history))  # fmt: skip
+
+
+def raw_and_smoothed(history: History, key: str) -> list[Line]:
+    """The lines of a number that each step has."""
+    x, y = in_epochs(history), history.steps(key)
+    window = max(1, len(y) // 50)
+    name = f"mean of {window} steps" if window > 1 else "each step"
+    return [Line("", x, y, "--train", raw=True), Line(name, x, smoothed(y, window), "--train")]
+
+
+def score_chart(history: History) -> str:
+    lines = [
+        Line(name, history.per_epoch("epoch"), history.per_epoch(f"{part}_{history.metric}"), color, dash, dots=True)
+        for part, name, color, dash in SCORES
+    ]
+    images = history.settings.get("eval_samples", 1000)
+    note = f"After each epoch, on {f'the first {images:,}' if images else 'all'} images of each part."
+    note += f" At the end {history.score:.2%} on the whole test set." * (history.final is not None)
+    return line_chart(history.metric.capitalize(), lines, "epoch", percent, most=_top(history), note=note,
+                      x_limits=x_limits(history))  # fmt: skip
+
+
+def rate_chart(history: History) -> str:
+    rate = history.steps("learning_rate")
+    if not np.isfinite(rate).any() or np.nanmax(rate) == np.nanmin(rate):
+        return ""
+    line = Line("rate", in_epochs(history), rate, "--train")
+    return line_chart("Learning rate", [line], "epoch", short, True, x_limits=x_limits(history))
+
+
+def noise_chart(history: History) -> str:
+    scales = history.per_epoch("noise_scale")
+    if not np.isfinite(scales).any():
+        return ""
+    lines = [
+        Line("noise scale", history.per_epoch("epoch"), scales, "--train", dots=True),
+        Line("batch size", [0, x_limits(history)[1]], [history.batch_size] * 2, "--rest", "6 3"),
+    ]
+    note = (
+        "In images: in the gradient of a batch of so many, noise is half. Far above the batch size, larger batches pay."
+    )
+    return line_chart("Noise scale", lines, "epoch", short, log=True, note=note, x_limits=x_limits(history))
+
+
+def speed_chart(history: History) -> str:
+    return line_chart("Images per second, all ranks", raw_and_smoothed(history, "images_per_second"), "epoch", short,
+                      True, x_limits=x_limits(history))  # fmt: skip
+
+
+def wire_chart(history: History) -> str:
+    if history.ranks == 1:
+        return ""
+    shown = (
+        ("largest number", "largest_gradient", "--rest", "2 3"),
+        ("relative error of the sum", "wire_error", "--train", ""),
+        ("share that became 0", "flushed_share", "--test", "6 3"),
+    )
+    lines = [
+        Line(name, history.per_epoch("epoch"), history.per_epoch(key), color, dash, dots=True)
+        for name, key, color, dash in shown
+    ]
+    note = f"Of one gradient at the end of each epoch, by {history.start.get('wire')}, beside the same sum in float32."
+    return line_chart("What the wire loses", lines, "epoch", "{:.0e}".format, log=True, note=note,
+                      x_limits=x_limits(history))  # fmt: skip
+
+
+def time_chart(history: History) -> str:
+    x = in_epochs(history)
+    parts = [
+        Line(part, x, 1e3 * history.steps(f"{part}_seconds"), f"--{part}") for part in ("compute", "exchange", "wait")
+    ]
+    return area_chart(
+        "A step of rank 0, ms", x, parts, "epoch", short, "The numbers are medians over the run.", x_limits(history)
+    )
+
+
+def rank_bars(history: History) -> str:
+    """How long each rank is busy in a step, and how often each was the slowest."""
+    busy, slowest = rank_seconds(history), Counter(history.steps("slowest_rank").astype(int).tolist())
+    if len(busy) < 2:
+        return ""
+    names, count = history.start.get("hostnames") or [], max(1, len(history.steps("step")))
+    order = list(range(len(busy))) if len(busy) <= MOST_RANKS else np.argsort(-busy)[:MOST_RANKS].tolist()
+    bars = []
+    for rank in order:
+        host = f" {names[rank]}" if len(set(names)) > 1 and rank < len(names) else ""
+        label = f"rank {rank}{host}, slowest {slowest[rank] / count:.0%}"
+        bars.append((label, [Part("busy", 1e3 * float(busy[rank]), "--compute")]))
+    most = f"The {MOST_RANKS} slowest of {len(busy)} ranks. " if len(order) < len(busy) else ""
+    note = (
+        f"{most}Mean of a step in the last epoch, without the exchange; and in which share of steps all waited for it."
+    )
+    return bar_chart("Each rank's own time", bars, milliseconds, note)
+
+
+def float32_bars(history: History) -> str:
+    """The exchange beside one that sends float32."""
+    if history.ranks == 1 or not len(history.steps("step")):
+        return ""
+    own, other = (1e3 * history.median(key) for key in ("exchange_seconds", "wire_seconds_float32"))
+    wire = str(history.start.get("wire"))
+    bars = [(wire, [Part("exchange", own, "--exchange")]), ("float32", [Part("exchange", other, "--rest")])]
+    sent = in_bytes(history.steps("wire_bytes")[-1])
+    note = f"{sent} sent by rank 0 in a step. {wire} as the steps had it, beside other work; float32 as tried alone."
+    return bar_chart("The exchange of a step", bars, milliseconds, note)
+
+
+def _top(history: History) -> float:
+    """Where the axis of the scores ends: an accuracy is 1 at most, of a user's own metric nobody knows."""
+    return 1.0 if history.metric == "accuracy" else math.inf

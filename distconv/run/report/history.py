@@ -1,0 +1,225 @@
+"""What a run's folder tells of it: settings, records, accidents, answers. Nothing else is read, so it may lie anywhere.
+
+A folder that is incomplete, of an older version, or written to at this moment, tells what it has.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fcntl
+import json
+import math
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from distconv.config import Config, flag
+from distconv.errors import DistconvError, MissingInputError, StorageError
+from distconv.run.folder import LOCK
+from distconv.run.log import read_metrics
+from distconv.run.report.samples import ANSWERS, Samples, load_samples
+from distconv.settings import read_toml
+
+Numbers = NDArray[np.float64]
+Record = Mapping[str, Any]
+NOT_OF_THE_MODEL = ("out", "resume")  # settings that say where a run lies and how it goes on
+
+
+@dataclass(frozen=True)
+class Session:
+    """One start of a run, until it ended in whatever way. seconds: until the last record that still counts."""
+
+    start: Record
+    seconds: float
+    last_step: int
+    steps: int
+
+
+@dataclass(frozen=True)
+class History:
+    """A run, as its folder tells of it. status: finished, stopped, failed, running, or cut off."""
+
+    folder: Path
+    settings: Mapping[str, Any]
+    records: Sequence[Record]
+    status: str
+    failures: Sequence[str]
+    samples: Samples | None
+
+    @cached_property
+    def start(self) -> Record:
+        """The record of the last start; empty where none is known."""
+        return next((record for record in reversed(self.records) if record.get("event") == "start"), {})
+
+    @cached_property
+    def epochs(self) -> Sequence[Record]:
+        return [record for record in self.records if record.get("event") == "epoch"]
+
+    @cached_property
+    def final(self) -> Record | None:
+        return next((record for record in reversed(self.records) if record.get("event") == "final"), None)
+
+    @cached_property
+    def _steps(self) -> Sequence[Record]:
+        return [record for record in self.records if record.get("event") == "step"]
+
+    def steps(self, key: str) -> Numbers:
+        """(S,), of each step; NaN where it was not finite, or is not known."""
+        return _column(self._steps, key)
+
+    def median(self, key: str) -> float:
+        """Over the steps; NaN where it is not known of any."""
+        known = self.steps(key)[np.isfinite(self.steps(key))]
+        return float(np.median(known)) if len(known) else math.nan
+
+    @property
+    def last_step(self) -> int:
+        return self.sessions[-1].last_step
+
+    def per_epoch(self, key: str) -> Numbers:
+        """(E,), of each epoch, likewise."""
+        return _column(self.epochs, key)
+
+    @cached_property
+    def metric(self) -> str:
+        """What scores are called: accuracy, or a task's own word."""
+        named = next((str(record["metric"]) for record in self.records if record.get("metric")), "")
+        scores = [key for record in self.epochs for key in record if key.startswith("test_")]
+        return named or (scores[0].removeprefix("test_") if scores else "accuracy")
+
+    @property
+    def score(self) -> float:
+        """Of the whole test set, by the averaged weights where there are such; else of the last epoch; or NaN."""
+        for record in (self.final, *reversed(self.epochs)):
+            for key in (f"ema_test_{self.metric}", f"test_{self.metric}"):
+                if record and record.get(key) is not None:
+                    return float(record[key])
+        return math.nan
+
+    @property
+    def ranks(self) -> int:
+        return int(self.start.get("ranks") or 1)
+
+    @property
+    def batch_size(self) -> int:
+        return int(self.start.get("batch_size") or 0)
+
+    @property
+    def steps_per_epoch(self) -> float:
+        """So that a step's place among the epochs is known."""
+        planned, epochs = self.start.get("steps"), self.settings.get("epochs")
+        return planned / epochs if planned and epochs else float(max(1, len(self._steps)))
+
+    @cached_property
+    def sessions(self) -> Sequence[Session]:
+        """The starts of the run, in order; of steps that were made again, only the last counts."""
+        begins = [n for n, record in enumerate(self.records) if record.get("event") == "start"]
+        found = []
+        for begin, end in zip(begins, [*begins[1:], len(self.records)], strict=True):
+            start, kept = self.records[begin], self.records[begin + 1 : end]
+            seconds = max((record.get("time") or 0 for record in kept), default=_time(start)) - _time(start)
+            steps = [record.get("step") or 0 for record in kept if record.get("event") == "step"]
+            last = max(steps, default=start.get("resumed_step") or 0)
+            found.append(Session(start, max(0.0, seconds), last, len(steps)))
+        return found
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds from the first start to the last record."""
+        times = [_time(record) for record in self.records]
+        return max(times) - min(times) if times else 0.0
+
+    @property
+    def goodput(self) -> float:
+        """The share of that time in which the run came forward: the rest lay between starts, or was made again."""
+        return sum(session.seconds for session in self.sessions) / self.elapsed if self.elapsed else 1.0
+
+    @property
+    def command(self) -> str:
+        """What starts such a run: the settings that are not the defaults, as flags."""
+        defaults = {field.name: field.default for field in dataclasses.fields(Config)}
+        flags = [
+            flag(name) if value is True else f"{flag(name)} {_quoted(value)}"
+            for name, value in self.settings.items()
+            if name in defaults and value != defaults[name] and name not in NOT_OF_THE_MODEL
+        ]
+        return " ".join([f"mpirun -n {self.ranks} python -m distconv.train", *flags])
+
+
+def read_history(folder: Path) -> History:
+    """Read a run's folder. Raises MissingInputError where there is no run, StorageError where it cannot be read."""
+    path = folder / "metrics.jsonl"
+    try:
+        if not path.is_file():
+            raise MissingInputError(
+                f"{folder} holds no metrics.jsonl: the folder of a run, as --out names it, was expected"
+            )
+        records = read_metrics(path)
+        if not any(record.get("event") == "start" for record in records):
+            raise MissingInputError(f"{path} tells of no run: it has no start record")
+        settings = _settings(folder / "config.toml")
+        failures = [_failure(report) for report in sorted((folder / "errors").glob("rank-*.json"))]
+        final = any(record.get("event") == "final" for record in records)
+        samples = load_samples(folder / ANSWERS) if final else None
+        return History(folder, settings, records, _status(folder, records, failures), failures, samples)
+    except OSError as error:
+        raise StorageError(f"{folder} cannot be read: {error.strerror or error}") from None
+
+
+def _settings(path: Path) -> Mapping[str, Any]:
+    """Of a config.toml, as far as this version knows them."""
+    try:
+        return read_toml(path)
+    except DistconvError:
+        return {}
+
+
+def _status(folder: Path, records: Sequence[Record], failures: Sequence[str]) -> str:
+    last = records[-1].get("event")
+    if last == "final":
+        return "finished"
+    if last == "stop":
+        return "stopped"
+    if failures:
+        return "failed"
+    return "running" if _is_held(folder / LOCK) else "cut off"
+
+
+def _is_held(lock: Path) -> bool:
+    """Whether a job has the folder at this moment."""
+    try:
+        with lock.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # no such file, or no locks on this file system
+        return False
+    return False
+
+
+def _failure(path: Path) -> str:
+    """The message of a rank that failed."""
+    try:
+        report = json.loads(path.read_text(encoding="utf-8", errors="replace"))
+        return f"rank {report['rank']}: {report['error']}"
+    except (OSError, ValueError, LookupError, TypeError):
+        return path.name
+
+
+def _column(records: Sequence[Record], key: str) -> Numbers:
+    values = [record.get(key) for record in records]
+    return np.array([value if isinstance(value, int | float) else math.nan for value in values], np.float64)
+
+
+def _time(record: Record) -> float:
+    return float(record.get("time") or 0)
+
+
+def _quoted(value: Any) -> str:
+    return shlex.quote(f"{value:g}" if isinstance(value, float) and float(f"{value:g}") == value else str(value))

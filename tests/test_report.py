@@ -1,0 +1,357 @@
+"""The report: a page that stands alone, tells what the records tell, and says what follows from them."""
+
+from __future__ import annotations
+
+import csv
+import fcntl
+import html
+import itertools
+import json
+import math
+import re
+import shutil
+import signal
+import subprocess
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from distconv.errors import BadDataError, MissingInputError
+from distconv.report import main, members
+from distconv.run.answers import Answers
+from distconv.run.log import read_metrics
+from distconv.run.report.advice import advise, on_learning, on_time
+from distconv.run.report.history import read_history
+from distconv.run.report.page import page, write_report
+from distconv.run.report.samples import load_samples
+from distconv.run.report.svg import Line, binned, line_chart
+from tests import jobs
+
+QUICK = ("--data", "digits", "--limit-train", "300", "--batch-size", "30", "--epochs", "2", "--augment", "rotate=10")
+START = {
+    "ranks": 2, "hosts": 1, "hostnames": ["one", "two"], "device": "cpu", "precision": "float32", "wire": "float16",
+    "exchange": "flat", "model": "deepconvnet", "parameter_count": 10, "data": "digits", "data_sha256": "abc",
+    "memory_bytes": 1 << 28, "train_images": 1000, "test_images": 500, "batch_size": 100, "steps": 20,
+    "versions": {"distconv": "0.1.0"},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("report") / "run"
+    result = jobs.run(2, "-m", "distconv.train", *QUICK, "--out", out)
+    assert result.returncode == 0 and result.stdout.splitlines()[-1] == f"next: python -m distconv.evaluate {out}"
+    return out
+
+
+def start(time: float = 0.0, **changed: Any) -> dict[str, Any]:
+    return {"event": "start", "time": time, "resumed_step": 0, **START, **changed}
+
+
+def step(number: int, time: float = 0.0, **changed: Any) -> dict[str, Any]:
+    return {
+        "event": "step", "time": time or number, "step": number, "epoch": 1, "train_loss": 2.0, "learning_rate": 0.001,
+        "images_per_second": 1000.0, "compute_seconds": 0.08, "exchange_seconds": 0.01, "wait_seconds": 0.01,
+        "wire_bytes": 1000, "wire_seconds_float32": 0.02, "slowest_rank": 1, "skipped": False, **changed,
+    }  # fmt: skip
+
+
+def epoch(number: int, test: float, train: float, **changed: Any) -> dict[str, Any]:
+    scores = {"train_accuracy": train, "test_accuracy": test, "train_loss": 1.0}
+    return {"event": "epoch", "time": 100.0, "step": 10 * number, "epoch": number, **scores, **changed}
+
+
+def write(folder: Path, *records: dict[str, Any], config: str = "epochs = 2\n") -> Path:
+    folder.mkdir(exist_ok=True)
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    (folder / "config.toml").write_text(config)
+    return folder
+
+
+def text_of(page: str) -> str:
+    return html.unescape(re.sub(r"<[^>]*>", " ", page))
+
+
+def test_a_run_writes_a_page_that_stands_alone_and_tells_its_end(trained: Path) -> None:
+    found, final = (trained / "report.html").read_text(), read_metrics(trained / "metrics.jsonl")[-1]
+    assert len(found) < 1_500_000
+    assert not re.search(r"https?://|<script|@import|url\(", found)  # nothing is loaded, nothing runs
+    assert {source[:5] for source in re.findall(r'(?:src|href)="([^"]*)"', found)} == {"data:"}
+    charts = re.findall(r"<svg.*?</svg>", found)
+    assert len(charts) >= 6
+    for chart in charts:
+        ElementTree.fromstring(chart)
+    said = text_of(found)
+    assert f"{final['test_accuracy']:.2%} test accuracy" in said and final["parameters_sha256"] in said
+    assert f"{final['correct']:,} of {final['total']:,}" in said and "finished" in said
+    assert "--data digits" in said and "--augment rotate=10" in said and "--out" not in said
+
+
+def test_the_page_tells_the_answers_that_evaluate_finds(trained: Path) -> None:
+    result = jobs.run(0, "-m", "distconv.evaluate", trained, "--json", "--confusion", "--precision", "float32")
+    score, errors = map(json.loads, result.stdout.splitlines())
+    samples = load_samples(trained / "answers.npz")
+    assert samples is not None and samples.answers.correct == score["correct"]
+    assert samples.answers.confusion().tolist() == errors["confusion"]
+    hardest = samples.answers.hardest()[:20]
+    assert samples.hardest.tolist() == hardest.tolist() and len(samples.hardest_images) == len(hardest)
+    found = (trained / "report.html").read_text()
+    assert found.count("<img") == len(hardest) + samples.augmented.shape[0] * samples.augmented.shape[1]
+    assert not np.array_equal(samples.augmented[:, 0], samples.augmented[:, 1])  # they are changed
+
+
+@pytest.mark.parametrize("damage", [b"", b"PK\x03\x04 torn", b"\x93NUMPY"])
+def test_damaged_answers_cost_only_themselves(trained: Path, tmp_path: Path, damage: bytes) -> None:
+    folder = shutil.copytree(trained, tmp_path / "run")
+    (folder / "answers.npz").write_bytes(damage)
+    write_report([folder], folder / "report.html")
+    assert "hardest" not in (folder / "report.html").read_text()
+
+
+def test_answers_that_point_nowhere_are_not_shown(trained: Path, tmp_path: Path) -> None:
+    with np.load(trained / "answers.npz") as file:
+        arrays = dict(file)
+    arrays["hardest"] = arrays["hardest"] + len(arrays["labels"])
+    np.savez(tmp_path / "answers.npz", **arrays)
+    assert load_samples(trained / "answers.npz") is not None and load_samples(tmp_path / "answers.npz") is None
+
+
+def test_what_a_user_names_cannot_become_markup(tmp_path: Path) -> None:
+    evil = "<script>alert(1)</script>"
+    folder = write(
+        tmp_path / "<b>run", start(model=evil, data=evil, hostnames=[evil, evil]), step(1), epoch(1, 0.5, 0.5)
+    )
+    (folder / "errors").mkdir()
+    (folder / "errors" / "rank-1.json").write_text(json.dumps({"rank": 1, "error": evil}))
+    for histories in ([read_history(folder)], [read_history(folder)] * 2):
+        assert "<script" not in page(histories) and "<b>run" not in page(histories)
+
+
+def test_a_stop_writes_the_page_and_says_how_far_it_came(tmp_path: Path) -> None:
+    job = jobs.Job(2, ["-m", "distconv.train", *QUICK, "--epochs", "100000", "--out", tmp_path / "run"])
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    jobs.wait_until(lambda: any(r["event"] == "step" for r in read_metrics(metrics)), job)
+    running = read_history(tmp_path / "run")
+    assert running.status == "running" and 'http-equiv="refresh"' in page([running])
+    job.ranks()[0].send_signal(signal.SIGUSR1)
+    assert job.finish(30).returncode == 75
+    found = text_of((tmp_path / "run" / "report.html").read_text())
+    last = read_metrics(metrics)[-1]["step"]
+    assert "stopped" in found and f"It ended after step {last:,} of" in found
+    assert 'http-equiv="refresh"' not in (tmp_path / "run" / "report.html").read_text()
+
+
+def test_a_user_s_file_of_that_name_is_not_written_over(tmp_path: Path) -> None:
+    (tmp_path / "report.html").write_text("mine")
+    result = jobs.run(0, "-m", "distconv.train", *QUICK, "--out", tmp_path)
+    assert result.returncode == 73 and "report.html" in result.stderr
+    assert (tmp_path / "report.html").read_text() == "mine"
+
+
+def test_starts_and_goodput_are_those_of_the_records(tmp_path: Path) -> None:
+    records = [start(100), step(1, 105), step(2, 110), start(150, resumed_step=2, ranks=3), step(3, 160), step(4, 190)]
+    history = read_history(write(tmp_path, *records))
+    assert [(s.seconds, s.steps, s.last_step) for s in history.sessions] == [(10, 2, 2), (40, 2, 4)]
+    assert history.elapsed == 90 and math.isclose(history.goodput, 50 / 90)  # 40 s were lost between them
+    assert history.status == "cut off" and history.ranks == 3
+
+
+@pytest.mark.parametrize("status", ["finished", "stopped", "failed", "running", "cut off"])
+def test_the_status_is_told_by_the_folder(tmp_path: Path, status: str) -> None:
+    last = {
+        "finished": [{"event": "final", "time": 9.0, "step": 1}],
+        "stopped": [{"event": "stop", "time": 9.0, "step": 1}],
+    }
+    folder = write(tmp_path, start(), step(1), *last.get(status, []))
+    if status == "failed":
+        (folder / "errors").mkdir()
+        (folder / "errors" / "rank-1.json").write_text(json.dumps({"rank": 1, "error": "no memory"}))
+    with (folder / ".distconv-lock").open("w") as lock:
+        if status == "running":
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        history = read_history(folder)
+    assert history.status == status and ("rank 1: no memory" in page([history])) == (status == "failed")
+
+
+@pytest.mark.parametrize(
+    ("word", "records"),
+    [
+        ("not finite", [step(2, skipped=True), epoch(1, 0.9, 0.9)]),
+        ("It ended after step 2 of 20", [step(2), {"event": "stop", "time": 9.0, "step": 2}]),
+        ("was best after epoch 1 (95.00%)", [epoch(n, 0.95 - 0.01 * n, 0.95) for n in range(6)]),
+        ("knows the training images better", [epoch(n, 0.90, 0.99) for n in range(1, 5)]),
+        ("still rising", [epoch(1, 0.5, 0.5), epoch(2, 0.7, 0.7), epoch(3, 0.8, 0.8)]),
+        ("settled at 99.00%", [epoch(n, 0.99, 0.99) for n in range(1, 5)]),
+    ],
+)
+def test_what_to_try_follows_from_losses_and_scores(tmp_path: Path, word: str, records: list[dict[str, Any]]) -> None:
+    end = [] if "ended" in word else [{"event": "final", "time": 9.0, "step": 20}]
+    said = on_learning(read_history(write(tmp_path, start(), step(1), *records, *end)))
+    assert word in said and said.endswith(".")
+
+
+@pytest.mark.parametrize(
+    ("word", "of_start", "seconds", "of_epoch"),
+    [
+        ("Rank 1 on two takes 50% longer", {}, (0.08, 0.01, 0.01), {"busy_seconds": [0.1, 0.15, 0.1]}),
+        ("40% of a step of rank 0 is waiting", {}, (0.05, 0.01, 0.04), {}),
+        ("30% of a step is exchange: --wire int8", {"hosts": 2}, (0.07, 0.03, 0.0), {}),
+        ("30% of a step is exchange: a larger --batch-size", {}, (0.07, 0.03, 0.0), {}),
+        ("batches of 200 would need 45% fewer steps", {}, (0.08, 0.01, 0.01), {"noise_scale": 1000.0}),
+        ("80% of a step is computing", {}, (0.08, 0.01, 0.01), {}),
+    ],
+)
+def test_what_to_try_follows_from_the_time(
+    tmp_path: Path, word: str, of_start: dict[str, Any], seconds: tuple[float, ...], of_epoch: dict[str, Any]
+) -> None:
+    parts = ("compute_seconds", "exchange_seconds", "wait_seconds")
+    steps = [step(n, **dict(zip(parts, seconds, strict=True))) for n in range(1, 31)]
+    said = on_time(read_history(write(tmp_path, start(**of_start), *steps, epoch(1, 0.9, 0.9, **of_epoch))))
+    assert word in said and said.endswith(".")
+
+
+def test_a_run_that_tells_little_is_advised_nothing_wrong(tmp_path: Path) -> None:
+    history = read_history(write(tmp_path, start()))
+    assert advise(history) == ["It ended after step 0 of 20: the same command with the same --out goes on from there."]
+    page([history])
+
+
+def test_a_metric_of_a_users_own_and_numbers_that_are_not_finite(tmp_path: Path) -> None:
+    nothing = {"train_accuracy": None, "test_accuracy": None}
+    records = [step(n, train_loss=None if n == 3 else 2.0) for n in range(1, 6)]
+    own = {"event": "epoch", "time": 9.0, "step": 5, "epoch": 1, "train_loss": None, "test_iou": 0.25, "train_iou": 0.5}
+    history = read_history(write(tmp_path, start(), *records, own))
+    assert history.metric == "iou" and history.score == 0.25 and "25.00% test iou" in text_of(page([history]))
+    page([read_history(write(tmp_path, start(), *records, epoch(1, 0, 0, **nothing)))])
+
+
+def test_a_long_run_gives_a_small_page(tmp_path: Path) -> None:
+    steps = [step(n, train_loss=2 + math.sin(n), images_per_second=1000.0 + n % 7) for n in range(1, 12_001)]
+    found = page([read_history(write(tmp_path, start(steps=12_000), *steps, config="epochs = 20\n"))])
+    assert len(found) < 300_000 and "of 12,000" in found
+
+
+def test_bins_keep_means_and_extremes() -> None:
+    x, y = np.arange(1001.0), np.random.default_rng(0).standard_normal(1001)
+    y[5] = math.nan
+    xs, means, least, largest = binned(x, y, 100)
+    assert len(xs) == 100 and least.min() == np.nanmin(y) and largest.max() == np.nanmax(y)
+    assert np.all(np.diff(xs) > 0) and np.all((least <= means) & (means <= largest))
+    few = binned(x[:3], y[:3], 100)
+    assert few[0].tolist() == [0, 1, 2] and few[1].tolist() == y[:3].tolist()
+    assert len(binned([], [])[0]) == 0 and len(binned([1.0], [math.nan])[0]) == 0
+
+
+def test_a_chart_draws_larger_numbers_higher_and_tells_the_last() -> None:
+    for log in (False, True):
+        chart = line_chart(
+            "A <title>", [Line("a & b", [0, 1, 2], [1, 3, 90], "--train")], "epoch", "{:g}".format, log=log
+        )
+        points = re.search(r'polyline[^>]*points="([^"]*)"', chart)
+        assert points is not None
+        places = [tuple(map(float, pair.split(","))) for pair in points[1].split()]
+        # y goes down in SVG
+        assert all(a[0] < b[0] and a[1] > b[1] for a, b in itertools.pairwise(places))
+        assert "A &lt;title&gt;" in chart and "a &amp; b <b>90</b>" in chart
+    assert line_chart("none", [Line("a", [0], [math.nan], "--train")], "epoch", str) == ""
+    assert line_chart("none", [Line("a", [0], [0.0], "--train")], "epoch", str, log=True) == ""
+
+
+def test_several_runs_tell_what_differs_and_nothing_else(tmp_path: Path) -> None:
+    for name, lr in (("a", 0.1), ("b", 0.2)):
+        records = [step(n) for n in range(1, 21)]
+        config = f'epochs = 2\nlr = {lr}\nout = "{name}"\n'
+        write(tmp_path / name, start(ranks=2 if name == "a" else 4), *records, epoch(1, lr, 0.5), config=config)
+    assert main([str(tmp_path / "a"), str(tmp_path / "b"), "--html", str(tmp_path / "ab.html")]) == 0
+    found = (tmp_path / "ab.html").read_text()
+    table = found[found.index("What differs") : found.index("Curves")]
+    rows = [
+        [text_of(cell).strip() for cell in re.findall(r"<t[hd]>.*?</t[hd]>", row)] for row in table.split("<tr>")[1:]
+    ]
+    assert rows == [["", "a", "b"], ["lr", "0.1", "0.2"], ["ranks", "2", "4"]]
+    assert "10.00%" in found and "20.00%" in found and "http" not in found
+
+
+def test_the_members_of_an_ensemble_are_compared(tmp_path: Path) -> None:
+    for member in range(11):
+        write(tmp_path / f"member-{member}", start(), step(1))
+    assert members(tmp_path) == [tmp_path / f"member-{member}" for member in range(11)]
+    assert members(tmp_path / "member-3") == [tmp_path / "member-3"]
+
+
+def test_the_table_has_what_metrics_jsonl_has(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([str(trained), "--html", str(tmp_path / "page.html"), "--csv", str(tmp_path / "table.csv")]) == 0
+    assert capsys.readouterr().out.split() == [
+        "written",
+        "to",
+        str(tmp_path / "page.html"),
+        "written",
+        "to",
+        str(tmp_path / "table.csv"),
+    ]
+    records = [r for r in read_metrics(trained / "metrics.jsonl") if r["event"] != "start"]
+    with (tmp_path / "table.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == len(records)
+    for row, record in zip(rows, records, strict=True):
+        for key, value in record.items():
+            shown = " ".join(map(str, value)) if isinstance(value, list) else "" if value is None else str(value)
+            assert row[key] == shown
+        assert all(row[key] == "" for key in row.keys() - record.keys() - {"run"})
+
+
+def test_watching_ends_with_the_run(tmp_path: Path) -> None:
+    folder = write(tmp_path / "run", start(), step(1))
+    with (folder / ".distconv-lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        job = jobs.Job(0, ["-m", "distconv.report", folder, "--watch"])
+        jobs.wait_until((folder / "report.html").exists, job)
+        assert "running" in (folder / "report.html").read_text()
+        write(folder, start(), step(1), {"event": "final", "time": 9.0, "step": 1})
+    result = job.finish(30)
+    assert result.returncode == 0 and "at its end: finished" in result.stdout
+    assert "finished" in (folder / "report.html").read_text()
+
+
+def test_what_is_no_run_is_told_in_a_sentence(tmp_path: Path) -> None:
+    with pytest.raises(MissingInputError, match=r"holds no metrics\.jsonl"):
+        main([str(tmp_path)])
+    with pytest.raises(MissingInputError, match="no start record"):
+        main([str(write(tmp_path / "empty"))])
+    with pytest.raises(BadDataError, match="another shape"):
+        main([str(write(tmp_path / "odd", start(steps="many"), step(1)))])
+    result = jobs.run(0, "-m", "distconv.report", tmp_path / "odd", "--html", tmp_path / "nowhere" / "a.html")
+    assert result.returncode == 2 and result.stderr.count("\n") == 1 and "make" in result.stderr
+
+
+def test_confusions_of_many_classes_are_the_most_frequent_ones() -> None:
+    from distconv.run.report.pictures import confusion
+    from distconv.run.report.samples import Samples
+
+    labels, inferences = np.arange(300) % 100, np.arange(300) % 100
+    inferences[labels == 7] = 8
+    answers = Answers(100, labels, inferences, np.full(300, 0.5))
+    none = np.zeros((0, 1, 1, 1), np.uint8)
+    found = confusion(Samples(answers, np.zeros(0, np.int64), none, none[None], [f"class {n}" for n in range(100)]))
+    assert "<td>class 7</td><td>class 8</td><td>3</td>" in found and found.count("<tr>") == 2
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="there is no Chromium here to open the page with")
+@pytest.mark.parametrize("width", [1280, 500])
+def test_a_browser_finds_nothing_to_complain_about_and_nothing_wider_than_the_page(
+    trained: Path, tmp_path: Path, width: int
+) -> None:
+    probe = "<script>document.title = document.documentElement.scrollWidth + ' ' + innerWidth</script></body>"
+    copy = tmp_path / "page.html"
+    copy.write_text((trained / "report.html").read_text().replace("</body>", probe))
+    command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--dump-dom"]
+    where = [f"--user-data-dir={tmp_path / 'profile'}", f"--window-size={width},900", copy.as_uri()]
+    result = subprocess.run([*command, *where], capture_output=True, text=True, timeout=60, check=True)
+    assert "CONSOLE" not in result.stderr
+    title = re.search(r"<title>(\d+) (\d+)</title>", result.stdout)
+    assert title is not None and int(title[1]) <= int(title[2])
