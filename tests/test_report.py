@@ -24,6 +24,7 @@ from distconv.report import main, members
 from distconv.run.answers import Answers
 from distconv.run.log import read_metrics
 from distconv.run.report.advice import advise, on_learning, on_time
+from distconv.run.report.charts import in_epochs, x_limits
 from distconv.run.report.history import read_history
 from distconv.run.report.page import page, write_report
 from distconv.run.report.samples import load_samples
@@ -226,6 +227,20 @@ def test_a_metric_of_a_users_own_and_numbers_that_are_not_finite(tmp_path: Path)
     history = read_history(write(tmp_path, start(), *records, own))
     assert history.metric == "iou" and history.score == 0.25 and "25.00% test iou" in text_of(page([history]))
     page([read_history(write(tmp_path, start(), *records, epoch(1, 0, 0, **nothing)))])
+
+
+def test_averaged_weights_are_what_a_run_is_judged_by(tmp_path: Path) -> None:
+    scores = {"test_accuracy": 0.8, "ema_test_accuracy": 0.9}
+    assert read_history(write(tmp_path, start(), epoch(1, 0.8, 0.8, **scores))).score == 0.9
+    final = {"event": "final", "time": 9.0, "step": 1, "metric": "accuracy", **scores, "ema_test_accuracy": 0.95}
+    assert read_history(write(tmp_path, start(), epoch(1, 0.8, 0.8, **scores), final)).score == 0.95
+
+
+def test_steps_lie_where_they_are_among_the_epochs(tmp_path: Path) -> None:
+    history = read_history(write(tmp_path, start(steps=20), *(step(n) for n in range(1, 16)), config="epochs = 2\n"))
+    assert np.allclose(in_epochs(history), np.arange(1, 16) / 10) and x_limits(history) == (0, 2)
+    few = read_history(write(tmp_path, start(steps=20), step(1), config="epochs = 2\n"))
+    assert x_limits(few) == (0, 0.1)
 
 
 def test_a_long_run_gives_a_small_page(tmp_path: Path) -> None:
