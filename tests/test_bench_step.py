@@ -22,8 +22,6 @@ from distconv.benchmarks.step import (
     HEAD,
     Breakdown,
     Row,
-    Stopwatch,
-    TimedChain,
     random_dataset,
     step_flops,
     steps_of_a_turn,
@@ -83,24 +81,6 @@ def test_the_table_names_each_layer_and_its_parts_add_up_to_the_step(tmp_path: P
     assert sum(parts) == pytest.approx(float(lines["step"][0]), rel=0.05)
     assert "sgemm" in below and re.search(r"\d page faults a step and held at most \d+ MiB", below)
     assert matplotlib.image.imread(png).std() > 0.05
-
-
-def test_a_timed_chain_computes_what_the_chain_computes() -> None:
-    chain, watch = Chain(Conv(2, relu=True), MaxPool(), Affine(3), Dropout()), Stopwatch()
-    timed = TimedChain(chain, watch)
-    assert [name for name, _ in timed.layers] == ["conv1", "maxpool1", "affine1", "dropout1"]
-    assert timed.shapes((6, 6, 1)) == chain.shapes((6, 6, 1))
-    results = []
-    for model in (chain, timed):
-        parameters = Parameters(model.shapes((6, 6, 1))[1])
-        parameters.initialize(0)
-        x = np.random.default_rng(0).standard_normal((2, 6, 6, 1), np.float32)
-        y, backward = model.forward(x, parameters.values, Context(training=True, samples=np.arange(2)))
-        backward(np.ones_like(y), parameters.grads, False)
-        results.append((y, parameters.gradient))
-    for one, other in zip(*results, strict=True):
-        np.testing.assert_array_equal(one, other)
-    assert set(watch.parts) == {(name, way) for name, _ in chain.layers for way in ("forward", "backward")}
 
 
 def test_the_operations_of_a_step_are_those_of_its_products() -> None:

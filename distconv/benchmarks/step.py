@@ -1,7 +1,7 @@
 """One training step and one evaluation of a network on these ranks, and where the time of the step goes.
 
 The step is the loop's own, on random images of the shape that the network is made for. Its layers, exchange and
-optimizer are put behind a stopwatch, which costs some 20 microseconds a step. Engines take turns, so that a disturbance
+optimizer are spans of run/spans.py, which cost some 20 microseconds a step. Engines take turns, so that a disturbance
 of the machine meets all of them. Each turn begins with a barrier and takes as long as its slowest rank.
 """
 
@@ -12,20 +12,18 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from distconv.comm.world import World
 from distconv.config import Config
 from distconv.data.dataset import Dataset
-from distconv.kernels.interface import Array
-from distconv.nn.layers import Backward, Chain, Context, Layer
+from distconv.nn.layers import Chain
 from distconv.nn.networks import build_network, usual_image_shape
-from distconv.nn.parameters import Shape, Specs, Views
 from distconv.nn.summary import parts
 from distconv.run.build import build_run
 from distconv.run.loop import StepRecord, train
+from distconv.run.spans import Spans, traced
 
 CLASSES = 10
 WARM_UP = 3  # turns that do not count: they compile, touch memory and try the wire
@@ -76,53 +74,6 @@ class Breakdown:
     peak_bytes: int
 
 
-class Stopwatch:
-    """Adds up the seconds of each part of a step."""
-
-    def __init__(self) -> None:
-        self.parts: dict[tuple[str, str], float] = defaultdict(float)
-
-    def time(self, part: tuple[str, str], function: Callable[..., Any], *arguments: Any) -> Any:
-        """What the function returns."""
-        began = time.perf_counter()
-        result = function(*arguments)
-        self.parts[part] += time.perf_counter() - began
-        return result
-
-    def intercept(self, owner: object, method: str, part: tuple[str, str]) -> None:
-        """Time every call of an object's method from now on."""
-        original = getattr(owner, method)
-        setattr(owner, method, lambda *arguments: self.time(part, original, *arguments))
-
-
-@dataclass(frozen=True)
-class TimedLayer:
-    """A layer that behaves as the one within it does."""
-
-    name: str
-    layer: Layer
-    watch: Stopwatch
-
-    @property
-    def is_fixed(self) -> bool:
-        return getattr(self.layer, "is_fixed", False)
-
-    def shapes(self, input_shape: Shape) -> tuple[Shape, Specs]:
-        return self.layer.shapes(input_shape)
-
-    def forward(self, x: Array, params: Views, context: Context) -> tuple[Array, Backward]:
-        y, backward = self.watch.time((self.name, "forward"), self.layer.forward, x, params, context)
-        return y, lambda dy, grads, wants_dx: self.watch.time((self.name, "backward"), backward, dy, grads, wants_dx)
-
-
-class TimedChain(Chain):
-    """The same layers under the same names, each timed."""
-
-    def __init__(self, chain: Chain, watch: Stopwatch) -> None:
-        timed = tuple((name, TimedLayer(name, layer, watch)) for name, layer in chain.layers)
-        object.__setattr__(self, "layers", timed)  # as Chain itself does it
-
-
 def random_dataset(model: str, batch_size: int, repeats: int, steps: int = 1) -> Dataset:
     """Enough images for a model that no turn of so many steps ends an epoch, and a batch of test images."""
     stream, count = np.random.default_rng(0), ((WARM_UP + repeats) * steps + 2) * batch_size
@@ -148,10 +99,11 @@ class Trainer:
         run = build_run(settings, random_dataset(model, batch_size, repeats), world)
         replica = run.replica
         assert isinstance(replica.model, Chain)
-        self.run, self.watch = run, Stopwatch()
-        self.watch.intercept(replica.exchange, "travel", ("exchange", ""))
-        self.watch.intercept(replica.optimizer, "step", ("optimizer", ""))
-        replica.model = TimedChain(replica.model, self.watch)
+        self.run, self.spans = run, Spans()
+        self.layers = [name for name, _ in replica.model.layers]
+        self.spans.intercept(replica.exchange, "travel", "exchange")
+        self.spans.intercept(replica.optimizer, "step", "optimizer")
+        replica.model = traced(replica.model, self.spans)
         self.records = train(run, lambda: False)
         self.notes: list[tuple[float, dict[tuple[str, str], float], int]] = []  # seconds, parts, page faults
 
@@ -159,14 +111,15 @@ class Trainer:
         return Engine("distconv", self.run.config.wire, self.step, lambda: self.run.measure("test"))
 
     def step(self) -> None:
-        self.watch.parts.clear()
+        self.spans.noted.clear()
         faults, began = resource.getrusage(resource.RUSAGE_SELF).ru_minflt, time.perf_counter()
         record = next(self.records)
         seconds = time.perf_counter() - began
         faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults
         assert isinstance(record, StepRecord)
-        parts = dict(self.watch.parts)
-        optimizer, exchange = parts.pop(("optimizer", "")), parts.pop(("exchange", ""))
+        found = self.spans.seconds()
+        parts = {(name, way): time for (name, way), time in found.items() if name in self.layers}
+        optimizer, exchange = found["optimizer", ""], found["exchange", ""]
         wait = min(record.wait_seconds, exchange)
         others = {"exchange": exchange - wait, "wait": wait, "optimizer": optimizer}
         parts.update({(name, ""): time for name, time in others.items()})
