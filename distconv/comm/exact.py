@@ -85,19 +85,31 @@ class Exact:
 
     def sum(self, vector: Array, header: Headers, refused: Refusal | None = None) -> Headers:
         """See Exchange. vector: (size,), or (K, size) where this rank has K of them; the first becomes the sum."""
-        vectors, transport = vector.reshape(-1, self.size), self.transport
-        mine = transport.mine.view(np.uint16)
+        vectors = vector.reshape(-1, self.size)
+        header["bad_at"] = self.find_peaks(vectors)
+        self.transport.gather()
+        peaks = np.maximum.reduce([gathered.view(np.uint16) for gathered in self.transport.gathered])
+        self.encode(vectors, peaks)
+        headers = self.inner.sum(self.total, header, refused)
+        if not (refused and refused(headers)):
+            self.decode(peaks, vectors[0])
+        return headers
+
+    def find_peaks(self, vectors: Array) -> int:
+        """Write those of this rank's vectors (K, size) where the others find them; where one is not finite, or -1."""
+        mine = self.transport.mine.view(np.uint16)
         grid.peaks(vectors, mine)
         finite = mine.max() < grid.NOT_FINITE
         bad = [] if finite else [first for one in vectors if (first := self.wire.first_bad(one)) >= 0]
-        header["bad_at"] = min(bad, default=-1)
-        transport.gather()
-        peaks = np.maximum.reduce([gathered.view(np.uint16) for gathered in transport.gathered])
+        return min(bad, default=-1)
+
+    def encode(self, vectors: Array, peaks: Array) -> None:
+        """Make whole numbers of the vectors, by the peaks of all ranks, and add them up."""
         grid.round_and_sum(vectors, peaks, self.factor, self.total)
-        headers = self.inner.sum(self.total, header, refused)
-        if not (refused and refused(headers)):
-            grid.widen(self.total, peaks, self.factor, vectors[0])
-        return headers
+
+    def decode(self, peaks: Array, vector: Array) -> None:
+        """Make the vector that the total stands for."""
+        grid.widen(self.total, peaks, self.factor, vector)
 
 
 def blocks(n: int) -> int:

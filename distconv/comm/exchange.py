@@ -249,9 +249,7 @@ class TwoLevel:
         self.vectors[self.local_rank] = vector
         barrier = self.space.barrier
         barrier()
-        total = np.zeros(self.part.stop - self.part.start, self.wire.dtype)
-        for other in self.vectors:
-            total += other[self.part]
+        total = self.sum_of_host()
         headers = self.inner.exchange(total, header, is_own=False)
         self.headers[self.local_rank] = headers.view(np.uint8)
         barrier()  # nobody reads contributions any more
@@ -262,3 +260,10 @@ class TwoLevel:
             vector[...] = self.vectors[0]
         barrier()  # nobody reads the result any more
         return everyone
+
+    def sum_of_host(self) -> Array:
+        """The numbers that this rank sums between hosts, added up in the order of this host's ranks."""
+        total = np.zeros(self.part.stop - self.part.start, self.wire.dtype)
+        for other in self.vectors:
+            total += other[self.part]
+        return total
