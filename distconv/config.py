@@ -215,6 +215,19 @@ class Config:
         lambda v: v >= 0,
         "a number of seconds, 0 or more",
     )
+    trace: str = _setting(
+        "",
+        "write where the time of each rank goes into this file, in Chrome's trace event format, for ui.perfetto.dev; "
+        "the run stays the same",
+        lambda v: True,
+        "",
+    )
+    trace_steps: int = _setting(
+        5,
+        "of how many steps --trace shows the inside, from the fourth on, as the first ones compile",
+        lambda v: 1 <= v <= 1000,
+        "a whole number from 1 to 1000",
+    )
     hang_seconds: float = _setting(
         0.0,
         "end the job, with exit code 76 and the stacks of all ranks, where one stands still for so long; 0: for 20 "

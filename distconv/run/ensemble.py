@@ -39,8 +39,13 @@ def train_ensemble(settings: Config, world: World, stop: StopRequest) -> int:
         with World(world.comm.Split(group, world.rank), world.library) as mine:
             mine.watch.set_limits(settings.hang_seconds)
             for member in range(group, settings.ensemble, groups):
+                trace = Path(settings.trace)
                 of_member = dataclasses.replace(
-                    settings, ensemble=1, seed=(settings.seed + member) % 2**32, out=str(out / f"member-{member}")
+                    settings,
+                    ensemble=1,
+                    seed=(settings.seed + member) % 2**32,
+                    out=str(out / f"member-{member}"),
+                    trace=str(trace.with_stem(f"{trace.stem}-member-{member}")) if settings.trace else "",
                 )
                 log = RunLog(mine.rank == 0, f"member {member}: ")
                 code = max(code, train(of_member, mine, stop, log, placed))

@@ -50,7 +50,7 @@ def check_folder(settings: Config, world: World) -> Mapping[str, Any] | None:
                 str(out).encode()  # config.toml will hold it
                 final = _look_into(out, settings) if settings.out else None
                 if final is None:
-                    _try_to_write(out)
+                    try_to_write(out)
             except (OSError, ValueError) as error:
                 raise cannot_be_written(out, error) from None
     found: Mapping[str, Any] | None = world.comm.bcast(final)
@@ -241,7 +241,7 @@ def _refuse_vain_changes(found: Checkpoint, settings: Config) -> None:
         )
 
 
-def _try_to_write(out: Path) -> None:
+def try_to_write(out: Path) -> None:
     """Raise OSError where the folder cannot be made or written, and leave nothing behind."""
     new = [folder for folder in (out, *out.parents) if not folder.exists()]
     # Another job that tries the same at this moment may take the folder away, or have its own file in it.

@@ -33,6 +33,8 @@ from distconv.run.memory import tell_memory
 from distconv.run.run import Run
 from distconv.run.saver import Saver
 from distconv.run.stopping import StopRequest
+from distconv.run.trace import Trace
+from distconv.run.trace_file import check_trace
 
 SHOWN = {"train": "training", "ema_test": "test (averaged)", "ema_validation": "validation (averaged)"}  # to people
 
@@ -50,6 +52,9 @@ def train(
         log.say("this run is finished: nothing is left to do, and nothing was changed")
         return conclude(final, settings, Path(settings.out), log)
     placed = placed or place(world, settings.device, settings.precision)
+    with world.together():
+        if settings.trace and world.rank == 0:
+            check_trace(Path(settings.trace))
     CACHE.say = log.say
     dataset, data_name = load_dataset(settings.data, world, log.say, settings.limit_train, settings.validation)
     world.at("compile")
@@ -78,13 +83,18 @@ def train_in(out: Path, run: Run, data_name: str, log: RunLog, stop: StopRequest
     saver = Saver(run, out / "checkpoints", data_name, log)
     if run.config.resume not in config.RESUME:
         saver.save()  # for a start after an accident, which must not begin with that file again
+    trace = Trace(run, saver, log) if run.config.trace else None
     stop.can_save = True
+    steps = records(run, stop.requested, saver.is_due, ahead=True)
     try:
-        code = follow(records(run, stop.requested, saver.is_due, ahead=True), run, saver, out, log)
+        code = follow(trace.watch(steps) if trace else steps, run, saver, out, log)
     except errors.DivergedError as failure:
         saver.set_aside(failure.bad_from)
         raise
-    return finish(run, out, log) if code == 0 else code
+    code = finish(run, out, log) if code == 0 else code
+    if trace:
+        trace.close()
+    return code
 
 
 def follow(records: Iterator[Record], run: Run, saver: Saver, out: Path, log: RunLog) -> int:

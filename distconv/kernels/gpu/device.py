@@ -129,7 +129,7 @@ class Cuda:
         self.stream.use()
         self.beside_use: list[Any] = []  # what the work on the side stream uses
         self.recordings: dict[Any, _Recording] = {}
-        self.records = True
+        self.records = True  # and replays; where not, `replayed` works plainly
         self.functions: dict[Any, Kernel] = {}
         self.modules: dict[Any, Any] = {}
 
@@ -235,6 +235,17 @@ class Cuda:
         """Wait until the work before the mark is done."""
         mark.synchronize()
 
+    def stamp(self) -> Any:
+        """A point of the work that was started so far, of whose time `nanoseconds` tells."""
+        event = self.cupy.cuda.Event()
+        event.record(self.stream)
+        return event
+
+    def nanoseconds(self, first: Any, last: Any) -> int:
+        """From one stamp to another, when the work before them is done; as fine as CUDA tells, about half a us."""
+        milliseconds: float = self.cupy.cuda.get_elapsed_time(first, last)
+        return round(1e6 * milliseconds)
+
     def synchronize(self) -> None:
         """Wait until all work is done."""
         self.stream.synchronize()
@@ -253,7 +264,7 @@ class Cuda:
             recording = self.recordings[key] = _Recording(self.cupy.cuda.MemoryPool(_memory))
         elif self.records and recording.graph is None and not recording.refused:
             self._record(recording, work, agreed or (lambda problem: problem))
-        if recording.graph is None:
+        if recording.graph is None or not self.records:
             with self.cupy.cuda.using_allocator(recording.pool.malloc):
                 return work()
         recording.graph.launch(self.stream)

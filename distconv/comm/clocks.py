@@ -1,0 +1,67 @@
+"""How far the clocks of hosts are apart: time.perf_counter_ns, which all ranks of one host share (CLOCK_MONOTONIC).
+
+A question goes to another host and comes back. Its clock was read somewhere in between, at the middle if both ways take
+as long, and so the error is at most half of the round trip; of some, the shortest counts (Cristian 1989).
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from distconv.comm.world import World
+
+ROUNDS = 20
+TAG = 0xC10C
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What rank 0 has found out about a host's clock, in nanoseconds.
+
+    at: on the host's clock; offset: how far that clock is ahead of rank 0's; round_trip: twice the error, at most.
+    """
+
+    at: int
+    offset: int
+    round_trip: int
+
+
+def read_clocks(world: World) -> dict[int, Reading]:
+    """Readings of all hosts by their first rank, on rank 0; nothing on the others; collective."""
+    first = world.local.bcast(world.rank)
+    firsts = world.comm.gather(first)
+    found: dict[int, Reading] = {}
+    if world.rank == 0:
+        found = {host: _ask(world, host) for host in sorted(set(firsts))}
+    elif world.rank == first:
+        _answer(world)
+    world.wait()  # asleep: a rank that waits must not hold the core of one that answers
+    return found
+
+
+def _ask(world: World, host: int) -> Reading:
+    question, answer, best = np.zeros(1, np.int64), np.zeros(1, np.int64), None
+    if host == 0:
+        return Reading(time.perf_counter_ns(), 0, 0)
+    for _ in range(ROUNDS):
+        sent = time.perf_counter_ns()
+        world.comm.Send(question, host, TAG)
+        world.comm.Recv(answer, host, TAG)
+        came = time.perf_counter_ns()
+        if best is None or came - sent < best.round_trip:
+            best = Reading(int(answer[0]), int(answer[0]) - (sent + came) // 2, came - sent)
+    assert best is not None
+    return best
+
+
+def _answer(world: World) -> None:
+    question, answer = np.zeros(1, np.int64), np.zeros(1, np.int64)
+    for _ in range(ROUNDS):
+        world.comm.Recv(question, 0, TAG)
+        answer[0] = time.perf_counter_ns()
+        world.comm.Send(answer, 0, TAG)
