@@ -201,6 +201,12 @@ class Config:
         "epoch that was best on such a set is kept in best.safetensors",
     )
     out: str = _setting("", "folder for everything the run writes (default: runs/<time>-<model>)", lambda v: True, "")
+    tensorboard: bool = _setting(
+        False,
+        "write the run's metrics for TensorBoard, too, into OUT/tensorboard; needs tensorboardX",
+        lambda v: True,
+        "true or false",
+    )
     resume: str = _setting(
         "auto",
         "auto: go on from the newest good checkpoint in --out, if there is one; never: refuse a folder with a run in "

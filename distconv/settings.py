@@ -68,13 +68,11 @@ def read_settings(argv: Sequence[str]) -> tuple[Config, str]:
     )
     for field in dataclasses.fields(Config):
         shown = f" (default: {field.default})" if field.default not in ("", 0, 0.0) else ""
-        parser.add_argument(
-            flag(field.name),
-            type=type(field.default),
-            default=argparse.SUPPRESS,
-            metavar=type(field.default).__name__.upper().replace("STR", "NAME"),
-            help=(field.metadata["help"] + shown).replace("%", "%%"),
-        )
+        kind = type(field.default)
+        metavar = kind.__name__.upper().replace("STR", "NAME")
+        value: dict[str, Any] = {"action": "store_true"} if kind is bool else {"type": kind, "metavar": metavar}
+        text = (field.metadata["help"] + shown).replace("%", "%%")
+        parser.add_argument(flag(field.name), default=argparse.SUPPRESS, help=text, **value)
     parser.add_argument(
         "--recipe", choices=RECIPES, metavar="NAME", help=f"settings that go together: {', '.join(RECIPES)}; flags win"
     )
@@ -82,8 +80,8 @@ def read_settings(argv: Sequence[str]) -> tuple[Config, str]:
         "--config", type=Path, metavar="FILE", help="TOML file with settings; wins over a recipe, and flags over it"
     )
     instead = {"print_config": "print the settings as TOML and stop", "describe": "print the layers and stop"}
-    for name, text in instead.items():
-        parser.add_argument(flag(name), action="store_true", help=text)
+    for name, what in instead.items():
+        parser.add_argument(flag(name), action="store_true", help=what)
     flags: Mapping[str, Any] = vars(parser.parse_args(argv))
     settings = read_toml(RECIPES[flags["recipe"]]) if flags["recipe"] else {}
     settings |= read_toml(flags["config"]) if flags["config"] else {}

@@ -24,6 +24,12 @@ def main(argv: Sequence[str]) -> int:
         from distconv.run.ensemble import train_ensemble
         from distconv.run.training import train
 
+        if settings.tensorboard:
+            from distconv.run.tensorboard import require
+
+            with world.together():
+                if world.rank == 0:  # who writes
+                    require()
         code = (train_ensemble if settings.ensemble > 1 else train)(settings, world, stop)
         stop.over()
     return code

@@ -114,11 +114,21 @@ def test_a_value_that_cannot_be_is_refused_by_flag_value_and_what_was_expected(
         (["--optimiser=sgd"], ("--optimiser", "did you mean --optimizer?")),
         (["digits"], ("digits", "--help")),
         (["-n", "4"], ("-n", "--help")),
+        (["--tensorboard=no"], ("--tensorboard", "no")),
+        (["--tensorboard", "no"], ("no", "--help")),
     ],
 )
 def test_a_flag_that_is_wrong_is_named_with_the_nearest_one(arguments: list[str], parts: tuple[str, ...]) -> None:
     message = refused(*arguments)
     assert all(part in message for part in parts)
+
+
+def test_a_switch_is_a_flag_without_a_value_and_true_or_false_in_a_file(tmp_path: Path) -> None:
+    assert not parse().tensorboard and parse("--tensorboard").tensorboard
+    assert parse("--config", toml(tmp_path, "tensorboard = true")).tensorboard
+    off = toml(tmp_path, "tensorboard = false")
+    assert not parse("--config", off).tensorboard and parse("--config", off, "--tensorboard").tensorboard
+    assert "\ntensorboard = true\n" in parse("--tensorboard").toml()
 
 
 @pytest.mark.parametrize("short", ["--epoch", "--batch", "--opt", "--print", "--conf"])
@@ -138,6 +148,8 @@ def test_no_flag_can_be_cut_short(short: str) -> None:
         ("epochs = true", ("--epochs", "True", "whole number")),
         ("seed = false", ("--seed", "False", "whole number")),
         ("lr = true", ("--lr", "True", "finite number")),
+        ("tensorboard = 1", ("--tensorboard", "1", "true or false")),
+        ("tensorboard = 'true'", ("--tensorboard", "true or false")),
         ("lr = '0.1'", ("--lr", "0.1", "finite number")),
         (f"lr = 1{'0' * 400}", ("--lr", "finite number")),  # larger than any float
         ("epochs = [1]", ("--epochs", "[1]", "whole number")),
@@ -220,12 +232,13 @@ def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
     lr=st.floats(0, exclude_min=True, allow_infinity=False),
     seed=st.integers(0, 2**32 - 1),
     checkpoint_seconds=st.floats(0),
+    tensorboard=st.booleans(),
 )
-@example(out='a "quoted" \\back\\slash', lr=1e-5, seed=0, checkpoint_seconds=0)
-@example(out="\0\x01\t\n\r\x1f\x7f\x85\u2028", lr=5e-324, seed=1, checkpoint_seconds=1e22)
-@example(out="한글 é", lr=1.7976931348623157e308, seed=2, checkpoint_seconds=5)
-@example(out="runs/🌊", lr=1, seed=3, checkpoint_seconds=5)  # beyond 16 bits
-@example(out="", lr=1, seed=4, checkpoint_seconds=math.inf)  # no checkpoints within epochs
+@example(out='a "quoted" \\back\\slash', lr=1e-5, seed=0, checkpoint_seconds=0, tensorboard=True)
+@example(out="\0\x01\t\n\r\x1f\x7f\x85\u2028", lr=5e-324, seed=1, checkpoint_seconds=1e22, tensorboard=True)
+@example(out="한글 é", lr=1.7976931348623157e308, seed=2, checkpoint_seconds=5, tensorboard=True)
+@example(out="runs/🌊", lr=1, seed=3, checkpoint_seconds=5, tensorboard=True)  # beyond 16 bits
+@example(out="", lr=1, seed=4, checkpoint_seconds=math.inf, tensorboard=True)  # no checkpoints within epochs
 def test_what_is_written_as_toml_is_read_back_the_same(scratch: Path, **changed: Any) -> None:
     config = Config(**changed)
     scratch.write_text(config.toml())

@@ -33,6 +33,7 @@ BEST = "best.safetensors"  # the state of the epoch that was best on the validat
 REWRITTEN = (  # what a run writes over, or deletes
     "config.toml", "metrics.jsonl", "curves.png", "report.html", "answers.npz", BEST, "DONE", "errors",
 )  # fmt: skip
+EVENTS = "tensorboard"  # the folder of event files, to which each start of a run adds one
 REPORT = re.compile(r"rank-\d+\.json")
 
 
@@ -50,7 +51,7 @@ def check_folder(settings: Config, world: World) -> Mapping[str, Any] | None:
                 str(out).encode()  # config.toml will hold it
                 final = _look_into(out, settings) if settings.out else None
                 if final is None:
-                    try_to_write(out)
+                    try_to_write(out, *[EVENTS] * settings.tensorboard)
             except (OSError, ValueError) as error:
                 raise cannot_be_written(out, error) from None
     found: Mapping[str, Any] | None = world.comm.bcast(final)
@@ -130,7 +131,7 @@ def new_folder(model: str) -> Path:
 
 def _look_into(out: Path, settings: Config) -> Mapping[str, Any] | None:
     """Refuse a folder that this run may not have; return the final record of a run that is finished there."""
-    _refuse_what_is_not_ours(out)
+    _refuse_what_is_not_ours(out, *[EVENTS] * settings.tensorboard)
     _refuse_second_run(out, settings)
     if settings.resume == "auto":
         _refuse_lost_checkpoints(out)
@@ -142,13 +143,14 @@ def _look_into(out: Path, settings: Config) -> Mapping[str, Any] | None:
     return None
 
 
-def _refuse_what_is_not_ours(out: Path) -> None:
+def _refuse_what_is_not_ours(out: Path, *more: str) -> None:
+    """more: names of what else this run would write."""
     if (out / LOCK).exists() or any(map(_is_start, read_metrics(out / "metrics.jsonl"))):
         reports = (out / "errors").iterdir() if (out / "errors").exists() else ()
         taken = [f"errors/{path.name}" for path in reports if not _is_report(path)]
         taken += [name for name in REWRITTEN[:-1] if (out / name).exists() and not (out / name).is_file()]
     else:
-        taken = [name for name in REWRITTEN if os.path.lexists(out / name)]
+        taken = [name for name in (*REWRITTEN, *more) if os.path.lexists(out / name)]
     if taken:
         raise errors.CannotCreateError(
             f"--out {out} holds {', '.join(taken)}, which distconv did not make and would write over: "
@@ -241,13 +243,13 @@ def _refuse_vain_changes(found: Checkpoint, settings: Config) -> None:
         )
 
 
-def try_to_write(out: Path) -> None:
-    """Raise OSError where the folder cannot be made or written, and leave nothing behind."""
+def try_to_write(out: Path, *more: str) -> None:
+    """Raise OSError where the folder, or one of these in it, cannot be made or written, and leave nothing behind."""
     new = [folder for folder in (out, *out.parents) if not folder.exists()]
     # Another job that tries the same at this moment may take the folder away, or have its own file in it.
     with contextlib.suppress(FileExistsError):  # of a folder that comes and goes; what is none is found out below
         out.mkdir(parents=True, exist_ok=True)
-    for folder in (out, out / "checkpoints"):
+    for folder in (out, out / "checkpoints", *(out / name for name in more)):
         with contextlib.suppress(FileNotFoundError), tempfile.TemporaryFile(dir=folder):
             pass
     for folder in new:

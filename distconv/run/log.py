@@ -11,7 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
@@ -19,6 +19,9 @@ from distconv.errors import StorageError
 from distconv.process.launched import PROCESSES, parents
 from distconv.process.streams import lead_nowhere
 from distconv.run.noise import advice, over_a_run
+
+if TYPE_CHECKING:
+    from distconv.run.tensorboard import EventFile
 
 # Fields of the records that curves, lines and finished runs are made of; besides them losses and scores, see PARTS.
 READ_AGAIN = (
@@ -47,6 +50,7 @@ class RunLog:
     def __init__(self, speaks: bool, prefix: str = "") -> None:
         self.speaks, self.prefix = speaks, prefix
         self.file: IO[str] | None = None
+        self.events: EventFile | None = None  # has the records, too
         self.bar: Any = None
         self.draws = speaks and not prefix and on_a_terminal()
         self.last_line = time.monotonic()
@@ -88,6 +92,8 @@ class RunLog:
         """
         if self.file is None:
             return
+        if self.events is not None:
+            self.events.write(event, fields)
         clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in fields.items()}
         try:
             self.file.write(json.dumps({"event": event, "time": round(time.time(), 3), **clean}) + "\n")
@@ -112,11 +118,13 @@ class RunLog:
             )
 
     def close(self) -> None:
-        """Take the bar away and close the file."""
+        """Take the bar away and close the files. Raises StorageError."""
         if self.bar is not None:
             self.bar.close()
         if self.file is not None:
             self.file.close()
+        if self.events is not None:
+            self.events.close()
 
 
 def write_text(path: Path, text: str) -> None:

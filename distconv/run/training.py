@@ -24,7 +24,7 @@ from distconv.run import checkpoint as files
 from distconv.run.build import build_run
 from distconv.run.checkpoint import Checkpoint
 from distconv.run.ending import conclude, finish, show_report
-from distconv.run.folder import check_folder, held_folder, make_ready
+from distconv.run.folder import EVENTS, check_folder, held_folder, make_ready
 from distconv.run.loading import load_dataset
 from distconv.run.log import RunLog
 from distconv.run.loop import EpochRecord, Record, StepRecord, StopRecord, logged
@@ -33,6 +33,7 @@ from distconv.run.memory import tell_memory
 from distconv.run.run import Run
 from distconv.run.saver import Saver
 from distconv.run.stopping import StopRequest
+from distconv.run.tensorboard import EventFile
 from distconv.run.trace import Trace
 from distconv.run.trace_file import check_trace
 
@@ -77,6 +78,8 @@ def train_in(out: Path, run: Run, data_name: str, log: RunLog, stop: StopRequest
         if run.world.rank == 0:
             make_ready(out, run.config, checkpoint, log.say)
         log.open(out / "metrics.jsonl", run.step)
+        if run.world.rank == 0 and run.config.tensorboard:
+            log.events = EventFile(out / EVENTS, run.step, run.config.toml())
     run.world.error_folder = out / "errors"
     introduce(run, out, data_name, checkpoint, log)
 
@@ -90,6 +93,7 @@ def train_in(out: Path, run: Run, data_name: str, log: RunLog, stop: StopRequest
         code = follow(trace.watch(steps) if trace else steps, run, saver, out, log)
     except errors.DivergedError as failure:
         saver.set_aside(failure.bad_from)
+        log.close()  # the last steps are what people will look for
         raise
     code = finish(run, out, log) if code == 0 else code
     if trace:
