@@ -214,6 +214,13 @@ class Config:
         bool,
         "auto, never or a checkpoint file",
     )
+    init: str = _setting(
+        "",
+        "start a new run from the weights in a file: a checkpoint or a run's folder (of a run with --ema, the "
+        "average), or a pickle or .npz of arrays; a run that goes on has its own",
+        lambda v: True,
+        "",
+    )
     checkpoint_seconds: float = _setting(
         1.0,
         "write a checkpoint when so much time has passed since the last one, or if that is more, a hundred times what "

@@ -77,6 +77,7 @@ def train_again(settings: Config, metrics: Metrics, world: World, log: RunLog, q
     """
     from distconv.kernels.compiled import CACHE
     from distconv.run.build import build_run
+    from distconv.run.first_weights import take_first_weights
     from distconv.run.loading import load_dataset
     from distconv.run.loop import EpochRecord, StepRecord, train
     from distconv.run.training import check_settings
@@ -99,6 +100,7 @@ def train_again(settings: Config, metrics: Metrics, world: World, log: RunLog, q
     losses, same, difference = of_each(metrics, "step", "train_loss"), 0, ""
     parameters, last = of_each(metrics, "epoch", "parameters_sha256"), max(losses)
     run = build_run(settings, dataset, world, log.say_aside)
+    take_first_weights(run, log.say_aside)
     for record in train(run, lambda: False):
         if isinstance(record, StepRecord):
             if not quiet:

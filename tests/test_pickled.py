@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import contextlib
 import functools
 import os
 import pickle
@@ -17,11 +18,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from distconv.errors import BadDataError, MismatchError, MissingInputError
+from distconv.errors import BadDataError, MismatchError
 from distconv.nn.layers import Context
 from distconv.nn.networks import build_network
 from distconv.nn.parameters import Parameters
-from distconv.run.pickled import from_source, read_pickle
+from distconv.run.layout import check, fill, places
+from distconv.run.pickled import read_pickle
 from tests.files import peak_memory, python
 
 Arrays = dict[str, Any]
@@ -90,7 +92,9 @@ def test_a_pickle_of_the_source_gives_the_sources_scores(
     path.write_bytes(pickle.dumps(arrays))
     model, specs = build_network(name, image_shape, 10, (10,))
     parameters = Parameters(specs, np.float64)
-    from_source(read_pickle(path), model, image_shape, parameters, path)
+    wanted = places(model, parameters, image_shape)
+    assert check(read_pickle(path), wanted, path) == []
+    fill(parameters, read_pickle(path), wanted, path)
     x = np.random.default_rng(1).random((2, *image_shape))
     expected = scores(x.transpose(0, 3, 1, 2), arrays)
     np.testing.assert_allclose(
@@ -162,8 +166,9 @@ HOSTILE: dict[str, Callable[[str], object]] = {
 def test_a_hostile_pickle_runs_nothing(tmp_path: Path, name: str, protocol: int) -> None:
     canary = tmp_path / "canary"
     content = pickle.dumps({"W1": np.ones(2), "b1": HOSTILE[name](str(canary))}, protocol)
-    with pytest.raises(BadDataError, match=r"params\.pkl"):
-        read(tmp_path, content)
+    with contextlib.suppress(BadDataError):
+        found = read(tmp_path, content)
+        assert name == "a structured type" and found["b1"] is None  # no model takes that, and nothing was made of it
     assert not canary.exists()
 
 
@@ -195,12 +200,6 @@ def test_a_pickle_changes_nothing_for_the_next_one(tmp_path: Path, name: str) ->
 def test_a_file_that_is_no_whole_pickle_of_arrays_is_refused(tmp_path: Path, content: bytes) -> None:
     with pytest.raises(BadDataError, match=r"params\.pkl is not a pickle of arrays: \w.*; nothing of it was run$"):
         read(tmp_path, content)
-
-
-@pytest.mark.parametrize("name", ["none.pkl", "."])
-def test_a_file_that_is_not_there_is_a_missing_input(tmp_path: Path, name: str) -> None:
-    with pytest.raises(MissingInputError, match=str(tmp_path / name)):
-        read_pickle(tmp_path / name)
 
 
 def instructions(*parts: bytes) -> bytes:
@@ -236,11 +235,12 @@ BOMBS = {
 
 @pytest.mark.parametrize("name", BOMBS)
 def test_a_small_file_gets_no_memory_for_what_it_only_declares(tmp_path: Path, name: str) -> None:
-    def refused() -> None:
-        with pytest.raises(BadDataError, match=r"params\.pkl"):
-            read(tmp_path, BOMBS[name])
+    def refused_or_read() -> None:
+        with contextlib.suppress(BadDataError):
+            arrays = read(tmp_path, BOMBS[name])
+            assert name == "arrays of the same bytes" and len(arrays) == 101  # as views, of which no model wants many
 
-    assert peak_memory(refused) < 5 * len(BOMBS[name]) + 4 * MIB
+    assert peak_memory(refused_or_read) < 5 * len(BOMBS[name]) + 4 * MIB
 
 
 def test_a_large_pickle_takes_a_few_times_its_size(tmp_path: Path) -> None:
@@ -309,36 +309,60 @@ def test_no_pickle_crashes_the_interpreter_or_keeps_it_busy(tmp_path: Path) -> N
     ("content", "words"),
     [
         ([np.ones(2)], "a list"),
-        ({"W1": np.array([1, np.nan])}, "'W1'"),
-        ({"W1": np.ones(2, complex)}, "'W1'"),
-        ({"W1": np.ones(2, int)}, "'W1'"),
-        ({"W1": np.ones(2, np.uint8)}, "'W1'"),
-        ({"W1": np.array([1.0, None])}, "'W1'"),
+        (np.ones(2), "a ndarray"),
         ({1: np.ones(2)}, "a int for a name"),
-        ({"nested": {"W1": np.ones(2)}}, "'nested'"),
     ],
 )
-def test_a_pickle_of_other_things_is_refused_by_name(tmp_path: Path, content: object, words: str) -> None:
+def test_a_pickle_of_another_kind_is_refused(tmp_path: Path, content: object, words: str) -> None:
     with pytest.raises(BadDataError, match=f"params.pkl.*{words}"):
         read(tmp_path, pickle.dumps(content))
 
 
-def changed(**parts: np.ndarray | None) -> Arrays:
+def changed(**parts: object) -> Arrays:
     return {key: value for key, value in {**deep_parameters(), **parts}.items() if value is not None}
+
+
+def taken(tmp_path: Path, arrays: Arrays) -> tuple[Parameters, list[str]]:
+    """deepconvnet filled with what a pickle has, and the names of what was passed over."""
+    path = tmp_path / "params.pkl"
+    path.write_bytes(pickle.dumps(arrays))
+    model, specs = build_network("deepconvnet", (28, 28, 1), 10, (10,))
+    parameters = Parameters(specs)
+    wanted = places(model, parameters, (28, 28, 1))
+    found = read_pickle(path)
+    passed_over = check(found, wanted, path)
+    fill(parameters, found, wanted, path)
+    return parameters, passed_over
 
 
 @pytest.mark.parametrize(
     ("arrays", "words"),
     [
-        (changed(W3=None), r"W3 is missing, .*\(32, 16, 3, 3\)"),
-        (changed(W7=np.ones((50, 1024))), r"W7 is \(50, 1024\), .*\(1024, 50\)"),
-        (changed(W9=np.ones((10, 10)), b9=np.ones(10)), "W9, b9 belong to no layer"),
-        (SIMPLE, r"W1 is \(30, 1, 5, 5\)"),
+        (changed(W3=None), r"W3 is missing, .*\(32, 16, 3, 3\).*--model"),
+        (changed(W7=np.ones((50, 1024))), r"W7 is \(50, 1024\), .*\(1024, 50\).*--model"),
+        (SIMPLE, r"W1 is \(30, 1, 5, 5\).*--model"),
+        (changed(b1=np.full(16, 1e39)), "b1 that are too large for float32"),
+        (changed(b1=np.full(16, np.nan)), "'b1' holds NaN"),
+        *((changed(W8=np.ones((50, 10), kind)), "'W8' is no array of floats") for kind in (complex, int, np.uint8)),
+        (changed(b1=np.array([1.0, None])), "'b1' is no array of floats"),
+        (changed(b1="text"), "'b1' is no array of floats"),
     ],
 )
-def test_arrays_of_another_model_are_refused_by_key(arrays: Arrays, words: str) -> None:
-    model, specs = build_network("deepconvnet", (28, 28, 1), 10, (10,))
-    parameters = Parameters(specs, np.float64)
-    with pytest.raises(MismatchError, match=f"params.pkl: {words}.*--model"):
-        from_source(arrays, model, (28, 28, 1), parameters, Path("params.pkl"))
-    assert not parameters.vector.any()  # nothing half-filled
+def test_arrays_that_are_not_the_models_are_refused_by_key(tmp_path: Path, arrays: Arrays, words: str) -> None:
+    with pytest.raises((MismatchError, BadDataError), match=f"params.pkl.*{words}"):
+        taken(tmp_path, arrays)
+
+
+def test_what_no_layer_has_is_passed_over_by_name(tmp_path: Path) -> None:
+    more: Arrays = {
+        "epoch": 3,
+        "note": "trained on Monday",
+        "W9": np.ones((10, 10)),
+        "bad": np.full(9, np.nan),
+        "counts": np.arange(3),
+        "optimizer_state": {"m": {"W1": np.ones(2)}, "lr": 0.1, "steps": [1, 2]},
+    }
+    without, nothing = taken(tmp_path, changed())
+    with_them, names = taken(tmp_path, changed(**more))
+    assert nothing == [] and names == list(more)
+    np.testing.assert_array_equal(with_them.vector, without.vector)

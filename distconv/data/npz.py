@@ -136,7 +136,11 @@ def _read(path: Path) -> dict[str, NDArray[Any]]:
             for name in (*NEEDED, *VALIDATION, *SETTINGS):
                 if name in there:
                     with archive.open(there[name]) as file:
-                        _check_header(f"{path}: {name}", file, there[name].file_size)
+                        if check_header(f"{path}: {name}", file, there[name].file_size).hasobject:
+                            raise BadDataError(
+                                f"{path}: {name} holds Python objects, which are not loaded: make it an array of "
+                                "numbers"
+                            )
                     with archive.open(there[name]) as file:
                         arrays[name] = npy.read_array(file, allow_pickle=False)
     except DistconvError:
@@ -149,14 +153,13 @@ def _read(path: Path) -> dict[str, NDArray[Any]]:
     return arrays
 
 
-def _check_header(where: str, file: IO[bytes], size: int) -> None:
-    """Raise BadDataError for an array of objects, or of another size than the file holds."""
+def check_header(where: str, file: IO[bytes], size: int) -> np.dtype[Any]:
+    """The dtype of an array, which may be of objects. Raises BadDataError for one of another size than is there."""
     version = npy.read_magic(file)
     if version not in HEADERS:
         raise BadDataError(f"{where} is in version {version} of NumPy's format, but 1.0 or 2.0 was expected")
     shape, _, dtype = HEADERS[version](file)
-    if dtype.hasobject:
-        raise BadDataError(f"{where} holds Python objects, which are not loaded: make it an array of numbers")
     declared, held = math.prod(shape) * dtype.itemsize, size - file.tell()
-    if declared != held:
+    if declared != held and not dtype.hasobject:
         raise BadDataError(f"{where} declares the shape {shape}, {declared} bytes, but holds {held}: write it again")
+    return dtype

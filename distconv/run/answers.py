@@ -73,7 +73,7 @@ def judge(
     sums: dict[str, NDArray[np.float64]] = {}
     for saved in models:
         with world.together():
-            parameters = saved.load()
+            parameters = saved.load(dataset)
         for precision in precisions:
             given = scores(dataset, saved.model, cast(parameters, precision).values, Cpu(precision), world)
             probabilities = softmax(given)

@@ -40,7 +40,7 @@ FORMAT = "distconv-1"
 OURS = re.compile(r"step-\d{10,}\.safetensors")  # not a copy that a user made and named
 KEEP = 3  # newest checkpoints that stay
 # Else it would be another run.
-MUST_MATCH = ("model", "task", "batch_size", "optimizer", "seed", "limit_train", "validation", "ema")
+MUST_MATCH = ("model", "task", "batch_size", "optimizer", "seed", "limit_train", "validation", "ema", "init")
 CHANGES = (
     "lr",
     "schedule",
@@ -89,6 +89,7 @@ SINCE_LATER = {
     "validation": 0,
     "task": CLASSIFY,
     "ema": 0.0,
+    "init": "",
 }
 
 
@@ -275,7 +276,7 @@ def check_same_run(checkpoint: Checkpoint, config: Config, data_digest: str) -> 
     for name in MUST_MATCH:
         if (was := have.get(name, SINCE_LATER.get(name))) != want[name]:
             raise MismatchError(
-                f"{checkpoint.path} was made with {name} = {was}, not {want[name]}: "
+                f"{checkpoint.path} was made with {name} = {_shown(was)}, not {_shown(want[name])}: "
                 f"give the same, or start afresh in another --out"
             )
     if checkpoint.data["digest"] != data_digest:
@@ -289,6 +290,11 @@ def check_same_run(checkpoint: Checkpoint, config: Config, data_digest: str) -> 
         for name in may_differ
         if (was := have.get(name, getattr(Config, name))) != want[name]  # older files lack what was as it is by default
     ]
+
+
+def _shown(value: Any) -> str:
+    """A setting for people, who may not see an empty text."""
+    return "none" if value == "" else str(value)
 
 
 def _digests(text: str, tensors: TensorFile) -> tuple[str, str, bool]:

@@ -16,15 +16,15 @@ from distconv.comm.world import World
 from distconv.config import CLASSIFY
 from distconv.data.data import Data
 from distconv.data.dataset import Dataset
-from distconv.errors import MismatchError, MissingInputError, UsageError
+from distconv.errors import MismatchError, UsageError
 from distconv.kernels.compiled import CACHE
-from distconv.kernels.interface import Array
 from distconv.nn.layers import Layer
 from distconv.nn.networks import build_network
 from distconv.nn.optimizers import EMA
 from distconv.nn.parameters import Parameters, Shape, Specs
+from distconv.run.array_files import empty_folder, read_arrays, require_file
 from distconv.run.checkpoint import Checkpoint, load_checkpoint, newest_good
-from distconv.run.pickled import from_source, read_pickle
+from distconv.run.layout import FileArrays, check, fill, listed, places
 from distconv.run.same_code import agree_on_code
 from distconv.tasks.classify import Classification
 
@@ -65,13 +65,27 @@ def load_dataset(
 
 @dataclass(frozen=True)
 class SavedFile:
-    """A checkpoint, or the arrays of a pickle. network: the name of its model; slot: of its weights."""
+    """A checkpoint, or the arrays of a pickle or .npz. network: the name of its model; slot: of its weights."""
 
     path: Path
     network: str
     slot: str
     checkpoint: Checkpoint | None
-    arrays: dict[str, Array]
+    arrays: FileArrays
+
+    def check(self, model: Layer, parameters: Parameters, input_shape: Shape) -> list[str]:
+        """See layout.check; what a checkpoint holds is found out when it is read."""
+        return [] if self.checkpoint else check(self.arrays, places(model, parameters, input_shape), self.path)
+
+    def fill(self, parameters: Parameters, model: Layer, input_shape: Shape) -> None:
+        """Read the weights into a model's vector; what an array file lacks keeps its values.
+
+        Raises MismatchError where the file holds those of another model, or too large ones for the dtype; StorageError.
+        """
+        if self.checkpoint:
+            self.checkpoint.fill(parameters.by_slot({self.slot: parameters.vector}))
+        else:
+            fill(parameters, self.arrays, places(model, parameters, input_shape), self.path)
 
 
 @dataclass(frozen=True)
@@ -84,13 +98,19 @@ class SavedModel:
     specs: Specs
     image_shape: Shape
 
-    def load(self) -> Parameters:
-        """Its weights in float64. Raises MismatchError where the file holds those of another model, StorageError."""
+    def passed_over(self) -> list[str]:
+        """See SavedFile.check."""
+        return self.file.check(self.model, Parameters(self.specs), self.image_shape)
+
+    def load(self, dataset: Data) -> Parameters:
+        """Its weights in float64. Raises MismatchError where the file holds those of another model, StorageError.
+
+        dataset: what it judges, whose mean and deviation stand in for those of its training set, if the file has none.
+        """
         parameters = Parameters(self.specs, np.float64)
-        if self.file.checkpoint:
-            self.file.checkpoint.fill(parameters.by_slot({self.file.slot: parameters.vector}))
-        else:
-            from_source(self.file.arrays, self.model, self.image_shape, parameters, self.file.path)
+        if not self.file.checkpoint:
+            parameters.initialize(0, dataset)
+        self.file.fill(parameters, self.model, self.image_shape)
         return parameters
 
 
@@ -103,12 +123,15 @@ def open_models(
     checked but what SavedModel.load finds. Raises DistconvError on all ranks alike.
     """
     CACHE.say = say
-    paths = _files(arguments.files, world, say)
+    found: Sequence[Path] = []
     with world.together():
-        files = [_open(path, arguments.model, arguments.weights) for path in paths]
+        if world.rank == 0:  # which alone looks into folders, as a run may be writing its next checkpoint
+            found = [newest_of(path, say) for path in arguments.files]
+    found = world.comm.bcast(found)
+    with world.together():
+        files = [open_file(path, arguments.model, arguments.weights) for path in found]
     for given, file in zip(arguments.files, files, strict=True):
-        if file.slot == EMA:
-            say(f"{given}: the average of the weights (--weights raw takes those of the last step)")
+        tell_average(given, file, say)
     checkpoints = [file.checkpoint for file in files if file.checkpoint]
     if checkpoints and not arguments.data:  # must be what the models were trained on
         parts = {part: checkpoints[0].config.get(part, 0) for part in ("limit_train", "validation")}
@@ -127,38 +150,41 @@ def open_models(
             SavedModel(str(given), file, *build_network(file.network, *shapes), dataset.image_shape)
             for given, file in zip(arguments.files, files, strict=True)
         ]
+        passed_over = [model.passed_over() for model in models]
+    for model, names in zip(models, passed_over, strict=True):
+        tell_passed_over(model.name, names, say)
     agree_on_code(world, data_name, *dict.fromkeys(file.network for file in files))
     return models, dataset
 
 
-def _files(given: Sequence[Path], world: World, say: Callable[[str], None]) -> Sequence[Path]:
-    """Of a folder, the newest good checkpoint, as rank 0 sees it: the run may be writing the next one."""
-    found: list[Path] = []
-    with world.together():
-        if world.rank == 0:
-            # pathlib raises where a name is too long, or lies in a folder that may not be entered
-            found = [_newest(path, say) if os.path.isdir(path) else path for path in given]  # noqa: PTH112
-    paths: Sequence[Path] = world.comm.bcast(found)
-    return paths
+def tell_passed_over(path: str, names: Sequence[str], say: Callable[[str], None]) -> None:
+    """Say what of a file is not taken."""
+    if names:
+        say(f"{path}: passed over {listed(names)}, for which the model has no place")
 
 
-def _newest(folder: Path, say: Callable[[str], None]) -> Path:
-    """The newest good checkpoint of a run. Raises MissingInputError, BadDataError."""
-    checkpoint, passed_over = newest_good(folder / "checkpoints")
+def newest_of(path: Path, say: Callable[[str], None]) -> Path:
+    """Of a run's folder the newest good checkpoint; any other path as it is. Raises MissingInputError, BadDataError."""
+    if not os.path.isdir(path):  # noqa: PTH112 (pathlib raises where a name is too long, or a folder may not be entered)
+        return path
+    checkpoint, passed_over = newest_good(path / "checkpoints")
     if checkpoint is None:
-        raise MissingInputError(
-            f"{folder} holds no checkpoints/step-*{CHECKPOINT_ENDING}: the folder of a run was expected"
-        )
+        raise empty_folder(path)
     for why in passed_over:
         say(why)
-    say(f"{folder}: step {checkpoint.position['step']:,}, {checkpoint.path.name}")
+    say(f"{path}: step {checkpoint.position['step']:,}, {checkpoint.path.name}")
     return checkpoint.path
 
 
-def _open(path: Path, network: str | None, weights: str | None) -> SavedFile:
-    """Read a file. Raises UsageError where an average is asked for that it does not hold, and what reading raises."""
+def open_file(path: Path, network: str | None, weights: str | None = None) -> SavedFile:
+    """Read the file of a saved model.
+
+    network: the name of the model, where the file does not tell it. weights: raw, averaged, or None for the average if
+    there is one. Raises UsageError where there is no average, and what reading raises.
+    """
+    require_file(path)
     checkpoint = load_checkpoint(path) if path.suffix == CHECKPOINT_ENDING else None
-    arrays = {} if checkpoint else read_pickle(path)
+    arrays = {} if checkpoint else read_arrays(path)
     has_average = bool(checkpoint and checkpoint.config.get("ema"))
     if weights == "averaged" and not has_average:
         raise UsageError(
@@ -167,6 +193,12 @@ def _open(path: Path, network: str | None, weights: str | None) -> SavedFile:
         )
     name = network or (checkpoint.config["model"] if checkpoint else "deepconvnet")
     return SavedFile(path, name, EMA if has_average and weights != "raw" else "value", checkpoint, arrays)
+
+
+def tell_average(given: Path, file: SavedFile, say: Callable[[str], None]) -> None:
+    """Say where weights are averages, as they are by default."""
+    if file.slot == EMA:
+        say(f"{given}: the average of the weights (--weights raw takes those of the last step)")
 
 
 def _classifies(file: SavedFile) -> bool:

@@ -6,6 +6,7 @@ written down, told to people, and saved.
 
 from __future__ import annotations
 
+import os
 import platform
 import socket
 from collections.abc import Iterator
@@ -24,8 +25,9 @@ from distconv.run import checkpoint as files
 from distconv.run.build import build_run
 from distconv.run.checkpoint import Checkpoint
 from distconv.run.ending import conclude, finish, show_report
+from distconv.run.first_weights import take_first_weights
 from distconv.run.folder import EVENTS, check_folder, held_folder, make_ready
-from distconv.run.loading import load_dataset
+from distconv.run.loading import CHECKPOINT_ENDING, load_dataset
 from distconv.run.log import RunLog
 from distconv.run.loop import EpochRecord, Record, StepRecord, StopRecord, logged
 from distconv.run.loop import train as records
@@ -136,6 +138,7 @@ def follow(records: Iterator[Record], run: Run, saver: Saver, out: Path, log: Ru
 
 def check_settings(settings: Config, world: World) -> None:
     """What can be known only with the ranks and the machine at hand. Raises UsageError."""
+    check_resume(settings.resume)
     if settings.step_size < world.size:
         raise errors.UsageError(
             f"--batch-size {settings.batch_size} with {world.size} ranks: every rank needs at least one image of the "
@@ -153,8 +156,22 @@ def check_settings(settings: Config, world: World) -> None:
         )
 
 
+def check_resume(given: str) -> None:
+    """Raise UsageError where --resume names what no run can go on from, though it may have weights to start with."""
+    if given in config.RESUME or given.endswith(CHECKPOINT_ENDING) or not os.path.exists(given):  # noqa: PTH110
+        return  # what does not exist is found out when it is read; pathlib raises for names that cannot be
+    instead = f"go on with that run by --out {given}" if os.path.isdir(given) else "it has weights alone"  # noqa: PTH112
+    raise errors.UsageError(
+        f"--resume {given} is no checkpoint ({CHECKPOINT_ENDING}) to go on from: {instead}, or start a new run from "
+        f"its weights by --init {given}"
+    )
+
+
 def resume(run: Run, out: Path, log: RunLog) -> Checkpoint | None:
-    """Bring all ranks to the checkpoint that --resume asks for, read by rank 0. Returns it, on rank 0."""
+    """Bring all ranks to the checkpoint that --resume asks for, read by rank 0, or a new run to the weights of --init.
+
+    Returns the checkpoint, on rank 0.
+    """
 
     found, position = None, None
     with run.world.together():
@@ -175,6 +192,8 @@ def resume(run: Run, out: Path, log: RunLog) -> Checkpoint | None:
         for vector in run.vectors().values():
             run.world.comm.Bcast(vector)
         run.restore(position, run.vectors())
+    else:
+        take_first_weights(run, log.say)
     return found
 
 

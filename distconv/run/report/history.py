@@ -28,7 +28,8 @@ from distconv.settings import read_toml
 
 Numbers = NDArray[np.float64]
 Record = Mapping[str, Any]
-NOT_OF_THE_MODEL = ("out", "resume")  # settings that say where a run lies and how it goes on
+# Settings that say where a run lies, how it goes on, and what is told of it.
+NOT_OF_THE_MODEL = ("out", "resume", "trace", "trace_steps", "tensorboard")
 
 
 @dataclass(frozen=True)

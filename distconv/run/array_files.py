@@ -1,0 +1,144 @@
+"""Arrays by name from a file that is no checkpoint: the source's pickle, or an .npz of NumPy.
+
+What a file is, its first bytes say, whatever its name is. Of other programs' files, and of paths that lead nowhere, a
+sentence says what they are and what to do.
+"""
+
+from __future__ import annotations
+
+import difflib
+import errno
+import zipfile
+from pathlib import Path
+
+from numpy.lib import format as npy
+
+from distconv.data.npz import NEEDED, check_header
+from distconv.errors import BadDataError, DistconvError, MissingInputError, StorageError
+from distconv.kernels.interface import Array
+from distconv.run.layout import FileArrays, listed
+from distconv.run.pickled import read_pickle
+
+LARGEST = 1 << 30  # bytes of a file, and of what it unpacks to
+EXPECTED = "a run's folder, a checkpoint (.safetensors), or a pickle or .npz of arrays W1, b1, ... was expected"
+AS_NPZ = "save its arrays by numpy.savez('params.npz', W1=..., b1=...), laid out as docs/source-files.md has them"
+ZIP = (b"PK\x03\x04", b"PK\x05\x06")
+OTHERS = {  # what a file is, by its first bytes
+    b"\x89PNG": "a PNG picture",
+    b"\xff\xd8\xff": "a JPEG picture",
+    b"\x89HDF\r\n\x1a\n": "an HDF5 file, as Keras writes it (.h5)",
+    b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.": "a checkpoint of PyTorch, in its older form",
+    b"\x93NUMPY": "a single array of NumPy (.npy)",
+    b"\x1f\x8b": "a gzip file",
+}
+BY_ENDING = {".onnx": "an ONNX model", ".tflite": "a TensorFlow Lite model", ".pb": "a TensorFlow graph"}  # no magic
+
+
+def read_arrays(path: Path) -> FileArrays:
+    """What a file holds, by name; None for what is no array of floats. Nothing that a file names is run.
+
+    Raises StorageError, and BadDataError for what is neither a pickle nor an .npz.
+    """
+    try:
+        if path.stat().st_size > LARGEST:
+            raise BadDataError(f"{path} has {path.stat().st_size:,} bytes; at most {LARGEST:,} are read")
+        with path.open("rb") as file:
+            head = file.read(32)
+        if head.startswith(ZIP):
+            return _read_zip(path)
+        for magic, what in OTHERS.items():
+            if head.startswith(magic):
+                raise not_ours(path, what)
+        if path.suffix in BY_ENDING:
+            raise not_ours(path, BY_ENDING[path.suffix])
+        return read_pickle(path)
+    except OSError as error:
+        raise StorageError(f"{path} cannot be read: {error}") from None
+
+
+def not_ours(path: Path, what: str) -> BadDataError:
+    """What to say of a file that another program has written."""
+    advice = f": {AS_NPZ}" if any(word in what for word in ("PyTorch", "Keras", "ONNX", "TensorFlow", ".npy")) else ""
+    return BadDataError(f"{path} is {what}, but {EXPECTED}{advice}")
+
+
+def require_file(path: Path) -> None:
+    """Raise MissingInputError for a path that is no file, with the names nearby that may have been meant."""
+    try:
+        if path.is_file():
+            return
+        there = path.exists()
+    except (OSError, ValueError):  # in a folder that may not be entered, or no name that a file can have
+        there = False
+    raise MissingInputError(f"{path} {'is not a file' if there else 'does not exist'}: {EXPECTED}{_meant(path)}")
+
+
+def empty_folder(folder: Path) -> MissingInputError:
+    """What to say of a folder that is not a run's, or has no checkpoint yet: whether one nearby may have been meant."""
+    advice = ""
+    if (folder / "metrics.jsonl").exists() or (folder / ".distconv-lock").exists():
+        advice = "; its run has saved none yet"
+    elif folder.name == "checkpoints":
+        advice = f" (did you mean {folder.parent}?)"
+    else:
+        models = sorted(path.name for path in folder.iterdir() if _may_be_a_model(path))
+        advice = f"; it holds {listed(models)}: give one of them" if models else ""
+    return MissingInputError(
+        f"{folder} holds no checkpoints/step-*.safetensors: the folder of a run was expected{advice}"
+    )
+
+
+def _may_be_a_model(path: Path) -> bool:
+    return (path / "checkpoints").is_dir() or path.suffix in (".safetensors", ".npz", ".pkl", ".pickle")
+
+
+def _meant(path: Path) -> str:
+    """Names in the same folder that are much like this one, as a question; or the folder that is not there."""
+    try:
+        if not path.parent.is_dir():
+            return f"; there is no folder {path.parent}"
+        close = difflib.get_close_matches(path.name, [other.name for other in path.parent.iterdir()], n=2, cutoff=0.7)
+    except (OSError, ValueError):
+        return ""
+    return f" (did you mean {' or '.join(str(path.with_name(name)) for name in close)}?)" if close else ""
+
+
+def _read_zip(path: Path) -> FileArrays:
+    """The arrays of an .npz file. Raises BadDataError, OSError."""
+    name = "archive"  # which is read at the moment
+    arrays: dict[str, Array | None] = {}
+    try:
+        with zipfile.ZipFile(path) as archive:
+            parts = archive.infolist()
+            names = [part.filename for part in parts]
+            if what := _kind_of_zip(names):
+                raise not_ours(path, what)
+            if sum(part.file_size for part in parts) > LARGEST:
+                raise BadDataError(f"{path} unpacks to more than {LARGEST:,} bytes, and no more are read")
+            for part in parts:
+                name = part.filename.removesuffix(".npy")
+                with archive.open(part) as file:
+                    dtype = check_header(f"{path}: {name[:40]!r}", file, part.file_size)
+                arrays[name] = None
+                if dtype.kind == "f" and dtype.itemsize <= 8:
+                    with archive.open(part) as file:
+                        arrays[name] = npy.read_array(file, allow_pickle=False)
+    except DistconvError:
+        raise
+    except Exception as error:  # a broken zip file can raise nearly anything
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:  # no file makes these, but a place outside of it
+            raise
+        what = f"{name[:40]}: {' '.join(str(error).split())[:200] or type(error).__name__}"
+        raise BadDataError(f"{path} is not a whole .npz file ({what}): write it by np.savez") from None
+    return arrays
+
+
+def _kind_of_zip(names: list[str]) -> str:
+    """What a zip archive is that is no .npz of parameters; nothing of one that may be."""
+    if set(NEEDED) <= {name.removesuffix(".npy") for name in names}:
+        return "a data set, which --data takes"
+    if any(name.endswith(("/data.pkl", "constants.pkl")) for name in names):
+        return "a checkpoint of PyTorch"
+    if {"config.json", "model.weights.h5"} & set(names):
+        return "a Keras model (.keras)"
+    return "" if names and all(name.endswith(".npy") for name in names) else "a zip archive of other files than arrays"
