@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -18,7 +17,7 @@ from distconv.benchmarks.flags import (
     step_flags,
 )
 from distconv.comm.start import run_command, start
-from distconv.comm.world import BLAS_THREADS, blas_threads
+from distconv.comm.world import blas_threads
 from distconv.command_line import Parser
 from distconv.config import Config
 from distconv.errors import UsageError
@@ -49,7 +48,6 @@ def step(argv: Sequence[str]) -> int:
     """Measures the ranks that it is started in."""
     flags = step_flags(argv)
     Config(model=flags.model)  # raises for a name that cannot be before anything is started
-    one_blas_thread()
 
     with start() as world, contextlib.ExitStack() as rivals:
         from distconv.benchmarks import step as benchmark
@@ -163,7 +161,6 @@ def scaling(argv: Sequence[str]) -> int:
     end_on_sigterm()
     settings(1)  # raises for a value that cannot be before anything is started
     check_png(flags.png)
-    one_blas_thread()
     from distconv.benchmarks.scaling import climb, table
     from distconv.run.log import RunLog
 
@@ -228,12 +225,6 @@ def predict(argv: Sequence[str]) -> int:
     if not rows or rows[-1].ranks < flags.numbers[-1]:
         print(f"more ranks than images: {flags.batch_size} images do not give every rank one; see --weak")
     return 0
-
-
-def one_blas_thread() -> None:
-    """For this process, before NumPy is loaded, unless the user asks for more: one alone would take all cores."""
-    if not any(os.environ.get(name) for name in BLAS_THREADS):
-        os.environ["OMP_NUM_THREADS"] = "1"
 
 
 # A benchmark more is a function more.

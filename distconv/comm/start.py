@@ -88,13 +88,14 @@ def _run(command: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
 
 
 def start(failure: DistconvError | None = None, limit: float = LIMIT, absent: Callable[[], str] | None = None) -> World:
-    """Start MPI, one BLAS thread a rank where ranks share a host, and return the ranks of this job.
+    """Start MPI, one BLAS thread a rank, and return the ranks of this job.
 
     failure: what this rank met before; all ranks raise it. limit, absent: see roll_call. Raises DistconvError where the
     launcher belongs to another library, and in a process alone where MPI cannot be had; a rank among others that cannot
     have it ends by a signal.
     """
     told, failure = launched(), failure or compiler_is_off()
+    one_blas_thread()
     if reading_is_refused() or in_a_user_namespace():
         switch_off_cma()
     try:
@@ -117,18 +118,29 @@ def start(failure: DistconvError | None = None, limit: float = LIMIT, absent: Ca
         forget_names()  # World is collective: no rank is still within MPI_Init
         check_size(world, told, vendor)
         share_failure(world, failure)
-        if world.local_size > 1 and not any(os.environ.get(name) for name in BLAS_THREADS):
-            with contextlib.suppress(Exception):  # a broken NumPy is told where it is used
-                import numpy  # noqa: F401 (a limit reaches only libraries that are loaded)
-                import threadpoolctl
-
-                threadpoolctl.threadpool_limits(1)
         keep_freed_memory()
         if cores_are_short(world.local):
             take_long_turns()
         signal.alarm(0)
         failing.pop_all()
     return world
+
+
+def one_blas_thread() -> None:
+    """Have this process multiply matrices in one thread, unless the user has said how many.
+
+    Numba's kernels, which do most of the work, have one anyway. Threads of BLAS wait for one another where a core is
+    busy with something else, or beyond a container's share of it, and BLAS looks at neither: a step takes many times
+    as long then.
+    """
+    if any(os.environ.get(name) for name in BLAS_THREADS):
+        return
+    os.environ["OMP_NUM_THREADS"] = "1"  # for NumPy when it is loaded, which then starts no threads at all
+    if "numpy" in sys.modules:
+        with contextlib.suppress(Exception):  # a broken NumPy is told where it is used
+            import threadpoolctl
+
+            threadpoolctl.threadpool_limits(1)
 
 
 def compiler_is_off() -> UsageError | None:
