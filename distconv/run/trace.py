@@ -23,7 +23,7 @@ from distconv.comm.on_gpu import CudaMpi, OnGpu
 from distconv.comm.shared_memory import SharedSpace
 from distconv.comm.transport import Messages, SharedMemory
 from distconv.comm.wire import Wire
-from distconv.run import agreement
+from distconv.run import agreement, ending
 from distconv.run.log import RunLog
 from distconv.run.loop import EpochRecord, Record, StepRecord
 from distconv.run.run import Run
@@ -66,6 +66,7 @@ class Trace:
         self.rare = Spans(MOST)
         self.rare.intercept(agreement, "agree", "agree")
         self.rare.intercept(run, "measure", "evaluate")
+        self.rare.intercept(ending, "answer", "evaluate")
         if run.world.rank == 0:
             self.rare.intercept(saver, "save", "save")
 
