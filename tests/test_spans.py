@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 
 import numpy as np
@@ -64,6 +65,19 @@ def test_a_model_that_is_traced_computes_what_it_computes() -> None:
     ]
     layers += ["branches1", "branches1.branch1", "branches1.branch2", "affine1", "dropout1", "model"]
     assert set(spans.seconds()) == {(name, way) for name in layers for way in ("forward", "backward")} | {("loss", "")}
+
+
+def test_a_task_that_goes_through_the_model_twice_has_spans_that_nest() -> None:
+    ticks = iter(range(100))
+    spans = Spans(now=lambda: next(ticks))
+    model = traced(Dropout(), spans)
+    context = Context(training=True, samples=np.arange(2))
+    x = np.ones((2, 3), np.float32)
+    passes = [model.forward(x, {}, context)[1] for _ in range(2)]
+    for backward in passes:
+        backward(x, {}, True)
+    times = [(begin, end) for _, _, begin, end, _ in spans.noted]
+    assert len(times) >= 4 and all(a[1] < b[0] for a, b in itertools.pairwise(times))
 
 
 def test_another_thread_has_a_timeline_of_its_own_and_times_add_up() -> None:
