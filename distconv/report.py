@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import time
 from collections.abc import Sequence
@@ -43,21 +42,37 @@ def main(argv: Sequence[str]) -> int:
 
     folders = [member for folder in arguments.folders for member in members(folder)]
     path = arguments.html or (folders[0] if len(folders) == 1 else Path()) / PAGE
-    for file in (path, arguments.csv):
-        if file and not os.path.isdir(file.parent):  # noqa: PTH112 (pathlib raises where a name is too long)
-            raise UsageError(f"{file} lies in no folder that there is: make {file.parent}, or name another file")
-    histories = write_report(folders, path)
-    print(f"written to {path}", flush=True)
-    if arguments.csv:
-        write_csv(arguments.csv, histories)
-        print(f"written to {arguments.csv}", flush=True)
+    check_name("--html", arguments.html, ".html")
+    check_name("--csv", arguments.csv, ".csv")
+
+    def write() -> bool:
+        """Whether a run goes on."""
+        histories = write_report(folders, path)
+        if arguments.csv:
+            write_csv(arguments.csv, histories)
+        return any(history.status == "running" for history in histories)
+
+    running = write()
+    print("written to " + " and ".join(str(file) for file in (path, arguments.csv) if file), flush=True)
     if arguments.watch:
-        with contextlib.suppress(KeyboardInterrupt):
-            while any(history.status == "running" for history in histories):
+        try:
+            while running:
                 time.sleep(SECONDS_BETWEEN_PAGES)
-                histories = write_report(folders, path)
-        print(f"the page is at its end: {', '.join(history.status for history in histories)}")
+                running = write()
+            print("the end: nothing is running any more")
+        except KeyboardInterrupt:
+            print("no longer watching")
     return 0
+
+
+def check_name(name: str, path: Path | None, ending: str) -> None:
+    """Raise UsageError for a file that cannot be, or may be one of the run's own."""
+    if path is None:
+        return
+    if path.suffix != ending:
+        raise UsageError(f"{name} {path}: the name of a file that ends in {ending} was expected")
+    if not os.path.isdir(path.parent):  # noqa: PTH112 (pathlib raises where a name is too long)
+        raise UsageError(f"{name} {path}: there is no folder {path.parent}; make it, or name another file")
 
 
 def members(folder: Path) -> list[Path]:

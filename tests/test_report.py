@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from distconv.errors import BadDataError, MissingInputError
+from distconv.errors import BadDataError, MissingInputError, UsageError
 from distconv.report import main, members
 from distconv.run.answers import Answers
 from distconv.run.log import read_metrics
@@ -155,9 +155,17 @@ def test_a_user_s_file_of_that_name_is_not_written_over(tmp_path: Path) -> None:
 def test_starts_and_goodput_are_those_of_the_records(tmp_path: Path) -> None:
     records = [start(100), step(1, 105), step(2, 110), start(150, resumed_step=2, ranks=3), step(3, 160), step(4, 190)]
     history = read_history(write(tmp_path, *records))
-    assert [(s.seconds, s.steps, s.last_step) for s in history.sessions] == [(10, 2, 2), (40, 2, 4)]
-    assert history.elapsed == 90 and math.isclose(history.goodput, 50 / 90)  # 40 s were lost between them
-    assert history.status == "cut off" and history.ranks == 3
+    assert [(s.seconds, s.lost, s.last_step, s.end) for s in history.sessions] == [
+        (10, 0, 2, "ended by an accident"),
+        (40, 40, 4, "cut off"),
+    ]
+    assert history.seconds == 50 and math.isclose(history.goodput, 50 / 90)
+    assert history.ranks == 3
+    records.insert(3, {"event": "stop", "time": 110, "step": 2})  # a pause that somebody wanted is no loss
+    history = read_history(write(tmp_path, *records))
+    assert history.goodput == 1 and [s.end for s in history.sessions] == ["stopped", "cut off"]
+    backwards = [start(100), step(1, 110), start(50, resumed_step=1), step(2, 60)]  # a clock that was set back
+    assert read_history(write(tmp_path, *backwards)).goodput == 1
 
 
 @pytest.mark.parametrize("status", ["finished", "stopped", "failed", "running", "cut off"])
@@ -185,11 +193,14 @@ def test_the_status_is_told_by_the_folder(tmp_path: Path, status: str) -> None:
         ("was best after epoch 1 (95.00%)", [epoch(n, 0.95 - 0.01 * n, 0.95) for n in range(6)]),
         ("knows the training images better", [epoch(n, 0.90, 0.99) for n in range(1, 5)]),
         ("still rising", [epoch(1, 0.5, 0.5), epoch(2, 0.7, 0.7), epoch(3, 0.8, 0.8)]),
-        ("settled at 99.00%", [epoch(n, 0.99, 0.99) for n in range(1, 5)]),
+        ("came to 80.00% at a constant", [epoch(1, 0.5, 0.5), epoch(2, 0.85, 0.85), epoch(3, 0.8, 0.8)]),
+        ("came to 99.00% at a constant", [epoch(n, 0.99, 0.99) for n in range(1, 5)]),
+        ("2 epochs settled nothing", [epoch(1, 0.5, 0.5), epoch(2, 0.7, 0.7)]),
+        ("came to 95.00%", [epoch(n, 0.5, 0.5, ema_test_accuracy=0.95) for n in range(1, 5)]),
     ],
 )
 def test_what_to_try_follows_from_losses_and_scores(tmp_path: Path, word: str, records: list[dict[str, Any]]) -> None:
-    end = [] if "ended" in word else [{"event": "final", "time": 9.0, "step": 20}]
+    end = [] if "ended" in word else [step(20), {"event": "final", "time": 9.0, "step": 20}]
     said = on_learning(read_history(write(tmp_path, start(), step(1), *records, *end)))
     assert word in said and said.endswith(".")
 
@@ -197,10 +208,11 @@ def test_what_to_try_follows_from_losses_and_scores(tmp_path: Path, word: str, r
 @pytest.mark.parametrize(
     ("word", "of_start", "seconds", "of_epoch"),
     [
-        ("Rank 1 on two takes 50% longer", {}, (0.08, 0.01, 0.01), {"busy_seconds": [0.1, 0.15, 0.1]}),
+        ("Rank 1 on two is busy 50% longer", {}, (0.08, 0.01, 0.01), {"busy_seconds": [0.1, 0.15]}),
         ("40% of a step of rank 0 is waiting", {}, (0.05, 0.01, 0.04), {}),
         ("30% of a step is exchange: --wire int8", {"hosts": 2}, (0.07, 0.03, 0.0), {}),
         ("30% of a step is exchange: a larger --batch-size", {}, (0.07, 0.03, 0.0), {}),
+        ("40% of a step is exchange, 400 ms, though", {}, (0.6, 0.4, 0.0), {}),
         ("batches of 200 would need 45% fewer steps", {}, (0.08, 0.01, 0.01), {"noise_scale": 1000.0}),
         ("80% of a step is computing", {}, (0.08, 0.01, 0.01), {}),
     ],
@@ -216,7 +228,9 @@ def test_what_to_try_follows_from_the_time(
 
 def test_a_run_that_tells_little_is_advised_nothing_wrong(tmp_path: Path) -> None:
     history = read_history(write(tmp_path, start()))
-    assert advise(history) == ["It ended after step 0 of 20: the same command with the same --out goes on from there."]
+    assert advise(history) == [
+        "It ended after step 0 of 20: the same command with the same --out goes on from its last checkpoint."
+    ]
     page([history])
 
 
@@ -286,7 +300,7 @@ def test_several_runs_tell_what_differs_and_nothing_else(tmp_path: Path) -> None
     rows = [
         [text_of(cell).strip() for cell in re.findall(r"<t[hd]>.*?</t[hd]>", row)] for row in table.split("<tr>")[1:]
     ]
-    assert rows == [["", "a", "b"], ["lr", "0.1", "0.2"], ["ranks", "2", "4"]]
+    assert rows == [["run", "lr", "ranks"], ["a", "0.1", "2"], ["b", "0.2", "4"]]
     assert "10.00%" in found and "20.00%" in found and "http" not in found
 
 
@@ -301,14 +315,7 @@ def test_the_table_has_what_metrics_jsonl_has(
     trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main([str(trained), "--html", str(tmp_path / "page.html"), "--csv", str(tmp_path / "table.csv")]) == 0
-    assert capsys.readouterr().out.split() == [
-        "written",
-        "to",
-        str(tmp_path / "page.html"),
-        "written",
-        "to",
-        str(tmp_path / "table.csv"),
-    ]
+    assert capsys.readouterr().out == f"written to {tmp_path / 'page.html'} and {tmp_path / 'table.csv'}\n"
     records = [r for r in read_metrics(trained / "metrics.jsonl") if r["event"] != "start"]
     with (tmp_path / "table.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
@@ -329,7 +336,7 @@ def test_watching_ends_with_the_run(tmp_path: Path) -> None:
         assert "running" in (folder / "report.html").read_text()
         write(folder, start(), step(1), {"event": "final", "time": 9.0, "step": 1})
     result = job.finish(30)
-    assert result.returncode == 0 and "at its end: finished" in result.stdout
+    assert result.returncode == 0 and "nothing is running any more" in result.stdout
     assert "finished" in (folder / "report.html").read_text()
 
 
@@ -342,6 +349,23 @@ def test_what_is_no_run_is_told_in_a_sentence(tmp_path: Path) -> None:
         main([str(write(tmp_path / "odd", start(steps="many"), step(1)))])
     result = jobs.run(0, "-m", "distconv.report", tmp_path / "odd", "--html", tmp_path / "nowhere" / "a.html")
     assert result.returncode == 2 and result.stderr.count("\n") == 1 and "make" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("flag", "name"), [("--html", "."), ("--html", ""), ("--csv", "metrics.jsonl"), ("--html", "config.toml")]
+)
+def test_no_file_of_a_run_is_written_over(trained: Path, flag: str, name: str) -> None:
+    before = (trained / "metrics.jsonl").read_bytes(), (trained / "config.toml").read_bytes()
+    with pytest.raises(UsageError, match="that ends in"):
+        main([str(trained), flag, str(trained / name) if name not in ("", ".") else name])
+    assert before == ((trained / "metrics.jsonl").read_bytes(), (trained / "config.toml").read_bytes())
+
+
+def test_a_run_whose_loss_grows_without_bounds_has_a_page_that_says_so(tmp_path: Path) -> None:
+    result = jobs.run(2, "-m", "distconv.train", *QUICK, "--lr", "1e6", "--optimizer", "sgd", "--out", tmp_path / "run")
+    assert result.returncode == 1
+    found = text_of((tmp_path / "run" / "report.html").read_text())
+    assert "failed" in found and "use a smaller --lr" in found
 
 
 def test_confusions_of_many_classes_are_the_most_frequent_ones() -> None:

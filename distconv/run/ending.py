@@ -53,6 +53,9 @@ def finish(run: Run, out: Path, log: RunLog) -> int:
     }
     if averaged is not None:
         final[f"{EMA}_test_{metric}"] = averaged / total if total else float("nan")
+    with run.world.together():
+        if run.world.rank == 0 and answers:
+            save_samples(out / ANSWERS, run, answers)  # before the record of the end, after which a report has all
     final["peak_memory_bytes"] = KIBIBYTE * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     log.write("final", **final, parameters_sha256=run.parameters.digest())
     log.close()
@@ -65,8 +68,6 @@ def finish(run: Run, out: Path, log: RunLog) -> int:
                 log.say(describe_steps(steps, run.world.size))
                 if line := describe_noise(metrics, run.config.step_size, run.world.size):
                     log.say(line)
-            if answers:
-                save_samples(out / ANSWERS, run, answers)
             write_text(out / "DONE", f"{run.step}\n")
     show_report(run, out, log)
     return conclude(final, run.config, out, log)
@@ -103,13 +104,13 @@ def draw(metrics: Sequence[Mapping[str, Any]], run: Run, out: Path, log: RunLog)
         log.say(f"the curves could not be drawn ({textwrap.shorten(str(error), 200)})")
 
 
-def show_report(run: Run, out: Path, log: RunLog) -> None:
-    """Write the page about the run; what cannot be shown is told, and does not fail the run."""
+def show_report(run: Run, out: Path, log: RunLog, failure: str = "") -> None:
+    """Write the page about the run; what cannot be shown is told, and does not fail the run. failure: what ended it."""
     if run.world.rank == 0:
         try:
             from distconv.run.report.page import PAGE, write_report
 
-            write_report([out], out / PAGE)
+            write_report([out], out / PAGE, failure)
         except Exception as error:  # a page is worth less than the run that it tells of
             log.say(f"report.html could not be written ({textwrap.shorten(str(error), 200)})")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
 import statistics
 import sys
 import time
@@ -129,7 +130,7 @@ class RunLog:
 
 def write_text(path: Path, text: str) -> None:
     """Write a file, whole or not at all. Raises StorageError."""
-    temporary = path.with_name(f".{path.name}.tmp")  # not the name of a file that a user would have
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # nobody else's: two may write the same file
     try:
         temporary.unlink(missing_ok=True)  # it may be a link to a file of somebody's
         temporary.write_text(text, encoding="utf-8")

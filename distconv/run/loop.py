@@ -161,7 +161,8 @@ def _step(
     run.exchanged = time.perf_counter()
     wait = max(float(headers["busy_seconds"].max() - header["busy_seconds"]), replica.exchange.waited - waited)
     _check_headers(run, headers, global_batch)
-    run.note_busy(headers["busy_seconds"])
+    if batch:  # before the first step of an epoch, the last one was evaluated
+        run.note_busy(headers["busy_seconds"])
 
     run.step += 1
     run.corrupted = replica.checksum() != run.checksum

@@ -96,6 +96,7 @@ def train_in(out: Path, run: Run, data_name: str, log: RunLog, stop: StopRequest
     except errors.DivergedError as failure:
         saver.set_aside(failure.bad_from)
         log.close()  # the last steps are what people will look for
+        show_report(run, out, log, str(failure))
         raise
     code = finish(run, out, log) if code == 0 else code
     if trace:

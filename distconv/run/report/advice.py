@@ -6,17 +6,20 @@ The first of the rules that applies speaks. Each says what was seen, and then wh
 from __future__ import annotations
 
 import math
-import os
 from typing import Any
 
 import numpy as np
 
 from distconv.run.noise import over_a_run, relative_steps
 from distconv.run.report.history import History, Numbers
+from distconv.run.report.numbers import duration
 
 GAP = 0.01  # of accuracy, between training and test images, that is worth a word
-SLOWER = 1.15  # times as long as the median rank: slow, not noisy
+SLOWER = 1.2  # times as long as the median of the others: slow, not noisy
 MUCH = 0.2  # of a step
+CROWDED = 3  # times as long as the exchange by itself
+WORTH_IT = 0.25  # of the steps
+FEW_EPOCHS = 3
 FEW_STEPS = 20  # the first ones are slow, and fewer tell nothing of time
 
 
@@ -27,24 +30,44 @@ def advise(history: History) -> list[str]:
 
 def on_learning(history: History) -> str:
     """From losses and scores."""
-    skipped = int(np.nansum(history.steps("skipped")))
+    skipped, planned = int(np.nansum(history.steps("skipped"))), history.start.get("steps") or 0
     if skipped:
         return (
             f"{_count(skipped, 'step')} had a gradient that was not finite: try a smaller --lr than "
             f"{history.settings.get('lr', 0.001):g}, or --clip-norm 1."
         )
-    if history.status in ("stopped", "cut off", "failed"):
-        done, planned = history.last_step, history.start.get("steps") or 0
-        return f"It ended after step {done:,} of {planned:,}: the same command with the same --out goes on from there."
-    test, train = (history.per_epoch(f"{part}_{history.metric}") for part in ("test", "train"))
-    if history.metric != "accuracy" or not len(test) or not np.isfinite([test[-1], train[-1]]).all():
+    if history.status == "running":
+        speed = history.median("images_per_second")
+        left = (planned - history.last_step) * history.batch_size / speed if speed > 0 else math.nan
+        rest = "" if math.isnan(left) else f", and about {duration(left)} of training are left"
+        return f"It is running: {history.last_step:,} of {planned:,} steps are done{rest}."
+    if history.status != "finished":
+        return (
+            f"It ended after step {history.last_step:,} of {planned:,}: the same command with the same --out goes on "
+            "from its last checkpoint."
+        )
+    test, train = history.per_epoch(f"{history.judged}_{history.metric}"), history.per_epoch(f"train_{history.metric}")
+    if history.metric != "accuracy" or not len(test) or not np.isfinite([*test, *train]).all():
         return ""
-    best, gap, wrong = int(np.nanargmax(test)), float(train[-1] - test[-1]), 1 - float(test[-1])
-    if len(test) - best > 3 and test[best] - test[-1] > GAP / 2:
+    best, epochs = int(np.argmax(test)), len(test)
+    if history.last_step < planned and history.settings.get("patience"):
+        return (
+            f"It stopped early, by --patience, after {_count(epochs, 'epoch')}: best.safetensors has the best of "
+            "them by the validation set, which evaluate takes, too."
+        )
+    if epochs < FEW_EPOCHS:
+        return f"{_count(epochs, 'epoch').capitalize()} settled nothing: give more --epochs, 10 say."
+    if epochs - best > FEW_EPOCHS and test[best] - test[-1] > GAP / 2:
         return (
             f"The test accuracy was best after epoch {best + 1} ({test[best]:.2%}) and fell to {test[-1]:.2%}: hold "
             "images out by --validation and stop in time by --patience 3, or let the rate fall by --schedule one-cycle."
         )
+    return _on_the_end(history, test, train)
+
+
+def _on_the_end(history: History, test: Numbers, train: Numbers) -> str:
+    """Of a finished run: whether it learned by heart, was still learning, or has settled."""
+    gap, wrong = float(train[-1] - test[-1]), 1 - float(test[-1])
     if gap > GAP and gap > wrong / 3:
         means = ["--augment"] * (not history.settings.get("augment"))
         means += ["--weight-decay 0.01"] * (not history.settings.get("weight_decay"))
@@ -53,18 +76,17 @@ def on_learning(history: History) -> str:
             f"It knows the training images better than the test images ({train[-1]:.2%} to {test[-1]:.2%}): {how} "
             "would work against that."
         )
-    rising = len(test) < 3 or test[-1] - test[-3] > 0.1 * (1 - test[-3])
-    if rising and wrong > 0.002:
+    if test[-1] > test[-2] and test[-1] - test[-3] > 0.1 * (1 - test[-3]):
         return (
             f"The test accuracy was still rising at the end ({test[-1]:.2%} after {_count(len(test), 'epoch')}): give "
-            f"more --epochs, {max(2, 2 * len(test))} say."
+            f"more --epochs, {2 * len(test)} say."
         )
     if history.settings.get("schedule", "constant") == "constant":
         return (
-            f"The accuracy has settled at {test[-1]:.2%} at a constant learning rate: --schedule one-cycle lets it "
-            "fall to 0, which mostly brings the last tenths."
+            f"The test accuracy came to {test[-1]:.2%} at a constant learning rate: --schedule one-cycle lets it "
+            "fall to 0, which mostly brings some more."
         )
-    return f"The accuracy has settled at {test[-1]:.2%}: several seeds together (--ensemble 4) mostly know some more."
+    return f"The test accuracy came to {test[-1]:.2%}: several seeds together (--ensemble 4) mostly know some more."
 
 
 def on_time(history: History) -> str:
@@ -73,37 +95,48 @@ def on_time(history: History) -> str:
         return ""
     compute, exchange, wait = (history.median(f"{part}_seconds") for part in ("compute", "exchange", "wait"))
     step, ranks, hosts = compute + exchange + wait, history.ranks, int(history.start.get("hosts") or 1)
-    busy = rank_seconds(history)
-    if len(busy) > 1 and busy.max() > SLOWER * np.median(busy):
-        slow = int(np.argmax(busy))
-        names = history.start.get("hostnames") or []
-        where = f" on {names[slow]}" if slow < len(names) else ""
-        return (
-            f"Rank {slow}{where} takes {busy.max() / np.median(busy) - 1:.0%} longer for a step than the median rank, "
-            "and all wait for it: see what else runs there."
-        )
+    if slow := _slow_rank(history):
+        return slow
     if wait > MUCH * step:
         return (
             f"{wait / step:.0%} of a step of rank 0 is waiting: the ranks are not done at the same time, because they "
             "share cores or have unequal parts of the batch."
         )
-    scale = noise_scale(history)
-    larger = 2 * history.batch_size
-    saved = 1 - relative_steps(scale, larger, history.batch_size) if 0 < scale < math.inf and larger else 0.0
+    alone = history.median("wire_seconds_float32")
+    if exchange > MUCH * step and ranks > 1 and exchange > CROWDED * alone:
+        return (
+            f"{exchange / step:.0%} of a step is exchange, {1e3 * exchange:.3g} ms, though the same numbers in float32 "
+            f"took {1e3 * alone:.3g} ms by themselves: the ranks lack cores, not a faster wire."
+        )
     if exchange > MUCH * step and ranks > 1:
         how = "--wire int8 sends half as much" if hosts > 1 else "a larger --batch-size exchanges less often"
         return f"{exchange / step:.0%} of a step is exchange: {how}, if the accuracy stays."
-    if saved > 0.25:
+    scale, larger = noise_scale(history), 2 * history.batch_size
+    saved = 1 - relative_steps(scale, larger, history.batch_size) if 0 < scale < math.inf and larger else 0.0
+    if saved > WORTH_IT:
         return (
             f"The gradients are noisy (noise scale {scale:,.0f} images at batches of {history.batch_size:,}): batches "
             f"of {larger:,} would need {saved:.0%} fewer steps, and keep twice the ranks busy."
         )
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
-    if history.start.get("device") == "cpu" and ranks == 1 and cores > 1:
-        return (
-            f"{compute / step:.0%} of a step is computing, on one rank: mpirun -n {cores} shares it out among {cores}."
-        )
+    if ranks == 1:
+        return f"{compute / step:.0%} of a step is computing, on one rank: mpirun -n 2 shares it out."
     return f"{compute / step:.0%} of a step is computing: more ranks on cores of their own make it shorter."
+
+
+def _slow_rank(history: History) -> str:
+    """Whether one rank keeps the others waiting."""
+    busy = rank_seconds(history)
+    if len(busy) < 2:
+        return ""
+    slow, names = int(np.argmax(busy)), history.start.get("hostnames") or []
+    others = float(np.median(np.delete(busy, slow)))
+    if busy[slow] <= SLOWER * others:
+        return ""
+    where = f" on {names[slow]}" if slow < len(names) else ""
+    return (
+        f"Rank {slow}{where} is busy {busy[slow] / others - 1:.0%} longer in a step than the others, and all wait for "
+        "it: see what else runs there."
+    )
 
 
 def rank_seconds(history: History) -> Numbers:

@@ -9,7 +9,7 @@ import numpy as np
 
 from distconv.run.report.advice import rank_seconds
 from distconv.run.report.history import History
-from distconv.run.report.numbers import in_bytes, milliseconds, percent, short
+from distconv.run.report.numbers import milliseconds, percent, short
 from distconv.run.report.svg import Line, Numbers, Part, area_chart, bar_chart, line_chart
 
 SCORES = (  # of an epoch, with the colour of the page and the dashes that tell them apart
@@ -26,7 +26,7 @@ def charts(history: History) -> list[tuple[str, list[str]]]:
     sections = [
         ("Learning", [loss_chart(history), score_chart(history), rate_chart(history)]),
         ("Time", [speed_chart(history), time_chart(history), rank_bars(history)]),
-        ("Gradients", [noise_chart(history), wire_chart(history), float32_bars(history)]),
+        ("Gradients", [noise_chart(history), wire_chart(history)]),
     ]
     return [(name, [figure for figure in figures if figure]) for name, figures in sections]
 
@@ -72,10 +72,10 @@ def score_chart(history: History) -> str:
         Line(name, history.per_epoch("epoch"), history.per_epoch(f"{part}_{history.metric}"), color, dash, dots=True)
         for part, name, color, dash in SCORES
     ]
-    images = history.settings.get("eval_samples", 1000)
-    note = f"After each epoch, on {f'the first {images:,}' if images else 'all'} images of each part."
+    images = history.settings.get("eval_samples")
+    note = "After each epoch" + (f", on {images:,} images of each part, or all there are." if images else ".")
     note += f" At the end {history.score:.2%} on the whole test set." * (history.final is not None)
-    return line_chart(history.metric.capitalize(), lines, "epoch", percent, most=_top(history), note=note,
+    return line_chart(f"Scores: {history.metric}", lines, "epoch", percent, most=_top(history), note=note,
                       x_limits=x_limits(history))  # fmt: skip
 
 
@@ -119,6 +119,7 @@ def wire_chart(history: History) -> str:
         for name, key, color, dash in shown
     ]
     note = f"Of one gradient at the end of each epoch, by {history.start.get('wire')}, beside the same sum in float32."
+    note += " A share of 0 has no place here."
     return line_chart("What the wire loses", lines, "epoch", "{:.0e}".format, log=True, note=note,
                       x_limits=x_limits(history))  # fmt: skip
 
@@ -150,18 +151,6 @@ def rank_bars(history: History) -> str:
         f"{most}Mean of a step in the last epoch, without the exchange; and in which share of steps all waited for it."
     )
     return bar_chart("Each rank's own time", bars, milliseconds, note)
-
-
-def float32_bars(history: History) -> str:
-    """The exchange beside one that sends float32."""
-    if history.ranks == 1 or not len(history.steps("step")):
-        return ""
-    own, other = (1e3 * history.median(key) for key in ("exchange_seconds", "wire_seconds_float32"))
-    wire = str(history.start.get("wire"))
-    bars = [(wire, [Part("exchange", own, "--exchange")]), ("float32", [Part("exchange", other, "--rest")])]
-    sent = in_bytes(history.steps("wire_bytes")[-1])
-    note = f"{sent} sent by rank 0 in a step. {wire} as the steps had it, beside other work; float32 as tried alone."
-    return bar_chart("The exchange of a step", bars, milliseconds, note)
 
 
 def _top(history: History) -> float:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import html
 import math
 from collections.abc import Sequence
 
-from distconv.run.report.charts import in_epochs, smoothed
+import numpy as np
+
+from distconv.run.report.charts import in_epochs, smoothed, x_limits
 from distconv.run.report.history import NOT_OF_THE_MODEL, History
 from distconv.run.report.numbers import duration, milliseconds, percent, short
-from distconv.run.report.svg import Line, Part, bar_chart, line_chart, run_color
+from distconv.run.report.svg import Format, Line, Part, bar_chart, line_chart, run_color
 from distconv.run.report.tables import table
 
 STARTED = ("ranks", "hosts", "device", "precision", "exchange", "parameter_count", "data_sha256")  # not settings
+FAR = 4  # times the median of the runs
 
 
 def comparison(histories: Sequence[History]) -> str:
@@ -24,7 +26,7 @@ def comparison(histories: Sequence[History]) -> str:
         color, dash = run_color(number)
         x, epochs = in_epochs(history), history.per_epoch("epoch")
         window = max(1, len(x) // 50)
-        score = history.per_epoch(f"test_{history.metric}")
+        score = history.per_epoch(f"{history.judged}_{history.metric}")
         lines["loss"].append(Line(name, x, smoothed(history.steps("train_loss"), window), color, dash))
         lines["score"].append(Line(name, epochs, score, color, dash, dots=True))
         lines["rate"].append(Line(name, x, history.steps("learning_rate"), color, dash))
@@ -35,12 +37,17 @@ def comparison(histories: Sequence[History]) -> str:
                 for part in ("compute", "exchange", "wait")
             ]
             bars.append((name, parts))
-    most = 1.0 if all(history.metric == "accuracy" for history in histories) else math.inf
+    limits = 0.0, max(x_limits(history)[1] for history in histories)
+
+    def chart(title: str, key: str, format_y: Format, from_zero: bool = True) -> str:
+        note = "Lines that leave the chart go on above it." if (most := _most(lines[key])) < math.inf else ""
+        return line_chart(title, lines[key], "epoch", format_y, from_zero, most=most, note=note, x_limits=limits)
+
     figures = [
-        line_chart("Training loss, smoothed", lines["loss"], "epoch", short, from_zero=True),
-        line_chart("Test score of each epoch", lines["score"], "epoch", percent, most=most),
-        line_chart("Images per second, smoothed", lines["speed"], "epoch", short, from_zero=True),
-        line_chart("Learning rate", lines["rate"], "epoch", short, from_zero=True),
+        chart("Training loss, smoothed", "loss", short),
+        chart("Test score of each epoch", "score", percent, from_zero=False),
+        chart("Images per second, smoothed", "speed", short),
+        chart("Learning rate", "rate", short),
         bar_chart("A step of rank 0, medians", bars, milliseconds),
     ]
     return (
@@ -48,6 +55,13 @@ def comparison(histories: Sequence[History]) -> str:
         f'<h2>What differs</h2><div class="card scroll">{differences(names, histories)}</div>'
         f'<h2>Curves</h2><div class="grid2">{"".join(figures)}</div>'
     )
+
+
+def _most(lines: Sequence[Line]) -> float:
+    """Where the y axis must end, so that one run that went astray does not press the others flat; else infinity."""
+    largest = [float(np.nanmax(line.y)) for line in lines if np.isfinite(line.y).any()]
+    most = FAR * float(np.median(largest)) if largest else math.inf
+    return most if max(largest, default=0.0) > most else 1.0 if max(largest, default=2.0) <= 1 else math.inf
 
 
 def short_names(histories: Sequence[History]) -> list[str]:
@@ -64,23 +78,27 @@ def results(names: Sequence[str], histories: Sequence[History]) -> str:
     """What came out."""
     rows = []
     for name, history in zip(names, histories, strict=True):
-        score, speed = percent(history.score), f"{history.median('images_per_second'):,.0f}"
-        rows.append([name, score, f"{history.last_step:,}", speed, duration(history.elapsed), history.status])
-    return table(["run", "test score", "steps", "images/s", "time", "status"], rows)
+        score, speed = history.score, history.median("images_per_second")
+        shown = "-" if math.isnan(score) else f"{percent(score)} {history.metric}"
+        images = "-" if math.isnan(speed) else f"{speed:,.0f}"
+        ranks = str(history.ranks)
+        rows.append([name, shown, ranks, f"{history.last_step:,}", images, duration(history.seconds), history.status])
+    return table(["run", "test score", "ranks", "steps", "images/s", "time", "status"], rows)
 
 
 def differences(names: Sequence[str], histories: Sequence[History]) -> str:
-    """A row for each setting, or fact of the start, that the runs do not share; a column for each run."""
+    """A column for each setting, or fact of the start, that the runs do not share; a row for each run."""
     keys = list(dict.fromkeys(key for history in histories for key in history.settings if key not in NOT_OF_THE_MODEL))
-    rows = []
+    columns = []
     for key in [*keys, *STARTED]:
         of_start = key in STARTED and not any(key in history.settings for history in histories)
         values = [_shown((history.start if of_start else history.settings).get(key)) for history in histories]
         if len(set(values)) > 1:
-            rows.append([key, *values])
-    return (
-        table(["", *names], rows) if rows else f"<p>{html.escape('No setting: the runs were asked for the same.')}</p>"
-    )
+            columns.append([key, *values])
+    if not columns:
+        return "<p>Nothing: the runs were asked for the same, and started alike.</p>"
+    head, *rows = zip(*columns, strict=True)
+    return table(["run", *head], [[name, *row] for name, row in zip(names, rows, strict=True)])
 
 
 def _shown(value: object) -> str:

@@ -34,12 +34,17 @@ NOT_OF_THE_MODEL = ("out", "resume", "trace", "trace_steps", "tensorboard")
 
 @dataclass(frozen=True)
 class Session:
-    """One start of a run, until it ended in whatever way. seconds: until the last record that still counts."""
+    """One start of a run, until it ended in whatever way. seconds: until the last record that still counts.
+
+    lost: seconds between the end of the session before and this start, unless that one was stopped on request. end: how
+    it ended.
+    """
 
     start: Record
     seconds: float
+    lost: float
     last_step: int
-    steps: int
+    end: str
 
 
 @dataclass(frozen=True)
@@ -94,14 +99,18 @@ class History:
         scores = [key for record in self.epochs for key in record if key.startswith("test_")]
         return named or (scores[0].removeprefix("test_") if scores else "accuracy")
 
+    @cached_property
+    def judged(self) -> str:
+        """What begins the name of the scores that count: those of averaged weights where there are such."""
+        key = f"ema_test_{self.metric}"
+        return "ema_test" if any(record.get(key) is not None for record in self.records) else "test"
+
     @property
     def score(self) -> float:
-        """Of the whole test set, by the averaged weights where there are such; else of the last epoch; or NaN."""
-        for record in (self.final, *reversed(self.epochs)):
-            for key in (f"ema_test_{self.metric}", f"test_{self.metric}"):
-                if record and record.get(key) is not None:
-                    return float(record[key])
-        return math.nan
+        """Of the whole test set; else of the last epoch; or NaN."""
+        key = f"{self.judged}_{self.metric}"
+        found = [record[key] for record in (*self.epochs, self.final or {}) if record.get(key) is not None]
+        return float(found[-1]) if found else math.nan
 
     @property
     def ranks(self) -> int:
@@ -114,6 +123,9 @@ class History:
     @property
     def steps_per_epoch(self) -> float:
         """So that a step's place among the epochs is known."""
+        for record in self.epochs:
+            if record.get("epoch") and record.get("step"):
+                return float(record["step"] / record["epoch"])
         planned, epochs = self.start.get("steps"), self.settings.get("epochs")
         return planned / epochs if planned and epochs else float(max(1, len(self._steps)))
 
@@ -121,29 +133,39 @@ class History:
     def sessions(self) -> Sequence[Session]:
         """The starts of the run, in order; of steps that were made again, only the last counts."""
         begins = [n for n, record in enumerate(self.records) if record.get("event") == "start"]
-        found = []
+        found: list[Session] = []
+        before = None  # when the session before ended, if nobody wanted it to
         for begin, end in zip(begins, [*begins[1:], len(self.records)], strict=True):
             start, kept = self.records[begin], self.records[begin + 1 : end]
-            seconds = max((record.get("time") or 0 for record in kept), default=_time(start)) - _time(start)
+            began = _time(start)
+            ended = max([began, *(_time(record) for record in kept)])
             steps = [record.get("step") or 0 for record in kept if record.get("event") == "step"]
             last = max(steps, default=start.get("resumed_step") or 0)
-            found.append(Session(start, max(0.0, seconds), last, len(steps)))
+            stopped = bool(kept) and kept[-1].get("event") == "stop"
+            how = self.status if end == len(self.records) else "stopped" if stopped else "ended by an accident"
+            found.append(Session(start, ended - began, max(0.0, began - (before or began)), last, how))
+            before = None if stopped else ended
         return found
 
     @property
-    def elapsed(self) -> float:
-        """Seconds from the first start to the last record."""
-        times = [_time(record) for record in self.records]
-        return max(times) - min(times) if times else 0.0
+    def seconds(self) -> float:
+        """In which the run came forward."""
+        return sum(session.seconds for session in self.sessions)
 
     @property
     def goodput(self) -> float:
-        """The share of that time in which the run came forward: the rest lay between starts, or was made again."""
-        return sum(session.seconds for session in self.sessions) / self.elapsed if self.elapsed else 1.0
+        """The share of the time in which it came forward: the rest went to accidents, or to steps made again.
+
+        Pauses after a stop on request are in neither.
+        """
+        lost = sum(session.lost for session in self.sessions)
+        return self.seconds / (self.seconds + lost) if lost else 1.0
 
     @property
     def command(self) -> str:
-        """What starts such a run: the settings that are not the defaults, as flags."""
+        """What starts such a run: the settings that are not the defaults, as flags; empty where nobody knows them."""
+        if not self.settings:
+            return ""
         defaults = {field.name: field.default for field in dataclasses.fields(Config)}
         flags = [
             flag(name) if value is True else f"{flag(name)} {_quoted(value)}"
@@ -153,10 +175,15 @@ class History:
         return " ".join([f"mpirun -n {self.ranks} python -m distconv.train", *flags])
 
 
-def read_history(folder: Path) -> History:
-    """Read a run's folder. Raises MissingInputError where there is no run, StorageError where it cannot be read."""
+def read_history(folder: Path, failure: str = "") -> History:
+    """Read a run's folder. failure: what has just ended the run, and is in no file of it yet.
+
+    Raises MissingInputError where there is no run, StorageError where it cannot be read.
+    """
     path = folder / "metrics.jsonl"
     try:
+        if not folder.is_dir():
+            raise MissingInputError(f"{folder} is no folder: that of a run, as --out names it, was expected")
         if not path.is_file():
             raise MissingInputError(
                 f"{folder} holds no metrics.jsonl: the folder of a run, as --out names it, was expected"
@@ -165,7 +192,8 @@ def read_history(folder: Path) -> History:
         if not any(record.get("event") == "start" for record in records):
             raise MissingInputError(f"{path} tells of no run: it has no start record")
         settings = _settings(folder / "config.toml")
-        failures = [_failure(report) for report in sorted((folder / "errors").glob("rank-*.json"))]
+        failures = [failure] * bool(failure)
+        failures += [_failure(report) for report in sorted((folder / "errors").glob("rank-*.json"))]
         final = any(record.get("event") == "final" for record in records)
         samples = load_samples(folder / ANSWERS) if final else None
         return History(folder, settings, records, _status(folder, records, failures), failures, samples)

@@ -23,12 +23,12 @@ CSS = Path(__file__).with_name("page.css")
 AGAIN = 5  # seconds after which a browser reads the page of a running run again
 
 
-def write_report(folders: Sequence[Path], path: Path) -> Sequence[History]:
-    """Write the page of a run, or of several beside each other; returns what was read.
+def write_report(folders: Sequence[Path], path: Path, failure: str = "") -> Sequence[History]:
+    """Write the page of a run, or of several beside each other; returns what was read. failure: see read_history.
 
     Raises MissingInputError where a folder holds no run, BadDataError where its records are none, StorageError.
     """
-    histories = [read_history(folder) for folder in folders]
+    histories = [read_history(folder, failure) for folder in folders]
     try:
         text = page(histories)
     except (LookupError, TypeError, ValueError) as error:
@@ -76,10 +76,10 @@ def single(history: History) -> str:
     parts += [f'<h2>{name}</h2><div class="grid2">{"".join(found)}</div>' for name, found in charts(history) if found]
     if samples := history.samples:
         parts.append(
-            confusion(samples) + wrong_images(samples) + variants(samples, str(history.settings.get("augment")))
+            confusion(samples) + wrong_images(samples) + variants(samples, str(history.settings.get("augment") or "…"))
         )
     parts.append(f"<h2>Starts</h2>{sessions_table(history)}")
     parts.append(f"<h2>What was run</h2>{facts(history)}")
     if history.epochs:
-        parts.append(f"<details><summary>Every epoch in numbers</summary>{epochs_table(history)}</details>")
+        parts.append(f"<h2>Epochs</h2>{epochs_table(history)}")
     return "".join(parts)

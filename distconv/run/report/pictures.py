@@ -14,6 +14,7 @@ from distconv.run.answers import WORST, short_names
 from distconv.run.report.samples import Samples
 
 MOST_CLASSES = 20  # whose matrix has room on a page
+SHORT = 3  # letters that have room over a column
 
 
 def confusion(samples: Samples) -> str:
@@ -25,15 +26,16 @@ def confusion(samples: Samples) -> str:
     if answers.classes > MOST_CLASSES:
         rows = _frequent_confusions(samples)
     else:
-        head = "".join(f'<th class="names" title="{name}">{name}</th>' for name in names)
-        rows = f'<table class="confusion"><tr><th class="names">label</th>{head}</tr>'
+        head = "".join(f"<th><span>{name}</span></th>" for name in names)
+        named = " named" * any(len(name) > SHORT for name in names)
+        rows = f'<table class="confusion{named}"><thead><tr><th>label</th>{head}</tr></thead>'
         most = np.log1p(max(1, matrix.max()))
         for name, counts in zip(names, matrix.tolist(), strict=True):
             cells = "".join(
                 f'<td style="background:rgb(var(--shade), {0.65 * np.log1p(n) / most:.2f})">{n or ""}</td>'
                 for n in counts
             )
-            rows += f'<tr><th class="names" title="{name}">{name}</th>{cells}</tr>'
+            rows += f'<tr><th title="{name}">{name}</th>{cells}</tr>'
         rows += "</table>"
     return (
         f"<h2>What is taken for what</h2><div class='card'><p class='soft'>{right}. A row is a label, a column an "

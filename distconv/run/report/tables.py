@@ -23,23 +23,24 @@ MOST_EPOCHS = 200  # rows of a table
 def tiles(history: History) -> str:
     """Score, speed, and what they took."""
     parts = {part: history.median(f"{part}_seconds") for part in ("compute", "exchange", "wait")}
-    speed, step, ranks = history.median("images_per_second"), sum(parts.values()), plural(history.ranks, "rank")
-    final, peak = history.final or {}, (history.final or {}).get("peak_memory_bytes")
-    whole = f"{final['correct']:,} of {final['total']:,}" if final.get("total") else "after the last epoch"
+    speed, ranks = history.median("images_per_second"), plural(history.ranks, "rank")
+    peak = (history.final or {}).get("peak_memory_bytes")
     entries = []
     if not math.isnan(history.score):
-        entries.append((f"test {history.metric}", percent(history.score), whole))
-    if step > 0:
+        entries.append((f"test {history.metric}", percent(history.score), _of_what(history)))
+    if speed > 0:
+        step = history.batch_size / speed
         shares = ", ".join(f"{part} {seconds / step:.0%}" for part, seconds in parts.items())
         entries.append(("images/s", f"{speed:,.0f}", f"median, {ranks}"))
-        entries.append(("a step of rank 0", milliseconds(1e3 * step), shares))
+        entries.append(("a step", milliseconds(1e3 * step), f"of it on rank 0 {shares}"))
     planned = history.start.get("steps") or 0
     entries.append(("steps", f"{history.last_step:,}", f"of {planned:,}, {history.batch_size:,} images each"))
     if history.ranks > 1:
         sent = float(np.max(history.steps("wire_bytes"), initial=0))
-        entries.append(("sent in a step", in_bytes(sent), f"by rank 0, {history.start.get('wire')}"))
+        alone = f"float32 by itself would take {milliseconds(1e3 * history.median('wire_seconds_float32'))}"
+        entries.append(("sent in a step", in_bytes(sent), f"by rank 0, {history.start.get('wire')}; {alone}"))
     starts = plural(len(history.sessions), "start")
-    entries.append(("time", duration(history.elapsed), f"goodput {history.goodput:.0%}, {starts}"))
+    entries.append(("time", duration(history.seconds), f"goodput {history.goodput:.0%}, {starts}"))
     if (scale := noise_scale(history)) > 0:
         entries.append(("noise scale", short(scale), f"images, over the run; batch {history.batch_size:,}"))
     if memory := peak or history.start.get("memory_bytes"):
@@ -51,18 +52,28 @@ def tiles(history: History) -> str:
     return f'<div class="tiles">{shown}</div>'
 
 
+def _of_what(history: History) -> str:
+    """What the score was taken of."""
+    final = history.final
+    if not final:
+        return "after the last epoch"
+    if history.judged == "test":
+        return f"{final.get('correct') or 0:,} of {final.get('total') or 0:,}"
+    raw = final.get(f"test_{history.metric}")
+    return "averaged weights" + (f"; those of the last step {percent(raw)}" if raw is not None else "")
+
+
 def sessions_table(history: History) -> str:
-    """Each start, how far it came, and how much of the time was lost between."""
-    rows, before = [], None
+    """Each start, how far it came, how it ended, and how much time an accident had taken before it."""
+    rows = []
     for session in history.sessions:
-        begun = float(session.start.get("time") or 0)
-        lost = duration(begun - before) if before is not None else ""
+        begun = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(float(session.start.get("time") or 0)))
+        steps = f"{session.start.get('resumed_step') or 0:,} to {session.last_step:,}"
+        lost = duration(session.lost) if session.lost else ""
         rows.append([
-            time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(begun)), str(session.start.get("ranks") or ""),
-            f"{session.start.get('resumed_step') or 0:,} to {session.last_step:,}", duration(session.seconds), lost,
+            begun, str(session.start.get("ranks") or ""), steps, duration(session.seconds), session.end, lost
         ])  # fmt: skip
-        before = begun + session.seconds
-    head = ["started", "ranks", "steps that count", "time", "lost before it"]
+    head = ["started", "ranks", "steps that count", "time", "end", "lost before it"]
     return f'<div class="card scroll">{table(head, rows)}</div>'
 
 
@@ -74,12 +85,12 @@ def facts(history: History) -> str:
     images = f"{start.get('train_images') or 0:,} training and {start.get('test_images') or 0:,} test images"
     digest = next((r["parameters_sha256"] for r in reversed(history.records) if r.get("parameters_sha256")), "")
     entries: dict[str, Any] = {
-        "command": history.command,
+        "command": history.command or "not known: there is no config.toml that this version can read",
         "data": f"{start.get('data')}, {images}, SHA-256 {start.get('data_sha256')}",
         "model": f"{start.get('model')}, {start.get('parameter_count') or 0:,} parameters",
         "ranks": f"{history.ranks}, each on {start.get('device')} in {start.get('precision')}",
         "hosts": ", ".join(f"{host} ({plural(count, 'rank')})" for host, count in hosts.most_common(MOST_RANKS)),
-        "exchange": f"{start.get('exchange')}, {start.get('wire')} on the wire",
+        "exchange": f"{start.get('exchange')}, {start.get('wire')} on the wire" if history.ranks > 1 else "",
         "versions": ", ".join(f"{name} {version}" for name, version in versions.items())
         if isinstance(versions, dict)
         else "",
