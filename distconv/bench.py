@@ -96,13 +96,12 @@ def step(argv: Sequence[str]) -> int:
         if not flags.json:
             for _, text in results:
                 log.say(f"\n{text}" + ", PyTorch's among them" * (rival is not None and device == "cpu"))
-        with world.together():
-            if flags.png and world.rank == 0:
-                from distconv.pictures.measurements import draw_step
-                from distconv.pictures.style import draw_png
+        if flags.png:
+            from distconv.pictures.measurements import draw_step
+            from distconv.pictures.style import draw_on_one_rank
 
-                parts = [(size, part) for size, (part, _) in zip(sizes, results, strict=True)]
-                draw_png(flags.png, lambda: draw_step(parts, title, flags.png))
+            parts = [(size, part) for size, (part, _) in zip(sizes, results, strict=True)]
+            draw_on_one_rank(world, flags.png, lambda: draw_step(parts, title))
     return 0
 
 
@@ -175,7 +174,7 @@ def scaling(argv: Sequence[str]) -> int:
         from distconv.pictures.measurements import draw_scaling
         from distconv.pictures.style import draw_png
 
-        draw_png(flags.png, lambda: draw_scaling([asdict(rung) for rung in rungs], title, flags.png))
+        draw_png(flags.png, lambda: draw_scaling([asdict(rung) for rung in rungs], title))
     return int(len(rungs) < len(flags.numbers))
 
 

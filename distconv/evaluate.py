@@ -27,7 +27,7 @@ def main(argv: Sequence[str]) -> int:
     with start() as world:
         from distconv.pictures.answers import draw_confusion
         from distconv.pictures.style import draw_on_one_rank
-        from distconv.run.answers import judge, short_names
+        from distconv.run.answers import judge, on_what, short_names
         from distconv.run.loading import open_models
         from distconv.run.log import RunLog
 
@@ -48,9 +48,9 @@ def main(argv: Sequence[str]) -> int:
         for line in as_lines[0 if arguments.json else 1]:
             log.say(line)
         if arguments.png:
-            shown = name if len(name) <= LONGEST_NAME else f"...{name[-LONGEST_NAME:]}"
-            matrix, title, names = answers.confusion(), f"{shown}\n{right}", short_names(class_names)
-            draw_on_one_rank(world, arguments.png, lambda: draw_confusion(matrix, names, title, arguments.png))
+            file = "" if several else name if len(name) <= LONGEST_NAME else f"...{name[-LONGEST_NAME:]}"
+            title, names = f"{on_what(models, dataset)}\n{right}", short_names(class_names)
+            draw_on_one_rank(world, arguments.png, lambda: draw_confusion(answers.confusion(), names, title, file))
             log.say_aside(f"drawn in {arguments.png}")
     return 0
 

@@ -35,7 +35,7 @@ def main(argv: Sequence[str]) -> int:
     with start() as world:
         from distconv.pictures.answers import draw_mistakes
         from distconv.pictures.style import draw_on_one_rank
-        from distconv.run.answers import judge, short_names
+        from distconv.run.answers import judge, on_what, short_names
         from distconv.run.loading import open_models
         from distconv.run.log import RunLog
 
@@ -54,9 +54,11 @@ def main(argv: Sequence[str]) -> int:
             pair, sure = f"({names[answers.labels[i]]}, {names[answers.inferences[i]]})", answers.confidences[i]
             captions.append(f"{pair}\n{sure:.1%}, {i}")
             log.say(f"{sure:>7.2%}  image {i}: {pair}")
-        page = f"{title}: (label, inference), confidence, number" if captions else title
+        accuracy = f"{on_what(models, dataset)}: test accuracy {answers.correct / len(answers.labels):.2%}"
+        page = f"{accuracy}\n{title}"
+        note = "(label, inference), confidence of the inference, number in the test set" if captions else ""
         images = dataset.test_images[shown]
-        draw_on_one_rank(world, arguments.png, lambda: draw_mistakes(images, captions, page, arguments.png))
+        draw_on_one_rank(world, arguments.png, lambda: draw_mistakes(images, captions, page, note))
         log.say(f"drawn in {arguments.png}")
     return 0
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import numpy as np
 import pytest
 
-from distconv.run.answers import Answers, describe, softmax
+from distconv.run.answers import Answers, describe, on_what, softmax
 
 
 def drawn(classes: int, N: int, seed: int = 0) -> Answers:
@@ -95,3 +98,17 @@ def test_of_few_classes_all_are_told_and_columns_stand_below_one_another() -> No
         "    2         -       .     .     0     .",
         "    3   100.00%       .     .     .     3",
     ]
+
+
+@pytest.mark.parametrize(
+    ("networks", "name", "title"),
+    [
+        (["resnet20"], "/scratch/data/cifar", "resnet20 on cifar"),
+        (["vgg11", "vgg11", "vgg11"], "mnist", "ensemble of 3 vgg11 on mnist"),
+        (["vgg11", "resnet20"], "mine:data", "ensemble of 2 models on mine:data"),
+    ],
+)
+def test_a_picture_tells_what_was_judged_and_on_which_data(networks: list[str], name: str, title: str) -> None:
+    models: Any = [SimpleNamespace(file=SimpleNamespace(network=network)) for network in networks]
+    dataset: Any = SimpleNamespace(name=name)
+    assert on_what(models, dataset) == title

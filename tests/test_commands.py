@@ -20,6 +20,7 @@ from distconv.nn.layers import Context
 from distconv.nn.networks import build_network
 from distconv.nn.parameters import Parameters
 from distconv.pictures.answers import draw_confusion, draw_mistakes
+from distconv.pictures.style import save
 from distconv.run.checkpoint import find_checkpoints, load_checkpoint
 from distconv.run.log import read_metrics
 from tests import jobs
@@ -187,7 +188,7 @@ def test_misclassified_shows_so_many_at_most(run_folder: Path) -> None:
 def test_a_page_of_few_mistakes_holds_them_all(count: int, tmp_path: Path) -> None:
     images = np.zeros((count, 28, 28, 1), np.uint8)
     images[:, 8:20, 8:20] = 255
-    draw_mistakes(images, ["(1, 2)"] * count, f"{count} wrong", tmp_path / "page.png")
+    save(draw_mistakes(images, ["(1, 2)"] * count, f"{count} wrong"), tmp_path / "page.png")
     pixels = matplotlib.image.imread(tmp_path / "page.png")[..., 0]
     squares = np.flatnonzero(np.diff((pixels < 0.5).sum(axis=0) > 50, prepend=False, append=False))
     assert len(squares) == 2 * count  # each has a left and a right side
@@ -196,24 +197,24 @@ def test_a_page_of_few_mistakes_holds_them_all(count: int, tmp_path: Path) -> No
 def test_long_captions_stand_apart_and_colours_are_in_colour(tmp_path: Path) -> None:
     images = np.zeros((5, 32, 32, 3), np.uint8)
     images[np.arange(3), ..., np.arange(3)] = 255
-    draw_mistakes(images, ["(automobile, automobile)"] * 5, "", tmp_path / "page.png")
+    save(draw_mistakes(images, ["(automobile, automobile)"] * 5, ""), tmp_path / "page.png")
     picture = matplotlib.image.imread(tmp_path / "page.png")[..., :3]
     for colour in np.eye(3):
         assert (picture == colour).all(axis=-1).sum() > 1000
     ink = (picture < 0.9).any(axis=-1)
     rows = np.flatnonzero(ink.any(axis=1))
-    captions = ink[rows[0] : rows[0] + 12].any(axis=0)  # some rows of their letters
+    captions = ink[rows[0] : rows[0] + 18].any(axis=0)  # some rows of their letters
     gaps = np.diff(np.flatnonzero(captions))
-    assert (gaps > 10).sum() == 4  # letters and words are nearer to one another
+    assert (gaps > 15).sum() == 4  # letters and words are nearer to one another
     assert not captions[:3].any() and not captions[-3:].any()
 
 
 @pytest.mark.parametrize("name", ["automobile", "W" * 20, "a $^{$ of 20 letters"])
 def test_names_of_classes_are_not_cut_off(tmp_path: Path, name: str) -> None:
-    draw_confusion(np.eye(10, dtype=np.int64), [name] * 10, "$title^{$", tmp_path / "page.png")
+    save(draw_confusion(np.eye(10, dtype=np.int64), [name] * 10, "$title^{$"), tmp_path / "page.png")
     ink = matplotlib.image.imread(tmp_path / "page.png")[..., :3].min(axis=-1) < 0.9
     assert not (ink[[0, -1]].any() or ink[:, [0, -1]].any())
-    draw_confusion(np.eye(10, dtype=np.int64), None, "$title^{$", tmp_path / "numbers.png")
+    save(draw_confusion(np.eye(10, dtype=np.int64), None, "$title^{$"), tmp_path / "numbers.png")
     assert len(ink) > len(matplotlib.image.imread(tmp_path / "numbers.png"))  # the squares keep their size
 
 

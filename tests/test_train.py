@@ -85,8 +85,7 @@ def test_the_start_line_is_said_once_and_the_end_tells_where_the_files_are(whole
 
 
 def test_the_curves_are_a_picture(whole: Path) -> None:
-    picture = matplotlib.image.imread(whole / "curves.png")
-    assert picture.shape[:2] == (400, 1000) and picture.std() > 0.05
+    assert matplotlib.image.imread(whole / "curves.png").std() > 0.05
 
 
 def test_config_toml_repeats_the_run(whole: Path, tmp_path: Path) -> None:

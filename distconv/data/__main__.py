@@ -68,8 +68,8 @@ def show(flags: argparse.Namespace) -> int:
         context = Context(training=True, seed=flags.seed, step=step, samples=samples, kernels=Cpu()).within("augment")
         x, _ = dataset.batch("train", samples, context)
         rows.append(change(x, context) if step else x)
-    title = f"{name}, --augment {flags.augment}; left: as they are"
-    draw_png(flags.png, lambda: draw_augmented(list(zip(*rows, strict=True)), title, flags.png))
+    title = f"{name} with --augment {flags.augment}\nleft: as the images are"
+    draw_png(flags.png, lambda: draw_augmented(list(zip(*rows, strict=True)), title))
     print(f"drawn in {flags.png}")
     return 0
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from distconv.nn.layers import Chain, Layer, inner_layers, shapes_of
+from distconv.nn.layers import Chain, Dropout, Layer, inner_layers, shapes_of
 from distconv.nn.normalization import ConvNorm
 from distconv.nn.parameters import Shape, Spec, count
 
@@ -45,6 +45,13 @@ def parts(layer: Layer, input_shape: Shape, name: str = "") -> Iterator[Part]:
         flops = 2 * math.prod(w.shape) * math.prod(shape[:-1]) if isinstance(w, Spec) else 0
         kept = FLOAT * math.prod(shape) * (2 if isinstance(layer, ConvNorm) else 1)
         yield Part(name, layer, shape, count(specs, lambda spec: spec.trained), flops, kept)
+
+
+def drops_scores(model: Layer) -> bool:
+    """Whether the last layer of a model is Dropout: then its loss in training says little about one in evaluation."""
+    if isinstance(model, Chain):
+        return bool(model.layers) and drops_scores(model.layers[-1][1])
+    return isinstance(model, Dropout) and model.ratio > 0
 
 
 def table(model: Layer, input_shape: Shape) -> str:

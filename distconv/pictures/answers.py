@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from distconv.data.dataset import Images
-from distconv.pictures.style import BLUE, inches, save
+from distconv.pictures.style import BLUE, SMALL, head, inches
 
 Counts = NDArray[np.int64]
 MOST_COUNTED = 40  # classes of a matrix whose counts can be read
 
 
-def draw_mistakes(images: Images, captions: Sequence[str], title: str, path: Path) -> None:
-    """Images (N, H, W, C) in a grid, each under its caption, as a PNG; N may be 0.
+def draw_mistakes(images: Images, captions: Sequence[str], title: str, note: str = "") -> Figure:
+    """Images (N, H, W, C) in a grid, each under its caption, which the note explains; N may be 0.
 
     A column is as wide as the longest line of a caption.
     """
@@ -27,20 +27,21 @@ def draw_mistakes(images: Images, captions: Sequence[str], title: str, path: Pat
     columns = min(count, max(5, math.ceil(math.sqrt(count)))) or 1
     rows = math.ceil(count / columns)
     lines = [line for caption in captions for line in caption.splitlines()]
-    widest = max((inches(line, 10) for line in lines), default=0.0)
-    figure = Figure(figsize=(max(8.0, max(1.6, widest + 0.2) * columns), 0.6 + 1.9 * rows), layout="constrained")
-    figure.suptitle(title, fontsize=11)
+    widest = max((inches(line, SMALL) for line in lines), default=0.0)
+    figure = Figure(figsize=(max(8.0, max(1.6, widest + 0.2) * columns), 1.1 + 1.9 * rows))
+    head(figure, title, [note] if note else [])
     grid = figure.subplots(rows, columns, squeeze=False) if count else np.empty((0, 0), object)
-    for axes in grid.flat:
+    for axes in grid.flat[count:]:
         axes.set_axis_off()
     for axes, image, caption in zip(grid.flat, images, captions, strict=False):
         axes.imshow(image[..., 0] if image.shape[-1] == 1 else image[..., :3], cmap="gray_r")
-        axes.set_title(caption, fontsize=10)
-    save(figure, path)
+        axes.set_title(caption, fontsize=SMALL)
+        framed(axes)
+    return figure
 
 
-def draw_confusion(matrix: Counts, class_names: Sequence[str] | None, title: str, path: Path) -> None:
-    """How many images of each label, a row, got each inference, a column (classes, classes), as a PNG.
+def draw_confusion(matrix: Counts, class_names: Sequence[str] | None, title: str, note: str = "") -> Figure:
+    """How many images of each label, a row, got each inference, a column (classes, classes).
 
     Classes stand there by their names, or by their numbers where they have none, or are many. The colour goes with the
     logarithm of the count, or the few errors would be as white as none.
@@ -49,9 +50,9 @@ def draw_confusion(matrix: Counts, class_names: Sequence[str] | None, title: str
     counted = classes <= MOST_COUNTED
     side = max(4.5, 0.45 * classes) if counted else 9.0
     names = class_names if counted and class_names else ()
-    room = max((inches(name, 10) for name in names), default=0.0)
-    figure = Figure(figsize=(side + 0.5 + room, side + 1.0 + room), layout="constrained")
-    figure.suptitle(title, fontsize=11)
+    room = max((inches(name, 11) for name in names), default=0.0)
+    figure = Figure(figsize=(side + 0.5 + room, side + 1.2 + room))
+    head(figure, title, [note] if note else [])
     axes = figure.subplots()
     shade = np.log1p(matrix) / np.log1p(max(1, matrix.max()))
     axes.imshow(shade, cmap="Blues", vmin=0, vmax=1)
@@ -72,21 +73,26 @@ def draw_confusion(matrix: Counts, class_names: Sequence[str] | None, title: str
     else:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.yaxis.set_major_locator(MaxNLocator(integer=True))
-    save(figure, path)
+    return figure
 
 
-def draw_augmented(rows: Sequence[Sequence[Images]], title: str, path: Path) -> None:
-    """A grid of images (H, W, C) from 0 to 1, of which each row begins with one that was not changed, as a PNG."""
+def draw_augmented(rows: Sequence[Sequence[Images]], title: str) -> Figure:
+    """A grid of images (H, W, C) from 0 to 1, of which each row begins with one that was not changed."""
     height, width = rows[0][0].shape[:2]
-    figure = Figure(figsize=(0.9 * len(rows[0]), 0.9 * len(rows) * height / width + 0.5), layout="constrained")
-    figure.suptitle(title, fontsize=10)
+    figure = Figure(figsize=(0.9 * len(rows[0]), 0.9 * len(rows) * height / width + 0.6))
+    head(figure, title)
     grid = figure.subplots(len(rows), len(rows[0]), squeeze=False)
     for row, images in zip(grid, rows, strict=True):
         for axes, image in zip(row, images, strict=True):
             axes.imshow(
                 image[..., 0] if image.shape[-1] == 1 else image[..., :3].clip(0, 1), cmap="gray_r", vmin=0, vmax=1
             )
-            axes.set(xticks=[], yticks=[])
-            axes.spines[:].set_color(BLUE if axes is row[0] else "lightgray")
-            axes.spines[:].set_linewidth(2 if axes is row[0] else 0.5)
-    save(figure, path)
+            framed(axes)
+        row[0].spines[:].set(color=BLUE, linewidth=2)
+    return figure
+
+
+def framed(axes: Axes) -> None:
+    """A thin line around an image: its own edge may be as white as the page."""
+    axes.set(xticks=[], yticks=[])
+    axes.spines[:].set(visible=True, color="lightgray", linewidth=0.5)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -107,6 +108,15 @@ def gather(ranking: Array, probabilities: Array, labels: Labels, world: World) -
     mine = inferences.astype(np.int64), confidences.astype(np.float64)
     shares = zip(*world.comm.allgather(mine), strict=True)
     return Answers(ranking.shape[1], labels.astype(np.int64), *map(np.concatenate, shares))
+
+
+def on_what(models: Sequence[SavedModel], dataset: Dataset) -> str:
+    """What is judged, and on which data: for the title of a picture."""
+    networks = {saved.file.network for saved in models}
+    judged = networks.pop() if len(networks) == 1 else "models"
+    if len(models) > 1:
+        judged = f"{ENSEMBLE} of {len(models)} {judged}"
+    return f"{judged} on {Path(dataset.name).name or dataset.name}"
 
 
 def short_names(class_names: Sequence[str] | None) -> list[str] | None:

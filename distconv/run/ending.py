@@ -12,6 +12,7 @@ from typing import Any
 from distconv import errors
 from distconv.config import Config
 from distconv.nn.optimizers import EMA
+from distconv.nn.summary import drops_scores
 from distconv.run import agreement
 from distconv.run.folder import BEST
 from distconv.run.log import RunLog, describe_noise, describe_steps, read_metrics, write_text
@@ -93,11 +94,24 @@ def conclude(final: Mapping[str, Any], settings: Config, out: Path, log: RunLog)
 
 def draw(metrics: Sequence[Mapping[str, Any]], run: Run, out: Path, log: RunLog) -> None:
     """The curves; a picture that cannot be drawn is told, and does not fail the run. Raises StorageError."""
-    title = f"{run.config.model} on {run.world.size} rank{'s' * (run.world.size > 1)}"
+    settings, data, notes = run.config, run.data, []
+    name = next((record["data"] for record in reversed(metrics) if record.get("data")), settings.data)
+    title = f"{settings.model} on {Path(str(name)).name}, {run.world.size} rank{'s' * (run.world.size > 1)}"
+    raised = ["dropout, of the scores too"] if drops_scores(run.replica.model) else []
+    if settings.label_smoothing:
+        raised.append(f"smoothed labels ({settings.label_smoothing:g})")
+    if raised:
+        notes.append(f"The loss is taken with {' and '.join(raised)}: it is higher than in evaluation.")
+    if 0 < settings.eval_samples < max(data.size("train"), data.size("test")):
+        notes.append(
+            f"Scores after an epoch: of the first {settings.eval_samples:,} samples of each part; in the end: of all "
+            f"{data.size('test'):,} test samples."
+        )
     try:
         from distconv.pictures.curves import draw_curves  # Matplotlib, which rank 0 alone needs, at the end
+        from distconv.pictures.style import save
 
-        draw_curves(metrics, title, out / "curves.png")
+        save(draw_curves(metrics, title, notes), out / "curves.png")
     except OSError as error:
         raise errors.StorageError(f"{out / 'curves.png'} cannot be written: {error}") from None
     except Exception as error:  # Matplotlib's own, of many kinds

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 # Fields of the records that curves, lines and finished runs are made of; besides them losses and scores, see PARTS.
 READ_AGAIN = (
     "epoch",
+    "learning_rate",
     "images_per_second",
     "noise_scale",
     "compute_seconds",
