@@ -114,6 +114,7 @@ def exchange(argv: Sequence[str]) -> int:
 
         world.agree("the command line", repr(argv), "start all ranks alike")
         log, columns = RunLog(world.rank == 0), ""
+        where = f"{world.size} ranks on {world.hosts} host{'s' * (world.hosts > 1)}, {world.library}"
         rows: list[benchmark.Row] = []
         sizes = flags.elements or [*(n for n in benchmark.SIZES if n <= flags.largest), benchmark.MODEL]
         for of_one_size in benchmark.measure(world, sizes, flags.wires, flags.repeats, flags.seconds, log.say_aside):
@@ -123,8 +124,7 @@ def exchange(argv: Sequence[str]) -> int:
                     log.say(json.dumps(asdict(row)))
             else:
                 if not columns:
-                    hosts = f"{world.hosts} host{'s' * (world.hosts > 1)}"
-                    log.say(f"{world.size} ranks on {hosts}, {world.library}: median ms (and times MPI's float32)")
+                    log.say(f"{where}: median ms (and times MPI's float32)")
                 if columns != (columns := benchmark.heading(of_one_size)):
                     log.say(columns)
                 log.say(benchmark.line(of_one_size))
@@ -132,6 +132,12 @@ def exchange(argv: Sequence[str]) -> int:
             for carrier, how in {row.carrier: row.how for row in rows}.items():
                 log.say(f"{carrier}: {how.removeprefix(carrier).removeprefix(', ')}")
             log.say(benchmark.advice(rows))
+        if flags.png:
+            from distconv.pictures.measurements import draw_exchange
+            from distconv.pictures.style import draw_on_one_rank
+
+            title = f"sum of gradients over {where}"
+            draw_on_one_rank(world, flags.png, lambda: draw_exchange([asdict(row) for row in rows], title))
     return 0
 
 
@@ -214,15 +220,24 @@ def predict(argv: Sequence[str]) -> int:
     if flags.noise_scale:
         rows = [predictor.with_goal(row, flags.noise_scale, flags.steps, flags.batch_size) for row in rows]
         formula += f"\n{predictor.GOAL_FORMULA}"
+    what = f"{flags.batch_size} images {'a rank' if flags.weak else 'in all'}"
+    model = f"{flags.parameters:,} parameters, {what}, {1e3 * seconds:.4g} ms an image on one rank"
+    machine = f"latency {flags.latency}, bandwidth {flags.bandwidth} each way"
     if flags.json:
         print("\n".join(json.dumps(asdict(row)) for row in rows))
-        return 0
-    what = f"{flags.batch_size} images {'a rank' if flags.weak else 'in all'}"
-    print(f"{flags.parameters:,} parameters, {what}, {1e3 * seconds:.4g} ms an image on one rank; one rank a host,")
-    print(f"latency {flags.latency}, bandwidth {flags.bandwidth} each way\n\n{formula}\n")
-    print(predictor.table(rows))
-    if not rows or rows[-1].ranks < flags.numbers[-1]:
-        print(f"more ranks than images: {flags.batch_size} images do not give every rank one; see --weak")
+    else:
+        print(f"{model}; one rank a host,\n{machine}\n\n{formula}\n")
+        print(predictor.table(rows))
+        if not rows or rows[-1].ranks < flags.numbers[-1]:
+            print(f"more ranks than images: {flags.batch_size} images do not give every rank one; see --weak")
+    if flags.png:
+        if not rows:
+            raise UsageError(f"--png {flags.png}: {flags.batch_size} images do not give every rank one, see --weak")
+        from distconv.pictures.measurements import draw_prediction
+        from distconv.pictures.style import draw_png
+
+        title = f"prediction: {model}\none rank a host, {machine}"
+        draw_png(flags.png, lambda: draw_prediction([asdict(row) for row in rows], title))
     return 0
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distconv.benchmarks import rank_list
+from distconv.benchmarks.flags import check_png
 from distconv.comm.start import run_command, start
 from distconv.command_line import Parser
 from distconv.config import DEVICES, EXACT, MODELS, Config
@@ -45,7 +46,7 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[int], list[Conf
         "tensor, for each wire and number of ranks, against a stated bound, and whether all replicas hold the same "
         "bits after training. Starts mpirun by itself. Exit code 1 if a bound is broken.",
         epilog="examples:\n"
-        "  python -m distconv.prove\n"
+        "  python -m distconv.prove --png proof.png\n"
         "  python -m distconv.prove --ranks 1,3,7 --model simpleconvnet --data mnist --json\n"
         "  python -m distconv.prove --ranks 1,2,3,4,7 --wires int16 --shards 8     # the same SHA-256 on all\n"
         "  python -m distconv.prove --device cuda",
@@ -63,6 +64,7 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[int], list[Conf
     parser.add_argument("--batch-size", type=int, default=37, help="of the whole job; 37 is shared out unevenly")
     parser.add_argument("--seed", type=int, default=0, help="of weights, order and dropout (default: 0)")
     parser.add_argument("--mpirun", metavar="COMMAND", help="what starts ranks, as 'srun --mpi=pmi2' (default: mpirun)")
+    parser.add_argument("--png", type=Path, metavar="FILE", help="draw it there too")
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
     parser.add_argument("--write", type=Path, help=argparse.SUPPRESS)  # this is the job that writes the reference
     parser.add_argument("--compare", type=Path, help=argparse.SUPPRESS)  # this is a job that is held against it
@@ -97,6 +99,7 @@ def main(argv: Sequence[str]) -> int:
     end_on_sigterm()
     from distconv.run.log import RunLog
 
+    check_png(flags.png)
     table, note = Table(flags.json), RunLog(True).say_aside
     with tempfile.TemporaryDirectory() as folder:
         note("one rank alone computes what the others are held against")
@@ -107,6 +110,13 @@ def main(argv: Sequence[str]) -> int:
                 run_job(starter, P, ["-m", "distconv.prove", *argv, "--compare", folder], SECONDS), starter
             ):
                 table.show(row)
+    if flags.png:
+        from distconv.pictures.measurements import draw_proof
+        from distconv.pictures.style import draw_png
+
+        verdict = "is what one rank computes" if table.good else "is NOT what one rank computes"
+        title = f"{flags.model} on {flags.data}, batch {flags.batch_size}: what P ranks compute {verdict}"
+        draw_png(flags.png, lambda: draw_proof(table.rows, title))
     return table.verdict()
 
 
@@ -194,11 +204,13 @@ class Table:
 
     def __init__(self, as_json: bool) -> None:
         self.as_json, self.good = as_json, True
+        self.rows: list[Mapping[str, Any]] = []
         if not as_json:
             print(f"{'wire':<10}{'ranks':>5}{'largest difference':>21}{'bound':>9}{'replicas':>11}   verdict  SHA-256")
 
     def show(self, row: Mapping[str, Any]) -> None:
         self.good &= row["ok"]
+        self.rows.append(row)
         if self.as_json:
             print(json.dumps(row), flush=True)
         else:

@@ -6,6 +6,7 @@ import json
 import signal
 from pathlib import Path
 
+import matplotlib.image
 import psutil
 import pytest
 
@@ -31,10 +32,10 @@ def prove(*arguments: str, **environment: str):  # type: ignore[no-untyped-def]
     return jobs.run(0, "-m", "distconv.prove", *arguments, **environment)
 
 
-def test_the_number_of_ranks_does_not_change_the_run_with_any_wire() -> None:
-    result = prove(
-        "--ranks", "1,3", "--json", "--mpirun", f"env PROVED=1 {jobs.MPIRUN}"
-    )  # what starts ranks has a name
+def test_the_number_of_ranks_does_not_change_the_run_with_any_wire(tmp_path: Path) -> None:
+    png, named = tmp_path / "proof.png", f"env PROVED=1 {jobs.MPIRUN}"  # what starts ranks
+    result = prove("--ranks", "1,3", "--json", "--mpirun", named, "--png", str(png))
+    assert matplotlib.image.imread(png).std() > 0.05
     assert result.returncode == 0, result.stdout + result.stderr
     rows = [json.loads(line) for line in result.stdout.splitlines()]
     wires = ["float64", "float32", "float16", "int8", "int16", "int32"]

@@ -67,7 +67,7 @@ def exchange_flags(argv: Sequence[str]) -> argparse.Namespace:
         "Allreduce.\nThey take turns, with a barrier before each; the slowest rank counts; medians.",
         epilog="examples:\n"
         "  mpirun -n 2 python -m distconv.bench exchange\n"
-        "  mpirun -n 8 python -m distconv.bench exchange --largest 64Mi --seconds 300\n"
+        "  mpirun -n 8 python -m distconv.bench exchange --largest 64Mi --seconds 300 --png exchange.png\n"
         "  mpirun -n 4 python -m distconv.bench exchange --elements 123552 1Mi --wires float16,float32 --json\n\n"
         "--json: carrier (flat, two-level, buckets, mpi) wire ranks hosts elements median_seconds bytes_sent repeats\n"
         "how. bytes_sent of mpi is the formula for a ring, 2 (P-1)/P of the vector, not a count.",
@@ -81,6 +81,7 @@ def exchange_flags(argv: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--repeats", type=int, default=200, metavar="R", help="of each at most (default: 200)")
     parser.add_argument("--seconds", default="30", metavar="S", help="that it may take, roughly (default: 30)")
+    parser.add_argument("--png", type=Path, metavar="FILE", help="draw it there too")
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
     flags = parser.parse_args(argv)
     wires = list(dict.fromkeys(",".join(flags.wires).split(",")))
@@ -97,6 +98,7 @@ def exchange_flags(argv: Sequence[str]) -> argparse.Namespace:
     flags.largest = quantity("--largest", flags.largest, ELEMENTS, "64Mi")
     flags.seconds = quantity("--seconds", flags.seconds, {"": 1, **SECONDS}, "30")
     at_least_1("--repeats", flags.repeats)
+    check_png(flags.png)
     return flags
 
 
@@ -182,7 +184,7 @@ def predict_flags(argv: Sequence[str]) -> argparse.Namespace:
         "\\\n      --latency 10us --bandwidth 25gbit --weak\n"
         "  # from a measurement of this machine\n"
         "  python -m distconv.bench scaling --ranks 1 --json > one.json\n"
-        "  python -m distconv.bench predict --measured one.json --bandwidth 100mbit\n"
+        "  python -m distconv.bench predict --measured one.json --bandwidth 100mbit --png prediction.png\n"
         "  # how long until an accuracy is reached that took 400 steps of 100 images, if each rank adds 100\n"
         "  python -m distconv.bench predict --measured one.json --weak --noise-scale 900 --steps 400 --ranks 1,4,16,64",
     )
@@ -200,6 +202,7 @@ def predict_flags(argv: Sequence[str]) -> argparse.Namespace:
         "--noise-scale", metavar="N", help="of the gradient, in images: predict steps and time to an accuracy too"
     )
     parser.add_argument("--steps", metavar="S", help="that it takes with batches of --batch-size")
+    parser.add_argument("--png", type=Path, metavar="FILE", help="draw it there too")
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
     flags = parser.parse_args(argv)
     flags.numbers = rank_list(flags.ranks)
@@ -219,6 +222,7 @@ def predict_flags(argv: Sequence[str]) -> argparse.Namespace:
     if flags.steps:
         flags.noise_scale = quantity("--noise-scale", flags.noise_scale, {"": 1}, "900")
         flags.steps = quantity("--steps", flags.steps, {"": 1}, "400")
+    check_png(flags.png)
     return flags
 
 
