@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 
 from distconv.bench import main
 from distconv.benchmarks import ELEMENTS, SECONDS, quantity, rank_list
-from distconv.benchmarks.exchange import Row, advice
 from distconv.benchmarks.predict import (
     GOODPUT,
     Network,
@@ -27,7 +26,7 @@ from distconv.benchmarks.predict import (
     with_goal,
 )
 from distconv.benchmarks.scaling import Rung, table
-from distconv.errors import BadDataError, MissingInputError, UsageError
+from distconv.errors import BadDataError, CannotCreateError, MissingInputError, UsageError
 from tests import jobs
 
 MODEL, MODEL_TEXT = 123_552, "123552"
@@ -42,59 +41,6 @@ def rows_of(result: subprocess.CompletedProcess[str]) -> list[dict[str, object]]
     """Every line of the output must be an object."""
     assert result.returncode == 0, result.stderr
     return [json.loads(line) for line in result.stdout.splitlines()]
-
-
-def row(carrier: str, wire: str, seconds: float, elements: int = MODEL) -> Row:
-    return Row(carrier, wire, 2, 1, elements, seconds, 1, 3, carrier)
-
-
-# exchange
-
-
-def test_exchange_prints_one_row_for_each_size_carrier_and_wire() -> None:
-    result = bench(2, "exchange", "--elements", "1Ki,5000", MODEL_TEXT, "--seconds", "9", "--repeats", "4", "--json")
-    rows = rows_of(result)
-    keys = {"carrier", "wire", "ranks", "hosts", "elements", "median_seconds", "bytes_sent"}
-    assert all(keys <= set(one) for one in rows)
-    found = [(one["elements"], one["carrier"], one["wire"]) for one in rows]
-    assert len(found) == len(set(found))  # from rank 0 only
-    for size in (1024, 5000, MODEL):
-        ours = {one["wire"]: one for one in rows if one["elements"] == size and one["carrier"] == "flat"}
-        assert set(ours) == {"float16", "float32"}
-        for wire, one in ours.items():
-            assert one["ranks"] == 2 and one["hosts"] == 1 and 0 < one["median_seconds"] < 10
-            assert one["bytes_sent"] == bytes_sent(size, 2, wire)
-    sent = {one["wire"]: one["bytes_sent"] for one in rows if one["elements"] == MODEL and one["carrier"] == "flat"}
-    assert sent["float16"] <= 0.52 * sent["float32"] and 4 * MODEL <= sent["float32"] <= 1.01 * 4 * MODEL
-    (library,) = [one for one in rows if (one["elements"], one["carrier"], one["wire"]) == (MODEL, "mpi", "float32")]
-    assert library["bytes_sent"] == 4 * MODEL  # 2 (P-1)/P of the vector
-
-
-def test_exchange_prints_a_table_and_advice_for_people() -> None:
-    result = bench(3, "exchange", "--elements", "1000", MODEL_TEXT, "--seconds", "0.5", "--wires", "float16", "float32")
-    assert result.returncode == 0, result.stderr
-    head, columns, small, model, *_, last = result.stdout.splitlines()
-    assert head.startswith("3 ranks on 1 host")
-    assert columns.split()[:5] == ["elements", "flat", "float16", "flat", "float32"]
-    assert small.split()[0] == "1,000" and model.split()[0] == "123,552"
-    assert "(1.00)" in model  # MPI's float32 beside itself
-    assert "float16" in last and "123,552 parameters" in last
-
-
-def test_sizes_that_the_time_does_not_suffice_for_are_named_and_left_out() -> None:
-    result = bench(2, "exchange", "--elements", "1Ki", MODEL_TEXT, "1Mi", "--seconds", "1ms", "--json")
-    assert {one["elements"] for one in rows_of(result)} == {1024, MODEL}  # the model's own size is always measured
-    assert "1,048,576 elements are left out" in result.stderr
-
-
-def test_the_advice_follows_the_models_own_size() -> None:
-    others = [row("flat", "float16", 9.0, 1024), row("flat", "float32", 1.0, 1024), row("mpi", "float32", 1e-9)]
-    good = advice([*others, row("flat", "float16", 0.002), row("flat", "float32", 0.005)])
-    assert good.startswith("float16 saves 3 of 5 ms a step for 123,552 parameters") and good.endswith("use it")
-    assert "float32 is as fast" in advice([*others, row("flat", "float16", 0.0050), row("flat", "float32", 0.0051)])
-    assert "float32 is faster" in advice([*others, row("flat", "float16", 0.0050), row("flat", "float32", 0.0030)])
-    assert "1,024 parameters" in advice(others[:2])
-    assert advice(others[:1]).startswith("no advice")
 
 
 # predict
@@ -177,7 +123,9 @@ def test_the_ladder_leaves_out_ranks_without_an_image() -> None:
 
 def test_predict_prints_rows_or_a_table_with_its_formula(tmp_path: Path) -> None:
     arguments = ("predict", "--step-seconds-per-image", "0.8ms", "--weak", "--latency", "0", "--bandwidth", "100mbit")
-    rows = rows_of(bench(0, *arguments, "--json"))
+    png = tmp_path / "prediction.png"
+    rows = rows_of(bench(0, *arguments, "--json", "--png", png))
+    assert matplotlib.image.imread(png).std() > 0.05
     assert [(one["ranks"], one["wire"]) for one in rows[:3]] == [(1, "float32"), (1, "float16"), (2, "float32")]
     assert rows[-1]["ranks"] == 4096
     assert rows[0]["images_per_second"] == pytest.approx(1250)
@@ -228,6 +176,8 @@ def test_predict_tells_steps_and_time_only_if_it_is_asked() -> None:
 def test_predict_says_that_it_has_nothing_to_predict(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["predict", "--step-seconds-per-image", "1ms", "--batch-size", "100", "--ranks", "200"]) == 0
     assert capsys.readouterr().out.splitlines()[-1].startswith("more ranks than images")
+    with pytest.raises(UsageError, match="100 images do not give every rank one"):
+        main(["predict", "--step-seconds-per-image", "1ms", "--ranks", "200", "--png", "none.png"])
 
 
 def test_predict_reads_what_was_measured(tmp_path: Path) -> None:
@@ -314,9 +264,10 @@ def test_scaling_refuses_to_be_nested() -> None:
     assert result.returncode == 1 and result.stderr.count("\n") == 1 and "without mpirun" in result.stderr
 
 
-def test_scaling_says_first_that_the_picture_has_no_folder(tmp_path: Path) -> None:
-    result = bench(0, "scaling", "--png", tmp_path / "none" / "a.png")
-    assert result.returncode == 73 and result.stderr.count("\n") == 1 and "none" in result.stderr
+@pytest.mark.parametrize("benchmark", ["scaling", "exchange", "predict --step-seconds-per-image 1ms"])
+def test_a_picture_without_a_folder_is_seen_before_anything_is_measured(benchmark: str, tmp_path: Path) -> None:
+    with pytest.raises(CannotCreateError, match=r"none: |none; "):
+        main([*benchmark.split(), "--png", str(tmp_path / "none" / "a.png")])
 
 
 @pytest.mark.parametrize("text", ["", "-1", "1e999", "nan", "1Gi", "Mi"])

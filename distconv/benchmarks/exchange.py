@@ -7,8 +7,10 @@ the gradient is not in its time; ours carries the header of a training step, MPI
 
 from __future__ import annotations
 
+import itertools
+import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -206,17 +208,53 @@ def line(rows: Sequence[Row]) -> str:
 
 
 def advice(rows: Sequence[Row]) -> str:
-    """What to use for deepconvnet, or else for the largest size there is: one sentence from the rows of all sizes."""
-    elements = MODEL if any(row.elements == MODEL for row in rows) else max(row.elements for row in rows)
-    mine = [row for row in rows if row.elements == elements and row.carrier != "mpi"]
-    half, full = (next((row for row in mine if row.wire == wire), None) for wire in ("float16", "float32"))
-    if half is None or full is None:
-        return "no advice: it takes both float16 and float32 in --wires"
-    ms, full_ms = 1e3 * half.median_seconds, 1e3 * full.median_seconds
-    if ms <= RATIO_THAT_MATTERS * full_ms:
-        return f"float16 saves {full_ms - ms:.3g} of {full_ms:.3g} ms a step for {elements:,} parameters here: use it"
-    compared = "as fast" if full_ms > RATIO_THAT_MATTERS * ms else "faster"
-    return (
-        f"do not use float16 for {elements:,} parameters here: float32 is {compared} ({full_ms:.3g} ms a step, and "
-        f"{ms:.3g} ms in float16)"
-    )
+    """What to use for deepconvnet and for the largest size, and what brings nothing: up to three sentences, in lines.
+
+    rows: of all sizes. A wire is weighed against float32, which rounds less: MPI's own, which a user has without ours,
+    and ours, if it is among the rows. Of several carriers the first row of a size counts, which training takes itself.
+    """
+    library = {row.elements: row.median_seconds for row in rows if (row.carrier, row.wire) == ("mpi", "float32")}
+    sizes = sorted(library)
+    ours: dict[str, dict[int, float]] = {}
+    for row in rows:
+        if row.carrier != "mpi":
+            ours.setdefault(row.wire, {}).setdefault(row.elements, row.median_seconds)
+    plain = ours.get("float32", library)
+    sentences = ["; ".join(choice(n, ours, library) for n in dict.fromkeys([*{MODEL} & {*sizes}, sizes[-1]]))]
+    gains_nothing = {
+        wire: [n for n in sizes if seconds[n] > RATIO_THAT_MATTERS * min(library[n], plain[n])]
+        for wire, seconds in ours.items()
+        if wire != "float32"
+    }
+    warned = [f"{wire} for {spans(found, sizes)}" for wire, found in gains_nothing.items() if found]
+    if warned:
+        sentences.append(f"do not use {', nor '.join(warned)}: float32, ours or MPI's, is as fast or faster there")
+    if slow := [n for n in sizes if library[n] < RATIO_THAT_MATTERS * plain[n]]:
+        sentences.append(
+            f"our float32 is slower than MPI's for {spans(slow, sizes)}: --exchange mpi --wire float32 takes that, but "
+            "the header of a step comes on top"
+        )
+    return "\n".join(sentences)
+
+
+def choice(elements: int, ours: Mapping[str, Mapping[int, float]], library: Mapping[int, float]) -> str:
+    """What is fastest at one size, where a wire that rounds more must be faster by so much that it matters."""
+    name, best = "MPI's own float32", library[elements]
+    if (seconds := ours.get("float32", {}).get(elements, math.inf)) <= best / RATIO_THAT_MATTERS:
+        name, best = "float32", seconds
+    for wire in ("float16", "int8"):
+        if (seconds := ours.get(wire, {}).get(elements, math.inf)) <= RATIO_THAT_MATTERS * best:
+            name, best = wire, seconds
+    ratio = "" if name.startswith("MPI") else f", {best / library[elements]:.2f} times MPI's float32"
+    return f"for {elements:,} parameters use {name}: {1e3 * best:.3g} ms a step{ratio}"
+
+
+def spans(some: Sequence[int], sizes: Sequence[int]) -> str:
+    """Some of the ascending sizes, neighbours as one: 1,024 to 65,536 and 1,048,576 parameters."""
+    if len(some) == len(sizes) > 1:
+        return "any size measured"
+    runs = [
+        [n for _, n in run]
+        for _, run in itertools.groupby(enumerate(some), lambda placed: sizes.index(placed[1]) - placed[0])
+    ]
+    return " and ".join(f"{run[0]:,} to {run[-1]:,}" if len(run) > 1 else f"{run[0]:,}" for run in runs) + " parameters"
