@@ -17,6 +17,7 @@ COMMANDS = {  # each a module of this package, with a main of its own
     "evaluate": "test accuracy of saved models and their ensemble, and what they confuse",
     "misclassified": "draw the first test images that a saved model gets wrong",
     "report": "one page that shows what happened in a run, or in several",
+    "export": "write a model's weights as an .npz file, named as the textbook does",
     "prove": "show that N ranks compute what one rank computes",
     "reproduce": "train a run again, and say whether it has the same bits",
     "bench": "measure a step, the exchange, the scaling of this machine",

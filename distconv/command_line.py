@@ -49,15 +49,21 @@ def add_model_arguments(parser: Parser, several: bool) -> None:
         type=Path,
         nargs="+" if several else 1,
         metavar="RUN",
-        help="a run's folder, for its newest good checkpoint, a checkpoint, or what the source system pickled",
+        help="a run's folder, for its newest good checkpoint, a checkpoint, or a pickle or .npz of arrays W1, b1, ...",
     )
+    add_weights_argument(parser)
+    parser.add_argument("--data", default=None, help="as in distconv.train (default: what the model was trained on)")
+    parser.add_argument(
+        "--model", default=None, help="of a pickle or .npz (default: deepconvnet); a checkpoint knows its own"
+    )
+
+
+def add_weights_argument(parser: Parser) -> None:
     parser.add_argument(
         "--weights",
         choices=WEIGHTS,
         help="of a run with --ema: those of its last step, or their average (default: the average where there is one)",
     )
-    parser.add_argument("--data", default=None, help="as in distconv.train (default: what the model was trained on)")
-    parser.add_argument("--model", default=None, help="of a pickle (default: deepconvnet); a checkpoint knows its own")
 
 
 def nearest(word: object, choices: str) -> str:

@@ -37,7 +37,7 @@ def main(argv: Sequence[str]) -> int:
         total, last = len(dataset.test_labels), {}
         if not arguments.json:
             log.say(f"{'precision':<10} {'test accuracy':>13}   correct of {total:,}{'   model' * several}")
-        for name, precision, answers in judge(models, dataset, precisions, world):
+        for name, precision, answers in judge(models, dataset, precisions, world, log):
             log.say((as_json if arguments.json else as_row)(name if several else "", precision, answers))
             last[precision] = name, answers  # in the end those of the ensemble, if there is one
         name, answers = last[precisions[0]]

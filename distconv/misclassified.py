@@ -42,7 +42,7 @@ def main(argv: Sequence[str]) -> int:
         world.watch.set_limits(0.0)
         log = RunLog(world.rank == 0)
         models, dataset = open_models(arguments, world, log.say_aside)
-        ((_, _, answers),) = judge(models, dataset, ["float32"], world)
+        ((_, _, answers),) = judge(models, dataset, ["float32"], world, log)
         wrong = answers.hardest() if arguments.hardest else answers.wrong()
         shown = wrong[: arguments.most]
         which = f"the {len(shown)} hardest" if arguments.hardest else f"the first {len(shown)}"

@@ -18,7 +18,19 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # From the roof down: who stands on a floor may use what lies below, and a folder's files one another.
 FLOORS = (
     # Commands, which nobody imports.
-    ("train", "launch", "evaluate", "misclassified", "prove", "reproduce", "bench", "doctor", "report", "__main__"),
+    (
+        "train",
+        "launch",
+        "evaluate",
+        "misclassified",
+        "export",
+        "report",
+        "prove",
+        "reproduce",
+        "bench",
+        "doctor",
+        "__main__",
+    ),  # fmt: skip
     ("benchmarks", "checkup"),
     ("supervise",),
     ("run",),

@@ -136,6 +136,7 @@ def test_a_silent_rank_says_and_writes_nothing(path: Path, capsys: pytest.Captur
     log.say_aside("something")
     log.last_line = -math.inf
     log.progress(1, 2, 1, 1, 0.5, 100.0)
+    log.evaluating("float32", 1, 2)
     log.close()
     assert capsys.readouterr() == ("", "")
     assert path.read_text() == lines(RECORDS)
@@ -174,6 +175,30 @@ def test_on_a_terminal_progress_is_a_bar_that_starts_where_the_run_does(
     log.close()
     out, err = capsys.readouterr()
     assert out == "a line beside it\n" and "epoch 2/4" in err
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_an_evaluation_shows_how_far_it_is_beside_its_result(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], terminal: bool
+) -> None:
+    clock = SimpleNamespace(monotonic=lambda: clock.now, now=1000.0)
+    monkeypatch.setattr(runlog, "time", clock)
+    monkeypatch.setattr(runlog, "on_a_terminal", lambda: terminal)
+    monkeypatch.setattr("tqdm.tqdm.monitor_interval", 0)  # no thread of its own
+    log = RunLog(True)
+    for precision in ("float32", "float64"):
+        for done in range(100, 10_001, 100):  # a minute
+            clock.now += 0.6
+            log.evaluating(precision, done, 10_000)
+        assert log.bar is None  # nothing of a bar is left when its row is printed
+        log.say(precision)
+    out, err = capsys.readouterr()
+    assert out == "float32\nfloat64\n"
+    if terminal:
+        assert "float64:" in err and "/10000" in err
+    else:
+        assert 10 <= err.count("\n") <= 12
+        assert err.splitlines()[-1].startswith("distconv: float64: 8,") and err.endswith(" of 10,000 images\n")
 
 
 def test_a_reader_that_leaves_does_not_end_the_run(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from distconv.data.dataset import Dataset, Labels
 from distconv.kernels.cpu.device import Cpu
 from distconv.kernels.interface import Array
 from distconv.run.loading import SavedModel, cast
+from distconv.run.log import RunLog
 from distconv.run.measure import scores
 
 ENSEMBLE = "ensemble"  # its name among those of the models
@@ -64,19 +66,22 @@ class Answers:
 
 
 def judge(
-    models: Sequence[SavedModel], dataset: Dataset, precisions: Sequence[str], world: World
+    models: Sequence[SavedModel], dataset: Dataset, precisions: Sequence[str], world: World, log: RunLog
 ) -> Iterator[tuple[str, str, Answers]]:
     """(name, precision, answers) of each model in each precision and then, of several models, of their ensemble.
 
     The ensemble's probabilities are the means of theirs. Collective; one model is in memory at a time, and of the
-    probabilities those of this rank's share. Raises what SavedModel.load does, on all ranks.
+    probabilities those of this rank's share. log: shows how far this rank is. Raises what SavedModel.load does, on all
+    ranks.
     """
     sums: dict[str, NDArray[np.float64]] = {}
     for saved in models:
         with world.together():
             parameters = saved.load(dataset)
         for precision in precisions:
-            given = scores(dataset, saved.model, cast(parameters, precision).values, Cpu(precision), world)
+            what = f"{precision}, {saved.name}" if len(models) > 1 else precision
+            done = functools.partial(_show, log, what, dataset.size("test"))
+            given = scores(dataset, saved.model, cast(parameters, precision).values, Cpu(precision), world, done)
             probabilities = softmax(given)
             yield saved.name, precision, gather(given, probabilities, dataset.test_labels, world)
             sums[precision] = sums.get(precision, 0.0) + probabilities
@@ -84,6 +89,10 @@ def judge(
     for precision, total in sums.items() if len(models) > 1 else ():
         mean = total / len(models)
         yield ENSEMBLE, precision, gather(mean, mean, dataset.test_labels, world)
+
+
+def _show(log: RunLog, what: str, total: int, part: float) -> None:
+    log.evaluating(what, round(part * total), total)
 
 
 def softmax(scores: Array) -> NDArray[np.float64]:

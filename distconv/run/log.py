@@ -119,6 +119,20 @@ class RunLog:
                 f"epoch {epoch}/{epochs}, step {step:,} of {steps:,}: loss {loss:.3f}, {images_per_second:.0f} images/s"
             )
 
+    def evaluating(self, what: str, done: int, total: int) -> None:
+        """Show how far an evaluation is, on standard error: by a bar on a terminal, else a line every ten seconds."""
+        if not self.speaks:
+            return
+        if self.draws:
+            self.bar = self.bar or tqdm(total=total, desc=what, unit="image", dynamic_ncols=True, leave=False)
+            self.bar.update(done - self.bar.n)
+            if done == total:
+                self.bar.close()
+                self.bar = None
+        elif done < total and time.monotonic() - self.last_line >= SECONDS_BETWEEN_LINES:
+            self.last_line = time.monotonic()
+            self.say_aside(f"{what}: {done:,} of {total:,} images")
+
     def close(self) -> None:
         """Take the bar away and close the files. Raises StorageError."""
         if self.bar is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
@@ -15,15 +15,21 @@ from distconv.nn.parameters import Views
 from distconv.tasks.task import Task
 
 
-def scores(data: Data, model: Layer, values: Views, kernels: Kernels, world: World) -> Array:
+def scores(
+    data: Data, model: Layer, values: Views, kernels: Kernels, world: World, done: Callable[[float], None] | None = None
+) -> Array:
     """What the model gives the test samples of this rank's share -> (share, classes), on the host.
 
-    A share is what `split` says, so those of all ranks one after another are the scores of all samples.
+    A share is what `split` says, so those of all ranks one after another are the scores of all samples. done: told
+    after each batch which part of the share is done, up to 1.
     """
     found = []
-    for context in _contexts(split(data.size("test"), world.size, world.rank), kernels, world):
+    share = split(data.size("test"), world.size, world.rank)
+    for context in _contexts(share, kernels, world):
         x, _ = data.batch("test", context.samples, context)
         found.append(kernels.device.download(model.forward(x, values, context)[0]))
+        if done:
+            done(sum(map(len, found)) / (share.stop - share.start))
     return np.concatenate(found) if found else np.empty((0, data.classes), np.float32)
 
 

@@ -161,10 +161,10 @@ def check_resume(given: str) -> None:
     """Raise UsageError where --resume names what no run can go on from, though it may have weights to start with."""
     if given in config.RESUME or given.endswith(CHECKPOINT_ENDING) or not os.path.exists(given):  # noqa: PTH110
         return  # what does not exist is found out when it is read; pathlib raises for names that cannot be
-    instead = f"go on with that run by --out {given}" if os.path.isdir(given) else "it has weights alone"  # noqa: PTH112
+    going_on = f"go on with that run by --out {given}, or " if os.path.isdir(given) else ""  # noqa: PTH112
     raise errors.UsageError(
-        f"--resume {given} is no checkpoint ({CHECKPOINT_ENDING}) to go on from: {instead}, or start a new run from "
-        f"its weights by --init {given}"
+        f"--resume {given} is no checkpoint (*{CHECKPOINT_ENDING}) to go on from: {going_on}start a new run from its "
+        f"weights by --init {given}"
     )
 
 

@@ -61,7 +61,9 @@ def test_an_epoch_ends_with_equal_replicas_and_exact_sums(world: World) -> None:
 def test_the_accuracy_counts_every_image_once(world: World) -> None:
     run = make_run(world)
     replica, labels = run.replica, run.data.test_labels  # type: ignore[attr-defined]
-    given = scores(run.data, replica.model, replica.values, Cpu(), world)
+    parts: list[float] = []
+    given = scores(run.data, replica.model, replica.values, Cpu(), world, parts.append)
+    assert parts == sorted(set(parts)) and parts[-1] == 1.0
     found = gather(given, softmax(given), labels, world).inferences
     assert found.shape == labels.shape
     for most in (101, 0):
