@@ -304,10 +304,13 @@ class Hostile:
 
 def test_a_bad_model_file_is_one_sentence_and_runs_nothing(tmp_path: Path) -> None:
     hostile = source_pickle(tmp_path / "hostile.pkl", W3=Hostile(tmp_path / "canary"))
+    picture = tmp_path / "params.png"
+    matplotlib.image.imsave(picture, np.eye(3))
     wrong = source_pickle(tmp_path / "wrong.pkl", W3=np.zeros((1, 2, 3, 4)))
     for command, path, code in (
         ("evaluate", hostile, 65),
         ("misclassified", wrong, 78),
+        ("misclassified", picture, 65),
         ("evaluate", tmp_path / "none.pkl", 66),
         ("evaluate", tmp_path / ("x" * 300), 66),  # no name that a file can have
     ):

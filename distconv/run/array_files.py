@@ -21,7 +21,7 @@ from distconv.run.pickled import read_pickle
 
 LARGEST = 1 << 30  # bytes of a file, and of what it unpacks to
 EXPECTED = "a run's folder, a checkpoint (.safetensors), or a pickle or .npz of arrays W1, b1, ... was expected"
-AS_NPZ = "save its arrays by numpy.savez('params.npz', W1=..., b1=...), laid out as docs/source-files.md has them"
+AS_NPZ = "save its arrays by numpy.savez('params.npz', W1=..., b1=...), laid out as distconv.export --help says"
 ZIP = (b"PK\x03\x04", b"PK\x05\x06")
 OTHERS = {  # what a file is, by its first bytes
     b"\x89PNG": "a PNG picture",
