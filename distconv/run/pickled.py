@@ -8,6 +8,8 @@ from distconv.data.unpickler import PickledArray, load
 from distconv.errors import BadDataError
 from distconv.run.layout import FileArrays
 
+MOST_SHARING = 10  # times the bytes of the file that its arrays may have together
+
 
 def read_pickle(path: Path) -> FileArrays:
     """What a file's dict holds, by name; None for what is no array of floats: a text, say.
@@ -26,4 +28,6 @@ def read_pickle(path: Path) -> FileArrays:
         if not isinstance(name, str):
             raise BadDataError(f"{path} has a {type(name).__name__} for a name, but 'W1', 'b1', ... were expected")
     arrays = {name: value.array if isinstance(value, PickledArray) else None for name, value in content.items()}
+    if sum(array.nbytes for array in arrays.values() if array is not None) > MOST_SHARING * len(program):
+        raise BadDataError(f"{path} has the same bytes in too many arrays, which would take long to look at")
     return {name: array if array is not None and array.dtype.kind == "f" else None for name, array in arrays.items()}
