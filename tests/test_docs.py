@@ -62,8 +62,9 @@ SMALLER = (  # a pattern and what stands for it, one after the other
     (r"show mnist", "show digits"),
     (r"runs/seed\d", "runs/mine"),
     (r"lr0?\.?( ?)0\.0\d+", r"lr\g<1>0.001"),  # one rate for three
-    (r"mpirun -n \d", "mpirun -n 2"),
-    (r"--epochs \d{2,}", "--epochs 1"),
+    (r"(mpirun|launch) -n \d", r"\1 -n 2"),
+    (r"--ensemble \d", "--ensemble 2"),
+    (r"--epochs \d+", "--epochs 1"),
     (r"--seeds \d+", "--seeds 1"),
     (r" --seed \d+", ""),
     (r"(distconv[. ]train(?!.*(--epochs|--describe|--print-config)).*)", r"\1 --epochs 1"),
