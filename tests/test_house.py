@@ -30,7 +30,7 @@ FLOORS = (
         "bench",
         "doctor",
         "__main__",
-    ),  # fmt: skip
+    ),
     ("benchmarks", "checkup"),
     ("supervise",),
     ("run",),

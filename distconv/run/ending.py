@@ -16,6 +16,7 @@ from distconv.nn.summary import drops_scores
 from distconv.run import agreement
 from distconv.run.folder import BEST
 from distconv.run.log import RunLog, describe_noise, describe_steps, read_metrics, write_text
+from distconv.run.report.numbers import percent
 from distconv.run.report.samples import ANSWERS, answer, save_samples
 from distconv.run.run import Run
 from distconv.tasks.classify import Classification
@@ -31,7 +32,7 @@ def finish(run: Run, out: Path, log: RunLog) -> int:
             f"stopped early, after {run.config.patience} epochs without a better one; " if run.out_of_patience else ""
         )
         log.say(
-            f"{early}best on the validation set: epoch {run.best_epoch}, {run.task.metric} {run.best_score:.2%}, kept "
+            f"{early}best on the validation set: epoch {run.best_epoch}, {run.task.metric} {percent(run.best_score)}, kept "
             f"in {out / BEST}"
         )
     answers = answer(run)  # of averaged weights where there are such
@@ -79,8 +80,8 @@ def conclude(final: Mapping[str, Any], settings: Config, out: Path, log: RunLog)
     metric = final.get("metric", "accuracy")  # older runs tell no other
     score, averaged = final[f"test_{metric}"], final.get(f"{EMA}_test_{metric}")
     log.say(
-        f"test {metric} {score:.2%} ({final['correct']:,} of {final['total']:,})"
-        + (f", with averaged weights {averaged:.2%}" if averaged is not None else "")
+        f"test {metric} {percent(score)} ({final['correct']:,} of {final['total']:,})"
+        + (f", with averaged weights {percent(averaged)}" if averaged is not None else "")
         + f"; model, metrics and report.html are in {out}"
     )
     command = "evaluate" if metric == Classification.metric else "report"

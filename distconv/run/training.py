@@ -32,6 +32,7 @@ from distconv.run.log import RunLog
 from distconv.run.loop import EpochRecord, Record, StepRecord, StopRecord, logged
 from distconv.run.loop import train as records
 from distconv.run.memory import tell_memory
+from distconv.run.report.numbers import percent
 from distconv.run.run import Run
 from distconv.run.saver import Saver
 from distconv.run.stopping import StopRequest
@@ -122,7 +123,7 @@ def follow(records: Iterator[Record], run: Run, saver: Saver, out: Path, log: Ru
         elif isinstance(record, EpochRecord):
             log.say(
                 f"epoch {record.epoch}/{settings.epochs}: loss {record.train_loss:.4f}, {record.metric} "
-                + "".join(f"{score:.2%} {SHOWN.get(part, part)}, " for part, score in record.scores.items())
+                + "".join(f"{percent(score)} {SHOWN.get(part, part)}, " for part, score in record.scores.items())
                 + f"{record.images_per_second:,.0f} images/s"
             )
             saver.save()

@@ -7,6 +7,7 @@ from collections import Counter
 
 import numpy as np
 
+from distconv.pictures.curves import smoothed
 from distconv.run.report.advice import rank_seconds
 from distconv.run.report.history import History
 from distconv.run.report.numbers import milliseconds, percent, short
@@ -42,17 +43,6 @@ def x_limits(history: History) -> tuple[float, float]:
     return 0.0, math.ceil(last - 1e-9) if last >= 1 else last or 1.0
 
 
-def smoothed(values: Numbers, window: int) -> Numbers:
-    """(S,), the mean of each value and those before it, `window` at most; NaN counts for nothing."""
-    known = np.isfinite(values)
-    sums, counts = (np.concatenate([[0.0], np.cumsum(a)]) for a in (np.where(known, values, 0.0), known))
-    ends = np.arange(1, len(values) + 1)
-    begins = np.maximum(0, ends - window)
-    with np.errstate(invalid="ignore"):
-        means: Numbers = (sums[ends] - sums[begins]) / (counts[ends] - counts[begins])
-    return means
-
-
 def loss_chart(history: History) -> str:
     note = "In training, where dropout, label smoothing and changed images make it larger than in evaluation."
     return line_chart("Training loss", raw_and_smoothed(history, "train_loss"), "epoch", short, True, note=note,
@@ -62,9 +52,12 @@ def loss_chart(history: History) -> str:
 def raw_and_smoothed(history: History, key: str) -> list[Line]:
     """The lines of a number that each step has."""
     x, y = in_epochs(history), history.steps(key)
-    window = max(1, len(y) // 50)
-    name = f"mean of {window} steps" if window > 1 else "each step"
-    return [Line("", x, y, "--train", raw=True), Line(name, x, smoothed(y, window), "--train")]
+    return [Line("", x, y, "--train", raw=True), Line("smoothed", x, smoothed(y, reach(y)), "--train")]
+
+
+def reach(values: Numbers) -> float:
+    """Of the smoothing: so that a curve of (S,) steps has some fifty places."""
+    return max(1.0, len(values) / 100)
 
 
 def score_chart(history: History) -> str:

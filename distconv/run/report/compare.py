@@ -7,7 +7,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from distconv.run.report.charts import in_epochs, smoothed, x_limits
+from distconv.pictures.curves import smoothed
+from distconv.run.report.charts import in_epochs, reach, x_limits
 from distconv.run.report.history import NOT_OF_THE_MODEL, History
 from distconv.run.report.numbers import duration, milliseconds, percent, short
 from distconv.run.report.svg import Format, Line, Part, bar_chart, line_chart, run_color
@@ -25,12 +26,11 @@ def comparison(histories: Sequence[History]) -> str:
     for number, (name, history) in enumerate(zip(names, histories, strict=True)):
         color, dash = run_color(number)
         x, epochs = in_epochs(history), history.per_epoch("epoch")
-        window = max(1, len(x) // 50)
         score = history.per_epoch(f"{history.judged}_{history.metric}")
-        lines["loss"].append(Line(name, x, smoothed(history.steps("train_loss"), window), color, dash))
+        lines["loss"].append(Line(name, x, smoothed(history.steps("train_loss"), reach(x)), color, dash))
         lines["score"].append(Line(name, epochs, score, color, dash, dots=True))
         lines["rate"].append(Line(name, x, history.steps("learning_rate"), color, dash))
-        lines["speed"].append(Line(name, x, smoothed(history.steps("images_per_second"), window), color, dash))
+        lines["speed"].append(Line(name, x, smoothed(history.steps("images_per_second"), reach(x)), color, dash))
         if len(x):
             parts = [
                 Part(part, 1e3 * history.median(f"{part}_seconds"), f"--{part}")

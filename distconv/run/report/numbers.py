@@ -7,7 +7,7 @@ import math
 
 def percent(value: float) -> str:
     """A score: a share, or a number of a user's own metric that is none."""
-    return f"{value:.2%}" if abs(value) < 10 else f"{value:,.3g}"
+    return f"{value:.2%}" if 0 <= value <= 1 else f"{value:,.4g}"
 
 
 def short(value: float) -> str:
