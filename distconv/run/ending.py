@@ -32,8 +32,8 @@ def finish(run: Run, out: Path, log: RunLog) -> int:
             f"stopped early, after {run.config.patience} epochs without a better one; " if run.out_of_patience else ""
         )
         log.say(
-            f"{early}best on the validation set: epoch {run.best_epoch}, {run.task.metric} {percent(run.best_score)}, kept "
-            f"in {out / BEST}"
+            f"{early}best on the validation set: epoch {run.best_epoch}, {run.task.metric} {percent(run.best_score)}, "
+            f"kept in {out / BEST}"
         )
     answers = answer(run)  # of averaged weights where there are such
     if answers is None or run.config.ema:
