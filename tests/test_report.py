@@ -257,6 +257,14 @@ def test_steps_lie_where_they_are_among_the_epochs(tmp_path: Path) -> None:
     assert x_limits(few) == (0, 0.1)
 
 
+def test_epochs_of_a_single_step_have_no_times_of_the_ranks(tmp_path: Path) -> None:
+    result = jobs.run(2, "-m", "distconv.train", *QUICK, "--batch-size", "300", "--out", tmp_path / "run")
+    assert result.returncode == 0
+    epochs = [r for r in read_metrics(tmp_path / "run" / "metrics.jsonl") if r["event"] == "epoch"]
+    assert [r["busy_seconds"] for r in epochs] == [[], []]
+    assert "own time" not in (tmp_path / "run" / "report.html").read_text()
+
+
 def test_a_long_run_gives_a_small_page(tmp_path: Path) -> None:
     steps = [step(n, train_loss=2 + math.sin(n), images_per_second=1000.0 + n % 7) for n in range(1, 12_001)]
     found = page([read_history(write(tmp_path, start(steps=12_000), *steps, config="epochs = 20\n"))])
