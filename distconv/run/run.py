@@ -87,7 +87,7 @@ class Run:
         self.busy_steps += 1
 
     def take_busy(self) -> list[float]:
-        """The means of these seconds since they were last taken, or since this start of the run; empty without steps."""
+        """The means of these seconds since they were last taken, or since this start of the run."""
         means: list[float] = (self.busy_sum / self.busy_steps).tolist() if self.busy_steps else []
         self.busy_sum, self.busy_steps = np.zeros(self.world.size), 0
         return means
