@@ -195,7 +195,7 @@ def test_the_status_is_told_by_the_folder(tmp_path: Path, status: str) -> None:
         ("still rising", [epoch(1, 0.5, 0.5), epoch(2, 0.7, 0.7), epoch(3, 0.8, 0.8)]),
         ("came to 80.00% at a constant", [epoch(1, 0.5, 0.5), epoch(2, 0.85, 0.85), epoch(3, 0.8, 0.8)]),
         ("came to 99.00% at a constant", [epoch(n, 0.99, 0.99) for n in range(1, 5)]),
-        ("2 epochs settled nothing", [epoch(1, 0.5, 0.5), epoch(2, 0.7, 0.7)]),
+        ("2 epochs tell little", [epoch(1, 0.5, 0.5), epoch(2, 0.7, 0.7)]),
         ("came to 95.00%", [epoch(n, 0.5, 0.5, ema_test_accuracy=0.95) for n in range(1, 5)]),
     ],
 )

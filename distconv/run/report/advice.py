@@ -56,7 +56,7 @@ def on_learning(history: History) -> str:
             "them by the validation set, which evaluate takes, too."
         )
     if epochs < FEW_EPOCHS:
-        return f"{_count(epochs, 'epoch').capitalize()} settled nothing: give more --epochs, 10 say."
+        return f"{_count(epochs, 'epoch').capitalize()} tell little: --epochs 10 would show whether more is to be had."
     if epochs - best > FEW_EPOCHS and test[best] - test[-1] > GAP / 2:
         return (
             f"The test accuracy was best after epoch {best + 1} ({test[best]:.2%}) and fell to {test[-1]:.2%}: hold "

@@ -137,11 +137,11 @@ def rank_bars(history: History) -> str:
     bars = []
     for rank in order:
         host = f" {names[rank]}" if len(set(names)) > 1 and rank < len(names) else ""
-        label = f"rank {rank}{host}, slowest {slowest[rank] / count:.0%}"
+        label = f"rank {rank}{host}, last in {slowest[rank] / count:.0%}"
         bars.append((label, [Part("busy", 1e3 * float(busy[rank]), "--compute")]))
-    most = f"The {MOST_RANKS} slowest of {len(busy)} ranks. " if len(order) < len(busy) else ""
-    note = (
-        f"{most}Mean of a step in the last epoch, without the exchange; and in which share of steps all waited for it."
+    note = f"The {MOST_RANKS} slowest of {len(busy)} ranks. " if len(order) < len(busy) else ""
+    note += (
+        "Mean time from one exchange to the next in the last epoch; and in which share of all steps the rank came last."
     )
     return bar_chart("Each rank's own time", bars, milliseconds, note)
 

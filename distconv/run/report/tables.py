@@ -44,7 +44,7 @@ def tiles(history: History) -> str:
     if (scale := noise_scale(history)) > 0:
         entries.append(("noise scale", short(scale), f"images, over the run; batch {history.batch_size:,}"))
     if memory := peak or history.start.get("memory_bytes"):
-        entries.append(("memory of rank 0", in_bytes(memory), "peak" if peak else "expected"))
+        entries.append(("memory", in_bytes(memory), "of rank 0, peak" if peak else "of rank 0, expected"))
     shown = "".join(
         f'<div class="tile">{html.escape(name)}<b>{html.escape(value)}</b><small>{html.escape(note)}</small></div>'
         for name, value, note in entries
