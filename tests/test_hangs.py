@@ -58,7 +58,7 @@ def test_a_stopped_rank_is_named_and_ends_the_job(tmp_path: Path, ranks: int, ra
     assert f"rank {rank} of {ranks} on " in result.stderr and f"kill -STOP has stopped rank {rank}" in result.stderr
     assert result.stderr.count("so the job ends") == 1
     for every in range(ranks):
-        assert "loop.py" in report(out, every)
+        assert "training.py" in report(out, every)  # mostly loop.py too, but a rank may be stopped between two records
 
 
 @pytest.mark.slow
