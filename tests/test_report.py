@@ -155,7 +155,7 @@ def test_a_user_s_file_of_that_name_is_not_written_over(tmp_path: Path) -> None:
 def test_starts_and_goodput_are_those_of_the_records(tmp_path: Path) -> None:
     records = [start(100), step(1, 105), step(2, 110), start(150, resumed_step=2, ranks=3), step(3, 160), step(4, 190)]
     history = read_history(write(tmp_path, *records))
-    assert [(s.seconds, s.lost, s.last_step, s.end) for s in history.sessions] == [
+    assert [(s.seconds, s.lost, s.last_step, s.end) for s in history.stretches] == [
         (10, 0, 2, "ended by an accident"),
         (40, 40, 4, "cut off"),
     ]
@@ -163,7 +163,7 @@ def test_starts_and_goodput_are_those_of_the_records(tmp_path: Path) -> None:
     assert history.ranks == 3
     records.insert(3, {"event": "stop", "time": 110, "step": 2})  # a pause that somebody wanted is no loss
     history = read_history(write(tmp_path, *records))
-    assert history.goodput == 1 and [s.end for s in history.sessions] == ["stopped", "cut off"]
+    assert history.goodput == 1 and [s.end for s in history.stretches] == ["stopped", "cut off"]
     backwards = [start(100), step(1, 110), start(50, resumed_step=1), step(2, 60)]  # a clock that was set back
     assert read_history(write(tmp_path, *backwards)).goodput == 1
 

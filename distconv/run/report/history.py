@@ -33,10 +33,10 @@ NOT_OF_THE_MODEL = ("out", "resume", "trace", "trace_steps", "tensorboard")
 
 
 @dataclass(frozen=True)
-class Session:
-    """One start of a run, until it ended in whatever way. seconds: until the last record that still counts.
+class Stretch:
+    """A stretch of a run, from one start until it ended in whatever way. seconds: until the last record that still counts.
 
-    lost: seconds between the end of the session before and this start, unless that one was stopped on request. end: how
+    lost: seconds between the end of the stretch before and this start, unless that one was stopped on request. end: how
     it ended.
     """
 
@@ -86,7 +86,7 @@ class History:
 
     @property
     def last_step(self) -> int:
-        return self.sessions[-1].last_step
+        return self.stretches[-1].last_step
 
     def per_epoch(self, key: str) -> Numbers:
         """(E,), of each epoch, likewise."""
@@ -130,11 +130,11 @@ class History:
         return planned / epochs if planned and epochs else float(max(1, len(self._steps)))
 
     @cached_property
-    def sessions(self) -> Sequence[Session]:
+    def stretches(self) -> Sequence[Stretch]:
         """The starts of the run, in order; of steps that were made again, only the last counts."""
         begins = [n for n, record in enumerate(self.records) if record.get("event") == "start"]
-        found: list[Session] = []
-        before = None  # when the session before ended, if nobody wanted it to
+        found: list[Stretch] = []
+        before = None  # when the stretch before ended, if nobody wanted it to
         for begin, end in zip(begins, [*begins[1:], len(self.records)], strict=True):
             start, kept = self.records[begin], self.records[begin + 1 : end]
             began = _time(start)
@@ -143,14 +143,14 @@ class History:
             last = max(steps, default=start.get("resumed_step") or 0)
             stopped = bool(kept) and kept[-1].get("event") == "stop"
             how = self.status if end == len(self.records) else "stopped" if stopped else "ended by an accident"
-            found.append(Session(start, ended - began, max(0.0, began - (before or began)), last, how))
+            found.append(Stretch(start, ended - began, max(0.0, began - (before or began)), last, how))
             before = None if stopped else ended
         return found
 
     @property
     def seconds(self) -> float:
         """In which the run came forward."""
-        return sum(session.seconds for session in self.sessions)
+        return sum(stretch.seconds for stretch in self.stretches)
 
     @property
     def goodput(self) -> float:
@@ -158,7 +158,7 @@ class History:
 
         Pauses after a stop on request are in neither.
         """
-        lost = sum(session.lost for session in self.sessions)
+        lost = sum(stretch.lost for stretch in self.stretches)
         return self.seconds / (self.seconds + lost) if lost else 1.0
 
     @property

@@ -16,7 +16,7 @@ from distconv.run.report.charts import charts
 from distconv.run.report.compare import comparison
 from distconv.run.report.history import History, read_history
 from distconv.run.report.pictures import confusion, variants, wrong_images
-from distconv.run.report.tables import epochs_table, facts, sessions_table, tiles
+from distconv.run.report.tables import epochs_table, facts, starts_table, tiles
 
 PAGE = "report.html"
 CSS = Path(__file__).with_name("page.css")
@@ -78,7 +78,7 @@ def single(history: History) -> str:
         parts.append(
             confusion(samples) + wrong_images(samples) + variants(samples, str(history.settings.get("augment") or "…"))
         )
-    parts.append(f"<h2>Starts</h2>{sessions_table(history)}")
+    parts.append(f"<h2>Starts</h2>{starts_table(history)}")
     parts.append(f"<h2>What was run</h2>{facts(history)}")
     if history.epochs:
         parts.append(f"<h2>Epochs</h2>{epochs_table(history)}")

@@ -39,7 +39,7 @@ def tiles(history: History) -> str:
         sent = float(np.max(history.steps("wire_bytes"), initial=0))
         alone = f"float32 by itself would take {milliseconds(1e3 * history.median('wire_seconds_float32'))}"
         entries.append(("sent in a step", in_bytes(sent), f"by rank 0, {history.start.get('wire')}; {alone}"))
-    starts = plural(len(history.sessions), "start")
+    starts = plural(len(history.stretches), "start")
     entries.append(("time", duration(history.seconds), f"goodput {history.goodput:.0%}, {starts}"))
     if (scale := noise_scale(history)) > 0:
         entries.append(("noise scale", short(scale), f"images, over the run; batch {history.batch_size:,}"))
@@ -63,15 +63,15 @@ def _of_what(history: History) -> str:
     return "averaged weights" + (f"; those of the last step {percent(raw)}" if raw is not None else "")
 
 
-def sessions_table(history: History) -> str:
+def starts_table(history: History) -> str:
     """Each start, how far it came, how it ended, and how much time an accident had taken before it."""
     rows = []
-    for session in history.sessions:
-        begun = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(float(session.start.get("time") or 0)))
-        steps = f"{session.start.get('resumed_step') or 0:,} to {session.last_step:,}"
-        lost = duration(session.lost) if session.lost else ""
+    for stretch in history.stretches:
+        begun = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(float(stretch.start.get("time") or 0)))
+        steps = f"{stretch.start.get('resumed_step') or 0:,} to {stretch.last_step:,}"
+        lost = duration(stretch.lost) if stretch.lost else ""
         rows.append([
-            begun, str(session.start.get("ranks") or ""), steps, duration(session.seconds), session.end, lost
+            begun, str(stretch.start.get("ranks") or ""), steps, duration(stretch.seconds), stretch.end, lost
         ])  # fmt: skip
     head = ["started", "ranks", "steps that count", "time", "end", "lost before it"]
     return f'<div class="card scroll">{table(head, rows)}</div>'
