@@ -34,10 +34,10 @@ NOT_OF_THE_MODEL = ("out", "resume", "trace", "trace_steps", "tensorboard")
 
 @dataclass(frozen=True)
 class Stretch:
-    """A stretch of a run, from one start until it ended in whatever way. seconds: until the last record that still counts.
+    """A part of a run, from one start until it ended in whatever way. seconds: until the last record that still counts.
 
-    lost: seconds between the end of the stretch before and this start, unless that one was stopped on request. end: how
-    it ended.
+    lost: seconds between the end of the part before and this start, unless that one was stopped on request. end: how it
+    ended.
     """
 
     start: Record
