@@ -47,7 +47,7 @@ def main(argv: Sequence[str]) -> int:
 
     def write() -> bool:
         """Whether a run goes on."""
-        histories = write_report(folders, path)
+        histories = write_report(folders, path, writer=f".{os.getpid()}")  # the run may write it at this moment
         if arguments.csv:
             write_csv(arguments.csv, histories)
         return any(history.status == "running" for history in histories)

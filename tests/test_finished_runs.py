@@ -112,7 +112,7 @@ def test_a_finished_run_goes_on_where_its_model_is_lost(finished: Path) -> None:
 def test_what_a_link_leads_to_is_not_written(finished: Path, tmp_path: Path) -> None:
     """One with the name of a file that a run makes for itself."""
     (tmp_path / "theirs").write_text("mine")
-    for name in (".config.toml.tmp", ".metrics.jsonl.tmp", ".DONE.tmp"):
+    for name in (".config.toml.tmp", ".metrics.jsonl.tmp", ".DONE.tmp", ".report.html.tmp", ".answers.npz.tmp"):
         (finished / name).symlink_to(tmp_path / "theirs")
     assert run(finished, "--epochs", "3").returncode == 0
     (finished / folder.LOCK).unlink()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import os
 import statistics
 import sys
 import time
@@ -145,10 +144,19 @@ class RunLog:
 
 def write_text(path: Path, text: str) -> None:
     """Write a file, whole or not at all. Raises StorageError."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # nobody else's: two may write the same file
+    write_whole(path, text.encode())
+
+
+def write_whole(path: Path, content: bytes, writer: str = "") -> None:
+    """The same. writer: tells several apart that write the same file at once.
+
+    Else the file that is being written has a fixed name, so that what a kill leaves there is overwritten. Raises
+    StorageError.
+    """
+    temporary = path.with_name(f".{path.name}{writer}.tmp")  # not the name of a file that a user would have
     try:
         temporary.unlink(missing_ok=True)  # it may be a link to a file of somebody's
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_bytes(content)
         temporary.replace(path)
     except OSError as error:
         raise StorageError(f"{path} cannot be written: {error}") from None

@@ -12,7 +12,7 @@ import numpy as np
 
 from distconv.run.noise import over_a_run, relative_steps
 from distconv.run.report.history import History, Numbers
-from distconv.run.report.numbers import duration
+from distconv.run.report.numbers import duration, plural
 
 GAP = 0.01  # of accuracy, between training and test images, that is worth a word
 SLOWER = 1.2  # times as long as the median of the others: slow, not noisy
@@ -33,7 +33,7 @@ def on_learning(history: History) -> str:
     skipped, planned = int(np.nansum(history.steps("skipped"))), history.start.get("steps") or 0
     if skipped:
         return (
-            f"{_count(skipped, 'step')} had a gradient that was not finite: try a smaller --lr than "
+            f"{plural(skipped, 'step')} had a gradient that was not finite: try a smaller --lr than "
             f"{history.settings.get('lr', 0.001):g}, or --clip-norm 1."
         )
     if history.status == "running":
@@ -52,11 +52,11 @@ def on_learning(history: History) -> str:
     best, epochs = int(np.argmax(test)), len(test)
     if history.last_step < planned and history.settings.get("patience"):
         return (
-            f"It stopped early, by --patience, after {_count(epochs, 'epoch')}: best.safetensors has the best of "
+            f"It stopped early, by --patience, after {plural(epochs, 'epoch')}: best.safetensors has the best of "
             "them by the validation set, which evaluate takes, too."
         )
     if epochs < FEW_EPOCHS:
-        return f"{_count(epochs, 'epoch').capitalize()} tell little: --epochs 10 would show whether more is to be had."
+        return f"{plural(epochs, 'epoch').capitalize()} tell little: --epochs 10 would show whether more is to be had."
     if epochs - best > FEW_EPOCHS and test[best] - test[-1] > GAP / 2:
         return (
             f"The test accuracy was best after epoch {best + 1} ({test[best]:.2%}) and fell to {test[-1]:.2%}: hold "
@@ -78,7 +78,7 @@ def _on_the_end(history: History, test: Numbers, train: Numbers) -> str:
         )
     if test[-1] > test[-2] and test[-1] - test[-3] > 0.1 * (1 - test[-3]):
         return (
-            f"The test accuracy was still rising at the end ({test[-1]:.2%} after {_count(len(test), 'epoch')}): give "
+            f"The test accuracy was still rising at the end ({test[-1]:.2%} after {plural(len(test), 'epoch')}): give "
             f"more --epochs, {2 * len(test)} say."
         )
     if history.settings.get("schedule", "constant") == "constant":
@@ -152,7 +152,3 @@ def noise_scale(history: History) -> float:
               if "noise_scale" in epoch]  # fmt: skip
     known = any(epoch.get("noise_scale") for epoch in history.epochs)
     return over_a_run(scales, history.batch_size) if known and history.batch_size else math.nan
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'s' * (number != 1)}"

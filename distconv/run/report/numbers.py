@@ -34,3 +34,8 @@ def duration(seconds: float) -> str:
     if hours:
         return f"{hours} h {rest // 60} min"
     return f"{rest // 60} min {rest % 60} s" if rest >= 60 else f"{seconds:.1f} s"
+
+
+def plural(number: int, noun: str) -> str:
+    """1 step, 2 steps"""
+    return f"{number:,} {noun}{'s' * (number != 1)}"

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from distconv import __version__
 from distconv.errors import BadDataError
-from distconv.run.log import write_text
+from distconv.run.log import write_whole
 from distconv.run.report.advice import advise
 from distconv.run.report.charts import charts
 from distconv.run.report.compare import comparison
@@ -23,8 +23,10 @@ CSS = Path(__file__).with_name("page.css")
 AGAIN = 5  # seconds after which a browser reads the page of a running run again
 
 
-def write_report(folders: Sequence[Path], path: Path, failure: str = "") -> Sequence[History]:
-    """Write the page of a run, or of several beside each other; returns what was read. failure: see read_history.
+def write_report(folders: Sequence[Path], path: Path, failure: str = "", writer: str = "") -> Sequence[History]:
+    """Write the page of a run, or of several beside each other; returns what was read.
+
+    failure: see read_history; writer: see write_whole.
 
     Raises MissingInputError where a folder holds no run, BadDataError where its records are none, StorageError.
     """
@@ -34,7 +36,7 @@ def write_report(folders: Sequence[Path], path: Path, failure: str = "") -> Sequ
     except (LookupError, TypeError, ValueError) as error:
         names = ", ".join(str(folder / "metrics.jsonl") for folder in folders)
         raise BadDataError(f"{names}: records of a run were expected, but they have another shape ({error})") from None
-    write_text(path, text)
+    write_whole(path, text.encode(), writer)
     return histories
 
 

@@ -17,10 +17,10 @@ from numpy.typing import NDArray
 
 from distconv.data.augment import Augmented
 from distconv.data.dataset import Dataset, Images
-from distconv.errors import StorageError
 from distconv.kernels.cpu.device import Cpu
 from distconv.nn.layers import Context
 from distconv.run.answers import Answers, gather, softmax
+from distconv.run.log import write_whole
 from distconv.run.measure import scores
 from distconv.run.run import Run
 from distconv.tasks.classify import Classification
@@ -76,14 +76,9 @@ def save_samples(path: Path, run: Run, answers: Answers) -> None:
         "augmented": _variants(run) if augmented else np.zeros((0, VARIANTS, 1, 1, 1), np.uint8),
         "class_names": np.array(data.class_names or [], str),
     }
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        temporary.unlink(missing_ok=True)  # it may be a link to a file of somebody's
-        with temporary.open("xb") as file:
-            np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
-        temporary.replace(path)
-    except OSError as error:
-        raise StorageError(f"{path} cannot be written: {error}") from None
+    content = io.BytesIO()
+    np.savez_compressed(content, **arrays)  # type: ignore[arg-type]
+    write_whole(path, content.getvalue())
 
 
 def load_samples(path: Path) -> Samples | None:

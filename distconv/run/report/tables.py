@@ -15,7 +15,7 @@ import numpy as np
 from distconv.run.report.advice import noise_scale
 from distconv.run.report.charts import MOST_RANKS, SCORES
 from distconv.run.report.history import History
-from distconv.run.report.numbers import duration, in_bytes, milliseconds, percent, short
+from distconv.run.report.numbers import duration, in_bytes, milliseconds, percent, plural, short
 
 MOST_EPOCHS = 200  # rows of a table
 
@@ -120,7 +120,3 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     for name, *cells in rows:
         body += f"<tr><th>{html.escape(name)}</th>{''.join(f'<td>{html.escape(cell)}</td>' for cell in cells)}</tr>"
     return f"<table><thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table>"
-
-
-def plural(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'s' * (number != 1)}"
