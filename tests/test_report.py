@@ -13,6 +13,7 @@ import signal
 import subprocess
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,7 @@ from distconv.run.report.charts import in_epochs, x_limits
 from distconv.run.report.history import read_history
 from distconv.run.report.page import page, write_report
 from distconv.run.report.samples import load_samples
+from distconv.run.run import Run
 from tests import jobs
 
 QUICK = ("--data", "digits", "--limit-train", "300", "--batch-size", "30", "--epochs", "2", "--augment", "rotate=10")
@@ -159,6 +161,8 @@ def test_starts_and_goodput_are_those_of_the_records(tmp_path: Path) -> None:
     ]
     assert history.seconds == 50 and math.isclose(history.goodput, 50 / 90)
     assert history.ranks == 3
+    shown = text_of(page([history]))
+    assert "2 to 4 40.0 s cut off 40.0 s" in " ".join(shown.split()) and "of 20, 100 images each" in shown
     records.insert(3, {"event": "stop", "time": 110, "step": 2})  # a pause that somebody wanted is no loss
     history = read_history(write(tmp_path, *records))
     assert history.goodput == 1 and [s.end for s in history.stretches] == ["stopped", "cut off"]
@@ -246,6 +250,28 @@ def test_averaged_weights_are_what_a_run_is_judged_by(tmp_path: Path) -> None:
     assert read_history(write(tmp_path, start(), epoch(1, 0.8, 0.8, **scores))).score == 0.9
     final = {"event": "final", "time": 9.0, "step": 1, "metric": "accuracy", **scores, "ema_test_accuracy": 0.95}
     assert read_history(write(tmp_path, start(), epoch(1, 0.8, 0.8, **scores), final)).score == 0.95
+
+
+def test_the_answers_of_averaged_weights_are_kept(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    assert jobs.run(2, "-m", "distconv.train", *QUICK, "--ema", "0.9", "--out", out).returncode == 0
+    flags = ("--json", "--precision", "float32", "--weights", "averaged")
+    result = jobs.run(0, "-m", "distconv.evaluate", out, *flags)
+    correct, samples = json.loads(result.stdout)["correct"], load_samples(out / "answers.npz")
+    final = read_metrics(out / "metrics.jsonl")[-1]
+    assert samples is not None and samples.answers.correct == correct != final["correct"]
+    assert math.isclose(final["ema_test_accuracy"], correct / final["total"])
+
+
+def test_the_times_of_the_ranks_are_means_of_an_epoch(trained: Path) -> None:
+    run: Any = SimpleNamespace(busy_sum=0.0, busy_steps=0, world=SimpleNamespace(size=2))
+    for seconds in ([1.0, 3.0], [3.0, 5.0]):
+        Run.note_busy(run, np.array(seconds))
+    assert Run.take_busy(run) == [2.0, 4.0]
+    Run.note_busy(run, np.array([1.0, 1.0]))
+    assert Run.take_busy(run) == [1.0, 1.0] and Run.take_busy(run) == []
+    epochs = [record for record in read_metrics(trained / "metrics.jsonl") if record["event"] == "epoch"]
+    assert all(len(epoch["busy_seconds"]) == 2 and min(epoch["busy_seconds"]) > 0 for epoch in epochs)
 
 
 def test_steps_lie_where_they_are_among_the_epochs(tmp_path: Path) -> None:
