@@ -58,7 +58,6 @@ VERBATIM = ("tutorial.md", "ko.md")  # whose commands are to be copied, and are 
 SMALLER = (  # a pattern and what stands for it, one after the other
     (r"--data mnist\b", "--data digits"),  # MNIST may not be at hand
     (r"show mnist", "show digits"),
-    (r"runs/seed\d", "runs/mine"),
     (r"lr0?\.?( ?)0\.0\d+", r"lr\g<1>0.001"),  # one rate for three
     (r"(mpirun|launch) -n \d", r"\1 -n 2"),
     (r"--ensemble \d", "--ensemble 2"),
