@@ -274,6 +274,18 @@ def test_the_times_of_the_ranks_are_means_of_an_epoch(trained: Path) -> None:
     assert all(len(epoch["busy_seconds"]) == 2 and min(epoch["busy_seconds"]) > 0 for epoch in epochs)
 
 
+def test_which_rank_became_slow_is_seen_epoch_by_epoch(tmp_path: Path) -> None:
+    """A run that went on with more ranks: those of its end are shown."""
+    busy = ([0.01, 0.02], [], [0.03, 0.04, 0.05])
+    epochs = [epoch(n, 0.9, 0.9, busy_seconds=seconds) for n, seconds in enumerate(busy, start=1)]
+    history = read_history(write(tmp_path, start(ranks=3), *(step(n) for n in range(1, 21)), *epochs))
+    assert [record["epoch"] for record in history.timed_epochs] == [1, 3]
+    table = np.array([[0.01, 0.03], [0.02, 0.04], [math.nan, 0.05]])
+    assert np.array_equal(history.rank_seconds, table, equal_nan=True)
+    text = page([history])
+    assert "rank 2: 50 ms" in text and "rank 1: 20 ms" in text and "from 10 ms to 50 ms" in text
+
+
 def test_steps_lie_where_they_are_among_the_epochs(tmp_path: Path) -> None:
     history = read_history(write(tmp_path, start(steps=20), *(step(n) for n in range(1, 16)), config="epochs = 2\n"))
     assert np.allclose(in_epochs(history), np.arange(1, 16) / 10) and x_limits(history) == (0, 2)

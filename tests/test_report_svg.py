@@ -8,7 +8,7 @@ import re
 
 import numpy as np
 
-from distconv.run.report.svg import Line, binned, line_chart
+from distconv.run.report.svg import MOST_CELLS, Line, binned, heat_map, line_chart
 
 
 def test_bins_keep_means_and_extremes() -> None:
@@ -35,3 +35,34 @@ def test_a_chart_draws_larger_numbers_higher_and_tells_the_last() -> None:
         assert "A &lt;title&gt;" in chart and "a &amp; b <b>90</b>" in chart
     assert line_chart("none", [Line("a", [0], [math.nan], "--train")], "epoch", str) == ""
     assert line_chart("none", [Line("a", [0], [0.0], "--train")], "epoch", str, log=True) == ""
+
+
+def test_a_chart_of_few_noisy_numbers_shows_them_all() -> None:
+    """Between the least and the largest of a single number is no area, so it has an outline."""
+    chart = line_chart("t", [Line("", [0, 1, 2], [1, 5, 2], "--train", raw=True)], "epoch", str)
+    band = re.search(r'class="band" style="([^"]*)" points="([^"]*)"', chart)
+    assert band is not None and "stroke:var(--train)" in band[1] and len(band[2].split()) == 6
+
+
+def cells(chart: str) -> list[tuple[float, float, float, str]]:
+    """(x, y, opacity, title) of each."""
+    found = re.findall(r'<rect x="([\d.]+)" y="([\d.]+)".*?opacity="([\d.]+)"><title>(.*?)</title>', chart)
+    return [(float(x), float(y), float(opacity), title) for x, y, opacity, title in found]
+
+
+def test_a_heat_map_is_darker_where_numbers_are_larger_and_empty_where_there_are_none() -> None:
+    chart = heat_map("t", [0, 1, 3], ["a", "<b>"], np.array([[6.0, math.nan], [8.0, 10.0]]), "epoch", "{:g}".format)
+    found = cells(chart)
+    assert [title for *_, title in found] == ["a: 6", "&lt;b&gt;: 8", "&lt;b&gt;: 10"]
+    (_, top, _, _), (left, bottom, _, _), (right, _, _, _) = found
+    assert top < bottom and left < right
+    assert found[0][2] < found[1][2] < found[2][2] == 1.0
+    # palest is half of the largest: 6 of 10 is a fifth of the way from there
+    assert math.isclose(found[0][2], 0.1 + 0.9 / 5, abs_tol=0.01)
+
+
+def test_a_heat_map_of_many_columns_shows_means_of_neighbours() -> None:
+    values = np.random.default_rng(0).random((2, 10 * MOST_CELLS))
+    found = cells(heat_map("t", np.arange(10 * MOST_CELLS + 1), ["a", "b"], values, "epoch", "{:.6f}".format))
+    shown = [float(title.split(": ")[1]) for *_, title in found]
+    assert np.allclose(shown, values.reshape(2 * MOST_CELLS, 10).mean(axis=1), atol=1e-6)

@@ -6,7 +6,6 @@ The first of the rules that applies speaks. Each says what was seen, and then wh
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import numpy as np
 
@@ -125,9 +124,9 @@ def on_time(history: History) -> str:
 
 def _slow_rank(history: History) -> str:
     """Whether one rank keeps the others waiting."""
-    busy = rank_seconds(history)
-    if len(busy) < 2:
+    if len(history.rank_seconds) < 2:
         return ""
+    busy = history.rank_seconds[:, -1]
     slow, names = int(np.argmax(busy)), history.start.get("hostnames") or []
     others = float(np.median(np.delete(busy, slow)))
     if busy[slow] <= SLOWER * others:
@@ -137,13 +136,6 @@ def _slow_rank(history: History) -> str:
         f"Rank {slow}{where} is busy {busy[slow] / others - 1:.0%} longer in a step than the others, and all wait for "
         "it: see what else runs there."
     )
-
-
-def rank_seconds(history: History) -> Numbers:
-    """(P,), the mean seconds of a step that each rank was busy in the last epoch; empty where that is not known."""
-    found: Any = next((epoch["busy_seconds"] for epoch in reversed(history.epochs) if epoch.get("busy_seconds")), [])
-    is_known = isinstance(found, list) and all(isinstance(seconds, int | float) for seconds in found)
-    return np.array(found if is_known else [], np.float64)
 
 
 def noise_scale(history: History) -> float:

@@ -8,10 +8,9 @@ from collections import Counter
 import numpy as np
 
 from distconv.pictures.curves import smoothed
-from distconv.run.report.advice import rank_seconds
 from distconv.run.report.history import History
 from distconv.run.report.numbers import milliseconds, percent, short
-from distconv.run.report.svg import Line, Numbers, Part, area_chart, bar_chart, line_chart
+from distconv.run.report.svg import Line, Numbers, Part, area_chart, bar_chart, heat_map, line_chart
 
 SCORES = (  # of an epoch, with the colour of the page and the dashes that tell them apart
     ("train", "training", "--train", "6 3"),
@@ -26,7 +25,7 @@ def charts(history: History) -> list[tuple[str, list[str]]]:
     """Sections of figures, each with its heading; figures that have nothing to show are left out."""
     sections = [
         ("Learning", [loss_chart(history), score_chart(history), rate_chart(history)]),
-        ("Time", [speed_chart(history), time_chart(history), rank_bars(history)]),
+        ("Time", [speed_chart(history), time_chart(history), rank_bars(history), rank_map(history)]),
         ("Gradients", [noise_chart(history), wire_chart(history)]),
     ]
     return [(name, [figure for figure in figures if figure]) for name, figures in sections]
@@ -129,12 +128,11 @@ def time_chart(history: History) -> str:
 
 def rank_bars(history: History) -> str:
     """How long each rank is busy in a step, and how often each was the slowest."""
-    busy, slowest = rank_seconds(history), Counter(history.steps("slowest_rank").astype(int).tolist())
-    if len(busy) < 2:
+    if len(history.rank_seconds) < 2:
         return ""
+    busy, slowest = history.rank_seconds[:, -1], Counter(history.steps("slowest_rank").astype(int).tolist())
     names, count = history.start.get("hostnames") or [], max(1, len(history.steps("step")))
-    order = list(range(len(busy))) if len(busy) <= MOST_RANKS else np.argsort(-busy)[:MOST_RANKS].tolist()
-    bars = []
+    order, bars = _shown(busy), []
     for rank in order:
         host = f" {names[rank]}" if len(set(names)) > 1 and rank < len(names) else ""
         label = f"rank {rank}{host}, last in {slowest[rank] / count:.0%}"
@@ -144,6 +142,24 @@ def rank_bars(history: History) -> str:
         "Mean time from one exchange to the next in the last epoch; and in which share of all steps the rank came last."
     )
     return bar_chart("Each rank's own time", bars, milliseconds, note)
+
+
+def rank_map(history: History) -> str:
+    """The same over the epochs, where there are some: which rank became slow, and when."""
+    P, E = history.rank_seconds.shape
+    if P < 2 or E < 2:
+        return ""
+    order = _shown(history.rank_seconds[:, -1])
+    shown = 1e3 * history.rank_seconds[order]
+    note = f"The darker, the longer: from {milliseconds(np.nanmin(shown))} to {milliseconds(np.nanmax(shown))}."
+    epochs = [epoch["epoch"] for epoch in history.timed_epochs]
+    return heat_map("Each rank's own time, epoch by epoch", [epochs[0] - 1, *epochs], [f"rank {r}" for r in order],
+                    shown, "epoch", milliseconds, note)  # fmt: skip
+
+
+def _shown(busy: Numbers) -> list[int]:
+    """The ranks that are shown: all, or of many the slowest."""
+    return list(range(len(busy))) if len(busy) <= MOST_RANKS else np.argsort(-busy)[:MOST_RANKS].tolist()
 
 
 def _top(history: History) -> float:

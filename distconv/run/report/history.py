@@ -93,6 +93,23 @@ class History:
         return _column(self.epochs, key)
 
     @cached_property
+    def timed_epochs(self) -> Sequence[Mapping[str, Any]]:
+        """The epochs that know how long each rank was busy."""
+        return [epoch for epoch in self.epochs if epoch.get("epoch") and _are_numbers(epoch.get("busy_seconds"))]
+
+    @cached_property
+    def rank_seconds(self) -> Numbers:
+        """(P, E), mean seconds of a step that each rank was busy in each of these, for the ranks of the last one.
+
+        NaN where an epoch had fewer ranks.
+        """
+        columns = [np.array(epoch["busy_seconds"], np.float64) for epoch in self.timed_epochs]
+        table = np.full((len(columns[-1]) if columns else 0, len(columns)), math.nan)
+        for place, column in zip(table.T, columns, strict=True):
+            place[: len(column)] = column[: len(place)]
+        return table
+
+    @cached_property
     def metric(self) -> str:
         """What scores are called: accuracy, or a task's own word."""
         named = next((str(record["metric"]) for record in self.records if record.get("metric")), "")
@@ -252,3 +269,7 @@ def _time(record: Record) -> float:
 
 def _quoted(value: Any) -> str:
     return shlex.quote(f"{value:g}" if isinstance(value, float) and float(f"{value:g}") == value else str(value))
+
+
+def _are_numbers(values: Any) -> bool:
+    return isinstance(values, list) and bool(values) and all(isinstance(value, int | float) for value in values)

@@ -21,6 +21,7 @@ Format = Callable[[float], str]
 WIDTH, HEIGHT = 400, 240  # of a chart, in its own units; a card of the page is as wide, or somewhat wider
 LEFT, RIGHT, TOP, BOTTOM = 52, 10, 8, 34  # around what is drawn
 MOST_POINTS = 300  # of a line: more cannot be seen
+MOST_CELLS = 40  # of a row, likewise
 DASHES = ("", "6 3", "2 3", "8 3 2 3")
 COLORS = 7  # of the page, --c0 and so on
 
@@ -130,7 +131,7 @@ def line_chart(
     for line, (x, y, least, largest) in drawn:
         if line.raw:
             band = _points(frame.x(x), frame.y(largest)) + " " + _points(frame.x(x[::-1]), frame.y(least[::-1]))
-            body += f'<polygon class="band" style="fill:var({line.color})" points="{band}"/>'
+            body += f'<polygon class="band" style="fill:var({line.color});stroke:var({line.color})" points="{band}"/>'
             continue
         dash = f' stroke-dasharray="{line.dash}"' * bool(line.dash)
         points = _points(frame.x(x), frame.y(y))
@@ -183,6 +184,36 @@ def bar_chart(title: str, bars: Sequence[tuple[str, Sequence[Part]]], format_x: 
     names = {part.name: part.color for _, parts in bars for part in parts}
     legend = _legend([(name, color, "", "") for name, color in names.items()]) if len(names) > 1 else ""
     return f'<figure><h3>{_text(title)}</h3>{legend}<table class="bars">{"".join(rows)}</table>{_note(note)}</figure>'
+
+
+def heat_map(
+    title: str, x: ArrayLike, names: Sequence[str], values: NDArray[np.float64], x_title: str, format_value: Format,
+    note: str = ""
+) -> str:  # fmt: skip
+    """A row of cells for each name, the darker the larger its values (R, n) are; cell i lies between x[i] and x[i + 1].
+
+    x (n + 1,). Values that are not finite leave their cells empty. Half of the largest and less is palest, so small
+    differences look small.
+    """
+    xs = np.asarray(x, np.float64)
+    starts = np.unique(np.linspace(0, len(xs) - 1, min(MOST_CELLS, len(xs) - 1), endpoint=False).astype(np.int64))
+    means = np.add.reduceat(values, starts, axis=1) / np.diff([*starts, len(xs) - 1])
+    edges, R = [*xs[starts], xs[-1]], len(names)
+    every = -(-R // 12)  # of the rows is named: more would overlap
+    frame = Frame((edges[0], edges[-1]), 0.0, R, [R - row - 0.5 for row in range(0, R, every)])
+    body = frame.grid(x_title, lambda y: names[R - int(y) - 1])
+    high = float(np.nanmax(means))
+    low = min(float(np.nanmin(means)), high / 2)
+    for row, cells in enumerate(means):
+        top, bottom = frame.y(R - row), frame.y(R - row - 1)
+        for left, right, value in zip(edges[:-1], edges[1:], cells.tolist(), strict=True):
+            if math.isfinite(value):
+                body += (
+                    f'<rect x="{frame.x(left):.1f}" y="{top:.1f}" width="{frame.x(right) - frame.x(left):.1f}" '
+                    f'height="{bottom - top:.1f}" fill-opacity="{0.1 + 0.9 * (value - low) / (high - low or 1.0):.2f}">'
+                    f"<title>{_text(names[row])}: {_text(format_value(value))}</title></rect>"
+                )
+    return figure(title, f'<g class="heat">{body}</g>', "", note)
 
 
 def figure(title: str, body: str, legend: str, note: str) -> str:
