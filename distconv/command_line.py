@@ -49,7 +49,8 @@ def add_model_arguments(parser: Parser, several: bool) -> None:
         type=Path,
         nargs="+" if several else 1,
         metavar="RUN",
-        help="a run's folder, for its newest good checkpoint, a checkpoint, or a pickle or .npz of arrays W1, b1, ...",
+        help="a run's folder, for its newest good checkpoint, a checkpoint, or a pickle or .npz of arrays W1, b1, ..."
+        + "; or the folder of an ensemble, for each of its runs" * several,
     )
     add_weights_argument(parser)
     parser.add_argument("--data", default=None, help="as in distconv.train (default: what the model was trained on)")

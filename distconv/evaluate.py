@@ -20,19 +20,19 @@ LONGEST_NAME = 50  # characters of a path that a picture has room for
 
 def main(argv: Sequence[str]) -> int:
     arguments = parse(argv)
-    several = len(arguments.files) > 1
-    asked = arguments.precision or PRECISIONS[: 1 if several else None]
-    precisions = [precision for precision in PRECISIONS if precision in asked]
-
     with start() as world:
         from distconv.pictures.answers import draw_confusion
         from distconv.pictures.style import draw_on_one_rank
         from distconv.run.answers import judge, on_what, short_names
-        from distconv.run.loading import open_models
+        from distconv.run.loading import open_models, runs_of
         from distconv.run.log import RunLog
 
         world.watch.set_limits(0.0)
         log = RunLog(world.rank == 0)
+        arguments.files = runs_of(arguments.files, world)
+        several = len(arguments.files) > 1
+        asked = arguments.precision or PRECISIONS[: 1 if several else None]
+        precisions = [precision for precision in PRECISIONS if precision in asked]
         models, dataset = open_models(arguments, world, log.say_aside)
         total, last = len(dataset.test_labels), {}
         if not arguments.json:
@@ -66,6 +66,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         "  python -m distconv.evaluate runs/mine                        # its newest good checkpoint\n"
         "  python -m distconv.evaluate runs/mine --png confusion.png\n"
         "  mpirun -n 2 python -m distconv.evaluate runs/seed0 runs/seed1 runs/seed2\n"
+        "  mpirun -n 2 python -m distconv.evaluate runs/ensemble        # all runs that --ensemble has trained there\n"
         "  mpirun -n 2 python -m distconv.evaluate params.pkl --data mnist --precision float16 --json\n\n"
         "--json gives the keys precision, test_accuracy, correct and total; of several models also model, which is\n"
         'RUN or, in the last line of a precision, "ensemble". --confusion adds a line with confusion, [[...], ...],\n'

@@ -28,7 +28,7 @@ def main(argv: Sequence[str]) -> int:
     )
     parser.add_argument("folders", type=Path, nargs="+", metavar="RUN", help="a run's folder, or one of --ensemble")
     parser.add_argument(
-        "--html", type=Path, metavar="FILE", help="(default: report.html in the run's folder, or of several runs here)"
+        "--html", type=Path, metavar="FILE", help="(default: report.html in RUN; where several were given, here)"
     )
     parser.add_argument(
         "--watch", action="store_true", help="write the page every five seconds until all runs are over; Ctrl-C ends it"
@@ -37,11 +37,12 @@ def main(argv: Sequence[str]) -> int:
     arguments = parser.parse_args(argv)
 
     # NumPy and Matplotlib, which --help can do without.
+    from distconv.run.folder import members
     from distconv.run.report.export import write_csv
     from distconv.run.report.page import PAGE, write_report
 
     folders = [member for folder in arguments.folders for member in members(folder)]
-    path = arguments.html or (folders[0] if len(folders) == 1 else Path()) / PAGE
+    path = arguments.html or (arguments.folders[0] if len(arguments.folders) == 1 else Path()) / PAGE
     check_name("--html", arguments.html, ".html")
     check_name("--csv", arguments.csv, ".csv")
 
@@ -73,12 +74,6 @@ def check_name(name: str, path: Path | None, ending: str) -> None:
         raise UsageError(f"{name} {path}: the name of a file that ends in {ending} was expected")
     if not os.path.isdir(path.parent):  # noqa: PTH112 (pathlib raises where a name is too long)
         raise UsageError(f"{name} {path}: there is no folder {path.parent}; make it, or name another file")
-
-
-def members(folder: Path) -> list[Path]:
-    """The folder, or those of the runs in it where it is that of --ensemble."""
-    found = sorted(folder.glob("member-*/metrics.jsonl"), key=lambda path: (len(path.parent.name), path))
-    return [path.parent for path in found] if found and not (folder / "metrics.jsonl").exists() else [folder]
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 from pathlib import Path
 
@@ -23,7 +24,7 @@ def together(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("ensemble") / "out"
     result = jobs.run(3, *FLAGS, "--seed", "5", "--ensemble", "2", "--out", out, seconds=60)
     assert result.returncode == 0, result.stderr
-    assert f"{out / 'member-0'} {out / 'member-1'}" in result.stdout.splitlines()[-1]
+    assert result.stdout.splitlines()[-1] == f"together: python -m distconv.evaluate {out}"
     return out
 
 
@@ -32,6 +33,15 @@ def test_each_run_is_that_of_its_seed_on_as_many_ranks(together: Path, tmp_path:
     alone = tmp_path / "alone"
     assert jobs.run(ranks, *FLAGS, "--seed", str(5 + member), "--out", alone, seconds=60).returncode == 0
     assert sha(together / f"member-{member}") == sha(alone)
+
+
+def test_its_folder_stands_for_the_runs_in_it(together: Path) -> None:
+    runs = sorted(together.glob("member-*"))
+    found = [jobs.run(0, "-m", "distconv.evaluate", "--json", *given) for given in ([together], runs)]
+    assert found[0].returncode == 0 and found[0].stdout == found[1].stdout
+    assert [json.loads(line)["model"] for line in found[0].stdout.splitlines()] == [*map(str, runs), "ensemble"]
+    assert jobs.run(0, "-m", "distconv.report", together).stdout == f"written to {together}/report.html\n"
+    assert "member-1" in (together / "report.html").read_text()
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -59,6 +60,19 @@ def test_a_run_whose_output_does_not_arrive_fails_with_a_sentence(tmp_path: Path
 def test_a_reader_that_leaves_is_no_news() -> None:
     result = shell('"$@" | head -n 1', *PREDICT.split(), PYTHONUNBUFFERED="1")
     assert result.stderr == "" and result.stdout.count("\n") == 1
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_line_goes_out_whole(unbuffered: str) -> None:
+    """Else lines of ranks that speak at once run into each other. Each write of a process is a message of a socket."""
+    here, there = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+    environment = {**jobs.ENVIRONMENT, "PYTHONUNBUFFERED": unbuffered}
+    command = [sys.executable, "-c", SPEAKING, os.devnull]
+    here.settimeout(10)
+    with here, there:
+        subprocess.run(command, env=environment, stdout=there, stderr=there, check=True, timeout=60)
+        messages = [here.recv(1000).decode() for _ in range(3)]
+    assert messages == ["distconv: this is for people\n", "and so is this\n", "and this\n"]
 
 
 SPEAKING = """

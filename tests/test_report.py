@@ -20,8 +20,9 @@ import numpy as np
 import pytest
 
 from distconv.errors import BadDataError, MissingInputError, UsageError
-from distconv.report import main, members
+from distconv.report import main
 from distconv.run.answers import Answers
+from distconv.run.folder import members
 from distconv.run.log import read_metrics
 from distconv.run.report.advice import advise, on_learning, on_time
 from distconv.run.report.charts import in_epochs, x_limits

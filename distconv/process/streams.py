@@ -45,11 +45,12 @@ def prepare_streams() -> None:
         before = getattr(sys, name) or io.TextIOWrapper(io.BytesIO(), encoding="utf-8")  # None where it was closed
         stream: Any = _Stream(descriptor, must_arrive=name == "stdout")
         text = io.TextIOWrapper(
-            stream if before.write_through else io.BufferedWriter(stream),
+            io.BufferedWriter(stream),
             encoding=before.encoding,
             errors="backslashreplace",
-            line_buffering=before.line_buffering,
-            write_through=before.write_through,
+            # Where nothing is to wait (python -u), a line goes out whole: its text and its end in two writes would let
+            # a line of another rank come between.
+            line_buffering=before.line_buffering or before.write_through,
         )
         setattr(sys, name, text)
 

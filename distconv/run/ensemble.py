@@ -7,6 +7,7 @@ all together. With fewer ranks than runs, each rank is a group, and trains its r
 from __future__ import annotations
 
 import dataclasses
+import shlex
 from pathlib import Path
 
 from distconv.comm.placement import place
@@ -57,8 +58,7 @@ def train_ensemble(settings: Config, world: World, stop: StopRequest) -> int:
     world.wait()
     code = int(max(world.comm.allgather(code)))
     if code < STOPPED:
-        members = " ".join(str(out / f"member-{member}") for member in range(settings.ensemble))
-        RunLog(world.rank == 0).say(f"together: python -m distconv.evaluate {members}")
+        RunLog(world.rank == 0).say(f"together: python -m distconv.evaluate {shlex.quote(str(out))}")
     return code
 
 

@@ -37,6 +37,12 @@ EVENTS = "tensorboard"  # the folder of event files, to which each start of a ru
 REPORT = re.compile(r"rank-\d+\.json")
 
 
+def members(folder: Path) -> list[Path]:
+    """The folder, or those of the runs in it where it is that of --ensemble."""
+    found = sorted(folder.glob("member-*/metrics.jsonl"), key=lambda path: (len(path.parent.name), path))
+    return [path.parent for path in found] if found and not (folder / "metrics.jsonl").exists() else [folder]
+
+
 def check_folder(settings: Config, world: World) -> Mapping[str, Any] | None:
     """Look whether the run can have its folder, before anything takes long; nothing in it is changed.
 

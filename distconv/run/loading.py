@@ -24,6 +24,7 @@ from distconv.nn.optimizers import EMA
 from distconv.nn.parameters import Parameters, Shape, Specs
 from distconv.run.array_files import empty_folder, read_arrays, require_file
 from distconv.run.checkpoint import Checkpoint, load_checkpoint, newest_good
+from distconv.run.folder import members
 from distconv.run.layout import FileArrays, check, fill, listed, places
 from distconv.run.same_code import agree_on_code
 from distconv.tasks.classify import Classification
@@ -155,6 +156,15 @@ def open_models(
         tell_passed_over(model.name, names, say)
     agree_on_code(world, data_name, *dict.fromkeys(file.network for file in files))
     return models, dataset
+
+
+def runs_of(paths: Sequence[Path], world: World) -> Sequence[Path]:
+    """The paths, where the folder of an ensemble stands for the runs in it; collective."""
+    found: Sequence[Path] = []
+    with world.together():
+        if world.rank == 0:
+            found = [run for path in paths for run in members(path)]
+    return world.comm.bcast(found)  # type: ignore[no-any-return]
 
 
 def tell_passed_over(path: str, names: Sequence[str], say: Callable[[str], None]) -> None:
