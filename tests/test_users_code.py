@@ -45,7 +45,7 @@ def forward(function): return Chain(Affine(20), Bad(forward=function), Affine(10
 
 def train(folder: Path, code: str, *flags: str, ranks: int = 2):  # type: ignore[no-untyped-def]
     """A run of a module that holds this code, with its own model or data set named by flags."""
-    (folder / "mine.py").write_text(IMPORTS + code)
+    (folder / "of_a_user.py").write_text(IMPORTS + code)
     arguments = ("-m", "distconv.train", *QUICK, *flags, "--out", folder / "run")
     return jobs.run(ranks, *arguments, PYTHONPATH=str(folder))
 
@@ -79,12 +79,12 @@ MODELS = {
 
 @pytest.fixture
 def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """Writes the module mine, which the next test does not find."""
+    """Writes the module of_a_user, which the next test does not find."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", sys.path.copy())
     importlib.invalidate_caches()
-    yield lambda code: (tmp_path / "mine.py").write_text(IMPORTS + code)
-    sys.modules.pop("mine", None)
+    yield lambda code: (tmp_path / "of_a_user.py").write_text(IMPORTS + code)
+    sys.modules.pop("of_a_user", None)
 
 
 def try_model(name: str) -> None:
@@ -100,21 +100,21 @@ def test_a_model_that_cannot_work_is_a_usage_error_that_says_why(module: Any, ca
     expression, words = MODELS[case]
     module(f"def network(classes): return {expression}")
     with pytest.raises(UsageError) as caught:
-        try_model("mine:network")
+        try_model("of_a_user:network")
     assert words in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_a_model_that_takes_no_number_of_classes_is_a_usage_error(module: Any) -> None:
     module("def network(): return Chain(Affine(10))")
-    with pytest.raises(UsageError, match="mine:network is called with 1 argument, which it does not take"):
-        try_model("mine:network")
+    with pytest.raises(UsageError, match="of_a_user:network is called with 1 argument, which it does not take"):
+        try_model("of_a_user:network")
 
 
 @pytest.mark.parametrize("case", ["too large", "another y"])
 def test_on_all_ranks_it_is_one_sentence_and_leaves_no_folder(tmp_path: Path, case: str) -> None:
     expression, words = MODELS[case]
     assert_one_sentence(
-        train(tmp_path, f"def network(classes): return {expression}", "--model", "mine:network"), 2, words
+        train(tmp_path, f"def network(classes): return {expression}", "--model", "of_a_user:network"), 2, words
     )
     assert not (tmp_path / "run").exists()
 
@@ -122,7 +122,7 @@ def test_on_all_ranks_it_is_one_sentence_and_leaves_no_folder(tmp_path: Path, ca
 def test_a_model_that_works_passes_all_looks(module: Any) -> None:
     names = "{'W-1': Spec((), np.float32(0.5)), 'inner': {'0': Spec((np.int64(3),))}, 'more': {}}"
     module(f"def network(classes): return Chain(Conv(np.int64(2)), Dropout(1), shapes(lambda s: (s, {names})))")
-    try_model("mine:network")
+    try_model("of_a_user:network")
 
 
 DATA = """
@@ -142,12 +142,12 @@ def test_a_data_set_that_cannot_work_is_an_error_that_says_why(module: Any, case
     code, words = SETS[case]
     module(DATA + code)
     with pytest.raises((BadDataError, UsageError), match=re.escape(words)):
-        load("mine:mine")
+        load("of_a_user:mine")
 
 
 def test_on_all_ranks_that_is_one_sentence(tmp_path: Path) -> None:
     code, words = SETS["a mask"]
-    assert_one_sentence(train(tmp_path, DATA + code, "--data", "mine:mine"), 65, words)
+    assert_one_sentence(train(tmp_path, DATA + code, "--data", "of_a_user:mine"), 65, words)
 
 
 @pytest.mark.slow
@@ -156,13 +156,13 @@ def test_arrays_that_are_not_contiguous_or_not_writable_train(tmp_path: Path) ->
         "def mine(): images.flags.writeable = False; return data(images=images.T.reshape(8, 8, 60).transpose(2, 1, 0))"
     )
     code += "\ndef network(classes): return Chain(Conv(4), Affine(classes))"
-    result = train(tmp_path, DATA + code, "--data", "mine:mine", "--model", "mine:network")
+    result = train(tmp_path, DATA + code, "--data", "of_a_user:mine", "--model", "of_a_user:network")
     assert result.returncode == 0, result.stderr
 
 
 RAISING = {
-    "the module": ("raise ZeroDivisionError", "--model", "mine:network"),
-    "its forward pass": ("def network(classes): return forward(lambda x: 1 / 0)", "--model", "mine:network"),
+    "the module": ("raise ZeroDivisionError", "--model", "of_a_user:network"),
+    "its forward pass": ("def network(classes): return forward(lambda x: 1 / 0)", "--model", "of_a_user:network"),
 }
 
 
@@ -173,7 +173,7 @@ def test_what_a_users_code_raises_on_all_ranks_is_told_once_with_its_line(tmp_pa
     assert result.returncode == 1
     assert result.stderr.count("Traceback (most recent call last)") == 1, result.stderr
     assert result.stderr.count("failed and ends the job: ZeroDivisionError") == 1, result.stderr
-    assert "mine.py" in result.stderr
+    assert "of_a_user.py" in result.stderr
 
 
 SLOW_TO_TELL = """
@@ -202,7 +202,7 @@ def network(classes):
 @pytest.mark.parametrize("after", [0, 10], ids=["before there is a folder", "at a step"])
 def test_the_first_of_ranks_that_fail_alike_is_heard_before_another_ends_the_job(tmp_path: Path, after: int) -> None:
     code = SLOW_TO_TELL.format(after=after)
-    result = train(tmp_path, code, "--model", "mine:network", ranks=3)
+    result = train(tmp_path, code, "--model", "of_a_user:network", ranks=3)
     assert result.stderr.count("failed and ends the job: Slow: told") == 1, result.stderr
     assert (tmp_path / "run/errors").exists() == bool(after)
 
@@ -250,7 +250,7 @@ def data():
 @pytest.mark.slow
 def test_processes_of_a_users_code_are_no_ranks(tmp_path: Path) -> None:
     """They hear no requests to stop, but what signals usually mean; and their end is not that of the job."""
-    result = train(tmp_path, PROCESSES, "--data", "mine:data")
+    result = train(tmp_path, PROCESSES, "--data", "of_a_user:data")
     assert result.returncode == 0, result.stdout + result.stderr
     assert (tmp_path / "run/DONE").exists() and "stopped" not in result.stdout + result.stderr
 
@@ -272,6 +272,6 @@ def data():
         {what}(target=time.sleep, args=(1000,), name="prefetch").start()
     return load()
 """
-    result = train(tmp_path, code, "--data", "mine:data", ranks=ranks)
+    result = train(tmp_path, code, "--data", "of_a_user:data", ranks=ranks)
     assert result.returncode == 0 and (tmp_path / "run/DONE").exists(), result.stdout + result.stderr
     assert result.stderr.count("does not end, and is ended now") == 1 and "prefetch" in result.stderr

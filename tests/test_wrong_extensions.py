@@ -120,11 +120,11 @@ def test_labels_that_are_no_classes_are_bad_data(labels: list[int]) -> None:
 
 
 def test_data_of_another_size_on_one_rank_ends_the_job_and_does_not_hang_it(tmp_path: Path) -> None:
-    (tmp_path / "mine.py").write_text(
+    (tmp_path / "of_a_user.py").write_text(
         "from distconv.process.launched import launcher_rank\n"
         "from tests.test_wrong_extensions import Own\n"
         "def data(): return Own(64 + launcher_rank())\n"
     )
-    flags = ("--data", "mine:data", "--out", tmp_path / "run")
+    flags = ("--data", "of_a_user:data", "--out", tmp_path / "run")
     result = jobs.run(2, "-m", "distconv.train", *flags, PYTHONPATH=str(tmp_path))
     assert_one_sentence(result, 78, "rank 1 differs from rank 0")
