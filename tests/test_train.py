@@ -106,6 +106,16 @@ def test_one_rank_and_four_ranks_see_the_same_losses(tmp_path: Path) -> None:
     assert max(abs(one - four) for one, four in zip(*losses, strict=True)) < 1e-5
 
 
+def test_ranks_without_an_image_of_a_tiny_data_set_train_as_one_rank_does(tmp_path: Path) -> None:
+    losses = []
+    for ranks in (1, 3):
+        out = tmp_path / f"{ranks}"
+        result = train(ranks, *QUICK, "--limit-train", "2", "--epochs", "3", "--out", out)
+        assert result.returncode == 0, result.stderr
+        losses.append([record["train_loss"] for record in metrics(out, "step")])
+    assert len(losses[0]) == 3 and losses[1] == pytest.approx(losses[0], rel=0.01)
+
+
 def interrupt(job: jobs.Job, out: Path, step: int, number: signal.Signals, everyone: bool) -> None:
     """Send a signal to the launcher, or to the last rank alone, once the run has done so many steps."""
     jobs.wait_until(lambda: len(metrics(out, "step")) >= step, job)

@@ -66,7 +66,8 @@ def _activations(run: Run) -> tuple[int, int]:
     replica, kernels = run.replica, run.replica.kernels
     batch = min(run.config.step_size, run.data.size("train"))
     share = run.shards.part(batch)
-    most = max(part.stop - part.start for _, part in replica.parts(share.stop - share.start, batch))
+    own = replica.parts(share.stop - share.start, batch)  # none, where there are fewer images than ranks
+    most = max((part.stop - part.start for _, part in own), default=0)
     test = max(part.stop - part.start for part in run.shards.parts(run.data.size("test")))
 
     def gradient(n: int) -> None:
@@ -83,7 +84,9 @@ def _activations(run: Run) -> tuple[int, int]:
 
 
 def _measured(work: Callable[[int], None], n: int) -> tuple[int, int]:
-    """The most bytes of NumPy's arrays in work(FEW), and in work(n), which is not done where it is more."""
+    """The most bytes of NumPy's arrays in work(FEW), and in work(n), which is not done where it is more, or nothing."""
+    if n == 0:
+        return 0, 0
     few = min(n, FEW)
     trial = _peak(work, few)
     an_image = (trial - _peak(work, few // 2)) // (few - few // 2) if n > few else 0
