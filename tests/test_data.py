@@ -125,13 +125,25 @@ def test_a_folder_is_named_by_its_path_even_where_it_looks_like_a_function(
         assert_holds(data.load(name), arrays)
 
 
-@pytest.mark.parametrize("name", ["no-such-data", "", "none/at/all", "a\0b", "x" * 300])
-def test_a_name_that_leads_nowhere_is_a_missing_input(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        *((name, "does not exist") for name in ("MNIST", "", "none/at/all", "a\0b", "x" * 300)),
+        *((name, "is neither a folder nor an .npz or .tar.gz file") for name in ("mine.zip", "images.npy")),
+        ("photos", r"is a folder without .*\(of pictures, docs/data.md makes an .npz\)"),
+    ],
+)
+def test_a_name_that_leads_to_no_data_set_is_answered_by_all_that_may_be_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, words: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(MissingInputError):
+    for file in ("mine.zip", "images.npy", "photos/cat/1.png"):
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).touch()
+    with pytest.raises(MissingInputError, match=words) as caught:
         data.load(name)
+    for possible in ("mnist, cifar10 or digits", ".npz", "x_train", *NAMES, "package.module:function"):
+        assert possible in str(caught.value)
 
 
 USERS_MODULE = """

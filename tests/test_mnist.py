@@ -106,14 +106,6 @@ def test_a_missing_file_is_named(tmp_path: Path, name: str) -> None:
         mnist.load_folder(folder)
 
 
-def test_what_is_no_folder_is_named_with_the_files_that_are_wanted(tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-    for folder in (tmp_path / "none", tmp_path / "file"):
-        with pytest.raises(MissingInputError) as caught:
-            mnist.load_folder(folder)
-        assert all(part in str(caught.value) for part in (str(folder), *NAMES))
-
-
 @pytest.mark.parametrize(
     ("name", "array", "words"),
     [

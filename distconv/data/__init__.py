@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -59,7 +60,23 @@ def load(name: str, say: Callable[[str], None] = lambda line: None) -> Data:
         return found
     if name.lower().endswith(".npz"):
         return npz.load(Path(name), say)
-    place = cifar_files.locate(Path(name))
-    if place and not mnist.is_in_part(Path(name)):  # a folder with MNIST may hold CIFAR-10 in another one
+    if mnist.is_in_part(Path(name)):  # a folder with MNIST may hold CIFAR-10 in another one
+        return mnist.load_folder(Path(name))
+    if place := cifar_files.locate(Path(name)):
         return cifar.load_from(place, name)
-    return mnist.load_folder(Path(name))
+    raise _no_data_set(name)
+
+
+def _no_data_set(name: str) -> MissingInputError:
+    """What to say of a name that leads to none: what is there, and all that may be given."""
+    if os.path.isdir(name):  # noqa: PTH112 (pathlib raises where a name is too long)
+        what = "is a folder without the files of MNIST or CIFAR-10 (of pictures, docs/data.md makes an .npz)"
+    elif os.path.exists(name):  # noqa: PTH110
+        what = "is neither a folder nor an .npz or .tar.gz file"
+    else:
+        what = "does not exist"
+    return MissingInputError(
+        f"{name or 'an empty name'} {what}: give mnist, cifar10 or digits, an .npz file that holds "
+        f"{', '.join(npz.NEEDED)}, a folder with {', '.join(mnist.FILES)} (plain or .gz) or CIFAR-10's, or "
+        "package.module:function"
+    )
