@@ -191,9 +191,12 @@ def _checked_pair(where: str, images: Images, labels: Labels, classes: int) -> t
             f"were expected{advice}"
         )
     if labels.dtype.kind not in "uib" or labels.ndim < 1:
+        advice = "convert them by .astype(np.int64)"
+        if labels.dtype.kind in "USO":  # names of classes, which that cannot convert
+            advice = "number the classes from 0, in all parts alike, and give their names as class_names"
         raise BadDataError(
             f"{where}: labels are {labels.dtype} of shape {labels.shape}, but integers, one or more an image, were "
-            "expected: convert them by .astype(np.int64)"
+            f"expected: {advice}"
         )
     if len(images) != len(labels):
         raise BadDataError(
