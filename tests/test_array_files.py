@@ -10,9 +10,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from distconv.errors import BadDataError, DistconvError, MissingInputError
 from distconv.run.array_files import empty_folder, read_arrays, require_file
+from distconv.run.loading import open_file
 from tests.files import peak_memory
 
 MIB = 1 << 20
@@ -95,6 +97,14 @@ def test_another_programs_file_is_told_for_what_it_is(tmp_path: Path, name: str)
     sentence = str(caught.value)
     assert "\n" not in sentence
     assert ("numpy.savez" in sentence) == any(word in words for word in ("PyTorch", "Keras", "ONNX", "single"))
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+def test_another_programs_safetensors_file_is_not_called_a_damaged_checkpoint(tmp_path: Path, dtype: type) -> None:
+    path = tmp_path / "model.safetensors"
+    save_file({"layer.weight": np.ones((2, 3), dtype)}, path, {"format": "pt"})
+    with pytest.raises(BadDataError, match=f"{path} is a safetensors file of another program.*numpy.savez"):
+        open_file(path, None)
 
 
 @pytest.mark.parametrize("length", [10, 100, -30])

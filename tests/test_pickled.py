@@ -337,8 +337,8 @@ def taken(tmp_path: Path, arrays: Arrays) -> tuple[Parameters, list[str]]:
 @pytest.mark.parametrize(
     ("arrays", "words"),
     [
-        (changed(W3=None), r"W3 is missing, .*\(32, 16, 3, 3\).*--model"),
-        (changed(W7=np.ones((50, 1024))), r"W7 is \(50, 1024\), .*\(1024, 50\).*--model"),
+        (changed(W3=None), r"W3 is missing, .*\(32, 16, 3, 3\); the file holds 'W1', 'b1', .*--model"),
+        (changed(W7=np.ones((50, 1024))), r"W7 is \(50, 1024\), .*\(1024, 50\).*--model.*export --help"),
         (SIMPLE, r"W1 is \(30, 1, 5, 5\).*--model"),
         (changed(b1=np.full(16, 1e39)), "b1 that are too large for float32"),
         (changed(b1=np.full(16, np.nan)), "'b1' holds NaN"),

@@ -31,6 +31,7 @@ OTHERS = {  # what a file is, by its first bytes
     b"\x93NUMPY": "a single array of NumPy (.npy)",
     b"\x1f\x8b": "a gzip file",
 }
+WITH_WEIGHTS = ("PyTorch", "Keras", "ONNX", "TensorFlow", ".npy", "safetensors")
 BY_ENDING = {".onnx": "an ONNX model", ".tflite": "a TensorFlow Lite model", ".pb": "a TensorFlow graph"}  # no magic
 
 
@@ -58,7 +59,7 @@ def read_arrays(path: Path) -> FileArrays:
 
 def not_ours(path: Path, what: str) -> BadDataError:
     """What to say of a file that another program has written."""
-    advice = f": {AS_NPZ}" if any(word in what for word in ("PyTorch", "Keras", "ONNX", "TensorFlow", ".npy")) else ""
+    advice = f": {AS_NPZ}" if any(word in what for word in WITH_WEIGHTS) else ""
     return BadDataError(f"{path} is {what}, but {EXPECTED}{advice}")
 
 

@@ -34,7 +34,8 @@ from distconv.kernels.interface import Array
 from distconv.nn.layerwise import ALL_OPTIMIZERS
 from distconv.nn.optimizers import EMA
 from distconv.nn.parameters import Parameters, digest
-from distconv.run.tensorfile import TensorFile, write_tensors
+from distconv.run.array_files import not_ours
+from distconv.run.tensorfile import OtherProgramsFileError, TensorFile, write_tensors
 
 FORMAT = "distconv-1"
 OURS = re.compile(r"step-\d{10,}\.safetensors")  # not a copy that a user made and named
@@ -194,11 +195,13 @@ def load_checkpoint(path: Path) -> Checkpoint:
     if not is_file:
         raise MissingInputError(f"{path} is not a file: a checkpoint of distconv.train was expected")
     try:
-        tensors = TensorFile(path)
-        text = tensors.metadata.get("distconv", "")
+        tensors = TensorFile(path, wanted="distconv")
+        text = tensors.metadata["distconv"]
         whole, state, finite = _digests(text, tensors)
     except OSError as error:
         raise StorageError(f"{path} cannot be read: {error}") from None
+    except OtherProgramsFileError:
+        raise not_ours(path, "a safetensors file of another program") from None
     except Exception as error:  # what a header says can make the reader stumble in many ways
         raise BadDataError(f"{path} is not a whole checkpoint ({error}): use an earlier one") from None
     if tensors.metadata.get("sha256") != whole:

@@ -90,10 +90,16 @@ def check(arrays: FileArrays, wanted: Sequence[Place], path: Path) -> list[str]:
         array = arrays.get(place.key)
         if place.key in arrays and array is None:
             raise BadDataError(f"{path}: {place.key!r} is no array of floats, but one of {place.shape} was expected")
-        have = "missing" if array is None else array.shape
-        if array is None or have != place.shape:
+        if array is None:
+            holds = listed(list(arrays)) if arrays else "nothing"
             raise MismatchError(
-                f"{path}: {place.key} is {have}, this model needs {place.shape}; name its model by --model"
+                f"{path}: {place.key} is missing, which this model needs as {place.shape}; the file holds {holds}: "
+                "name its model by --model, or name and lay out the arrays as distconv.export --help says"
+            )
+        if array.shape != place.shape:
+            raise MismatchError(
+                f"{path}: {place.key} is {array.shape}, this model needs {place.shape}: name its model by --model, "
+                "take images of the size that it had, or lay the array out as distconv.export --help says"
             )
         if not np.isfinite(array).all():
             raise BadDataError(f"{path}: {place.key!r} holds NaN or infinity, but finite numbers were expected")

@@ -35,18 +35,25 @@ def write_tensors(file: IO[bytes], tensors: Mapping[str, Array], metadata: Mappi
         file.write(tensor.data)
 
 
+class OtherProgramsFileError(Exception):
+    """A whole safetensors file whose metadata lack what ours have."""
+
+
 class TensorFile(Mapping[str, Array]):
     """What a file holds: its metadata, and its tensors by name, each read when it is asked for.
 
-    shapes: of the tensors, by name. Raises OSError, and whatever safetensors raises for a file that is none.
+    shapes: of the tensors, by name. wanted: a name that must be in the metadata. Raises OSError, OtherProgramsFileError
+    where it is not, and whatever safetensors raises for a file that is none.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, wanted: str = "") -> None:
         with path.open("rb") as raw:
             if int.from_bytes(raw.read(8), "little") > LARGEST_HEADER:
                 raise ValueError("its header is too long")
         with safe_open(path, framework="numpy") as checked:  # the tensors fill the file, none lies on another
             self.metadata: Mapping[str, str] = checked.metadata() or {}
+        if wanted and wanted not in self.metadata:
+            raise OtherProgramsFileError
         with path.open("rb") as file:
             self.path, self.identity = path, _identity(file)
             (length,) = struct.unpack("<Q", file.read(8))
