@@ -26,6 +26,7 @@ from distconv.run.noise import estimate, scale_of
 from distconv.run.run import Run
 
 MOST_SKIPPED = 10  # steps in a row without a finite gradient
+NOT_FINITE = "a gradient that is not finite"
 MOST_FAR = 5  # steps in a row whose loss is not finite, or more than FAR times that of the start
 FAR = 10
 PARTS = ("train", "validation", "test")
@@ -133,8 +134,8 @@ def train(
             yield _end_of_epoch(run, epoch, images / seconds)
     if stopping:
         yield StopRecord(run.step)
-    elif run.diverging:
-        raise _diverged(run)
+    elif run.skipped or run.diverging:  # the weights of its end were not saved, and nobody could use them
+        raise _diverged(run, NOT_FINITE * (run.skipped > 0))
 
 
 def _step(
@@ -222,7 +223,7 @@ def _note_loss(run: Run, updated: bool, loss: float, global_batch: int, headers:
     else:
         run.skipped += 1
     if run.skipped == MOST_SKIPPED:
-        raise _diverged(run, f"a gradient that is not finite (last {_who_is_bad(headers['bad_at'], run.parameters)})")
+        raise _diverged(run, f"{NOT_FINITE} (last {_who_is_bad(headers['bad_at'], run.parameters)})")
     if run.diverging == MOST_FAR:
         raise _diverged(run)
 
