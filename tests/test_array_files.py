@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import struct
 import zipfile
 import zlib
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from distconv.errors import BadDataError, DistconvError, MissingInputError
+from distconv import data
+from distconv.errors import BadDataError, DistconvError, MissingInputError, StorageError
 from distconv.run.array_files import empty_folder, read_arrays, require_file
-from distconv.run.loading import open_file
+from distconv.run.loading import newest_of, open_file
 from tests.files import peak_memory
 
 MIB = 1 << 20
@@ -146,6 +149,15 @@ def test_a_name_much_like_one_that_is_there_was_perhaps_meant(tmp_path: Path) ->
     ):
         with pytest.raises(MissingInputError, match=words):
             require_file(tmp_path / given)
+
+
+def test_a_folder_that_may_not_be_read_is_told_in_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Path, "glob", mock.Mock(side_effect=PermissionError(13, "Permission denied")))  # root may all
+    with pytest.raises(StorageError, match=f"{tmp_path} cannot be read: .*Permission denied"):
+        newest_of(tmp_path, print)
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    with pytest.raises(MissingInputError, match=f"{tmp_path} is a folder that may not be read"):
+        data.load(str(tmp_path))
 
 
 def test_a_folder_without_a_checkpoint_says_what_it_holds(tmp_path: Path) -> None:

@@ -69,7 +69,9 @@ def load(name: str, say: Callable[[str], None] = lambda line: None) -> Data:
 
 def _no_data_set(name: str) -> MissingInputError:
     """What to say of a name that leads to none: what is there, and all that may be given."""
-    if os.path.isdir(name):  # noqa: PTH112 (pathlib raises where a name is too long)
+    if os.path.isdir(name) and not os.access(name, os.R_OK | os.X_OK):  # noqa: PTH112 (pathlib raises for long names)
+        what = "is a folder that may not be read"
+    elif os.path.isdir(name):  # noqa: PTH112
         what = "is a folder without the files of MNIST or CIFAR-10 (of pictures, docs/data.md makes an .npz)"
     elif os.path.exists(name):  # noqa: PTH110
         what = "is neither a folder nor an .npz or .tar.gz file"

@@ -16,7 +16,7 @@ from distconv.comm.world import World
 from distconv.config import CLASSIFY
 from distconv.data.data import Data
 from distconv.data.dataset import Dataset
-from distconv.errors import MismatchError, UsageError
+from distconv.errors import MismatchError, StorageError, UsageError
 from distconv.factory import is_factory
 from distconv.kernels.compiled import CACHE
 from distconv.nn.layers import Layer
@@ -177,12 +177,18 @@ def tell_passed_over(path: str, names: Sequence[str], say: Callable[[str], None]
 
 
 def newest_of(path: Path, say: Callable[[str], None]) -> Path:
-    """Of a run's folder the newest good checkpoint; any other path as it is. Raises MissingInputError, BadDataError."""
+    """Of a run's folder the newest good checkpoint; any other path as it is.
+
+    Raises MissingInputError, BadDataError, StorageError.
+    """
     if not os.path.isdir(path):  # noqa: PTH112 (pathlib raises where a name is too long, or a folder may not be entered)
         return path
-    checkpoint, passed_over = newest_good(path / "checkpoints")
-    if checkpoint is None:
-        raise empty_folder(path)
+    try:
+        checkpoint, passed_over = newest_good(path / "checkpoints")
+        if checkpoint is None:
+            raise empty_folder(path)
+    except OSError as error:
+        raise StorageError(f"{path} cannot be read: {error}") from None
     for why in passed_over:
         say(why)
     say(f"{path}: step {checkpoint.position['step']:,}, {checkpoint.path.name}")
