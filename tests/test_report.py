@@ -167,6 +167,9 @@ def test_starts_and_goodput_are_those_of_the_records(tmp_path: Path) -> None:
     records.insert(3, {"event": "stop", "time": 110, "step": 2})  # a pause that somebody wanted is no loss
     history = read_history(write(tmp_path, *records))
     assert history.goodput == 1 and [s.end for s in history.stretches] == ["stopped", "cut off"]
+    more = [start(100, steps=2), step(1, 105), step(2, 110), start(1000, resumed_step=2, steps=4), step(3, 1010)]
+    history = read_history(write(tmp_path, *more))  # finished, and one day somebody gave it more epochs
+    assert history.goodput == 1 and [s.end for s in history.stretches] == ["finished", "cut off"]
     backwards = [start(100), step(1, 110), start(50, resumed_step=1), step(2, 60)]  # a clock that was set back
     assert read_history(write(tmp_path, *backwards)).goodput == 1
 

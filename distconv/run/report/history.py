@@ -28,6 +28,7 @@ from distconv.settings import read_toml
 
 Numbers = NDArray[np.float64]
 Record = Mapping[str, Any]
+ACCIDENT = "ended by an accident"
 # Settings that say where a run lies, how it goes on, and what is told of it.
 NOT_OF_THE_MODEL = ("out", "resume", "trace", "trace_steps", "tensorboard")
 
@@ -36,8 +37,7 @@ NOT_OF_THE_MODEL = ("out", "resume", "trace", "trace_steps", "tensorboard")
 class Stretch:
     """A part of a run, from one start until it ended in whatever way. seconds: until the last record that still counts.
 
-    lost: seconds between the end of the part before and this start, unless that one was stopped on request. end: how it
-    ended.
+    lost: seconds between the end of the part before and this start, if an accident ended that one. end: how it ended.
     """
 
     start: Record
@@ -158,10 +158,18 @@ class History:
             ended = max([began, *(_time(record) for record in kept)])
             steps = [record.get("step") or 0 for record in kept if record.get("event") == "step"]
             last = max(steps, default=start.get("resumed_step") or 0)
+            planned = start.get("steps") or math.inf
             stopped = bool(kept) and kept[-1].get("event") == "stop"
-            how = self.status if end == len(self.records) else "stopped" if stopped else "ended by an accident"
+            if end == len(self.records):
+                how = self.status
+            elif stopped:
+                how = "stopped"
+            elif last >= planned and (self.records[end].get("steps") or 0) > planned:
+                how = "finished"  # then somebody gave it more epochs
+            else:
+                how = ACCIDENT
             found.append(Stretch(start, ended - began, max(0.0, began - (before or began)), last, how))
-            before = None if stopped else ended
+            before = ended if how == ACCIDENT else None
         return found
 
     @property
@@ -173,7 +181,7 @@ class History:
     def goodput(self) -> float:
         """The share of the time in which it came forward: the rest went to accidents, or to steps made again.
 
-        Pauses after a stop on request are in neither.
+        Pauses after a stop on request, or after the end of a run that then got more epochs, are in neither.
         """
         lost = sum(stretch.lost for stretch in self.stretches)
         return self.seconds / (self.seconds + lost) if lost else 1.0
