@@ -23,7 +23,7 @@ from distconv.errors import BadDataError, MissingInputError, UsageError
 from distconv.report import main
 from distconv.run.answers import Answers
 from distconv.run.folder import members
-from distconv.run.log import read_metrics
+from distconv.run.log import describe_steps, read_metrics, steps_alike
 from distconv.run.report.advice import advise, on_learning, on_time
 from distconv.run.report.charts import in_epochs, x_limits
 from distconv.run.report.history import read_history
@@ -227,7 +227,8 @@ def test_what_to_try_follows_from_the_time(
     tmp_path: Path, word: str, of_start: dict[str, Any], seconds: tuple[float, ...], of_epoch: dict[str, Any]
 ) -> None:
     parts = ("compute_seconds", "exchange_seconds", "wait_seconds")
-    steps = [step(n, **dict(zip(parts, seconds, strict=True))) for n in range(1, 31)]
+    speed = {"images_per_second": 100 / sum(seconds)}
+    steps = [step(n, **dict(zip(parts, seconds, strict=True)), **speed) for n in range(1, 31)]
     said = on_time(read_history(write(tmp_path, start(**of_start), *steps, epoch(1, 0.9, 0.9, **of_epoch))))
     assert word in said and said.endswith(".")
 
@@ -247,6 +248,38 @@ def test_a_metric_of_a_users_own_and_numbers_that_are_not_finite(tmp_path: Path)
     history = read_history(write(tmp_path, start(), *records, own))
     assert history.metric == "iou" and history.score == 0.25 and "25.00% test iou" in text_of(page([history]))
     page([read_history(write(tmp_path, start(), *records, epoch(1, 0, 0, **nothing)))])
+
+
+def test_what_is_told_of_a_step_is_told_of_the_ranks_that_are_there_now(tmp_path: Path) -> None:
+    crowded = {"images_per_second": 500.0, "wait_seconds": 0.15, "slowest_rank": 3}
+    before = [start(ranks=4, hostnames=["one"] * 4), *(step(n, **crowded) for n in range(1, 101))]
+    before += [epoch(1, 0.5, 0.5, busy_seconds=[0.1, 0.1, 0.1, 0.9])]
+    now = [start(resumed_step=100), *(step(n) for n in range(101, 131))]
+    history = read_history(write(tmp_path, *before, *now))
+    shown = " ".join(text_of(page([history])).split())
+    assert "1,000 median, 2 ranks a step 100 ms of it on rank 0 compute 80%, exchange 10%, wait 10%" in shown
+    assert on_time(history).startswith("80% of a step is computing") and "rank 3" not in shown
+    said = describe_steps(steps_alike(history.records), 2)
+    assert "10.00 ms wait" in said and "rank 1 was slowest in 100% of steps" in said
+    # As many ranks as before: all steps count again.
+    both = [*before, start(ranks=4, hostnames=["one"] * 4, resumed_step=100), step(101)]
+    assert len(read_history(write(tmp_path, *both)).steps_of_now("step")) == 101
+
+
+def test_a_step_has_no_more_images_than_there_are(tmp_path: Path) -> None:
+    history = read_history(
+        write(tmp_path, start(train_images=50), *(step(n, compute_seconds=0.04) for n in range(1, 4)))
+    )
+    shown = " ".join(text_of(page([history])).split())
+    assert "a step 50 ms of it on rank 0 compute 80%" in shown and "of 20, 50 images each" in shown
+
+
+def test_parts_of_a_step_are_shares_of_the_same_whole(tmp_path: Path) -> None:
+    # Between two exchanges a rank updates its weights, too, which is in none of the parts.
+    steps = [step(n, images_per_second=500.0, compute_seconds=0.05, wait_seconds=0.06) for n in range(1, 31)]
+    history = read_history(write(tmp_path, start(), *steps))
+    assert on_time(history).startswith("30% of a step of rank 0 is waiting")
+    assert "compute 25%, exchange 5%, wait 30%" in text_of(page([history]))
 
 
 def test_averaged_weights_are_what_a_run_is_judged_by(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from distconv.nn.optimizers import EMA
 from distconv.nn.summary import drops_scores
 from distconv.run import agreement
 from distconv.run.folder import BEST
-from distconv.run.log import RunLog, describe_noise, describe_steps, read_metrics, write_text
+from distconv.run.log import RunLog, describe_noise, describe_steps, read_metrics, steps_alike, write_text
 from distconv.run.report.numbers import percent
 from distconv.run.report.samples import ANSWERS, answer, save_samples
 from distconv.run.run import Run
@@ -66,9 +66,10 @@ def finish(run: Run, out: Path, log: RunLog) -> int:
         if run.world.rank == 0:
             metrics = read_metrics(out / "metrics.jsonl")
             draw(metrics, run, out, log)
-            if steps := [record for record in metrics if record.get("event") == "step"]:
+            if steps := steps_alike(metrics):
                 log.say(describe_steps(steps, run.world.size))
-                if line := describe_noise(metrics, run.config.step_size, run.world.size):
+                images = min(run.config.step_size, run.data.size("train"))
+                if line := describe_noise(metrics, images, run.world.size):
                     log.say(line)
             write_text(out / "DONE", f"{run.step}\n")
     show_report(run, out, log)

@@ -39,6 +39,9 @@ READ_AGAIN = (
     "total",
 )
 PARTS = ("train_", "validation_", "test_", "ema_")  # what the names of a loss and of scores begin with
+OF_A_STEP = (  # fields of a start, on which it hangs how long a step takes and what it sends
+    "ranks", "hosts", "device", "precision", "exchange", "wire",
+)  # fmt: skip
 SECONDS_BETWEEN_LINES = 10.0  # of progress, where there is no terminal
 
 
@@ -186,8 +189,23 @@ def _is_ours(record: Mapping[str, Any]) -> bool:
     )
 
 
+def steps_alike(records: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The step records of the last start, and of those before it whose steps were made in the same way.
+
+    A run may go on with other ranks; how long a step takes is told of the ranks that it has now.
+    """
+    last: Mapping[str, Any] = next((record for record in reversed(records) if record.get("event") == "start"), {})
+    found, alike = [], True
+    for record in records:
+        if record.get("event") == "start":
+            alike = all(record.get(key) == last.get(key) for key in OF_A_STEP)
+        elif record.get("event") == "step" and alike:
+            found.append(record)
+    return found
+
+
 def describe_steps(steps: Sequence[Mapping[str, Any]], ranks: int) -> str:
-    """Where the time of a step went and what it sent: medians over the step records of a run, in a line for people."""
+    """Where the time of a step went and what it sent: medians over step records, in a line for people."""
 
     def milliseconds(key: str) -> str:
         return f"{1e3 * statistics.median(record.get(key) or 0.0 for record in steps):.2f} ms"
@@ -205,9 +223,12 @@ def describe_steps(steps: Sequence[Mapping[str, Any]], ranks: int) -> str:
 
 
 def describe_noise(metrics: Sequence[Mapping[str, Any]], batch_size: int, ranks: int) -> str:
-    """What larger batches and more ranks would bring, in a line; none where the noise of the gradients is not known."""
+    """What larger batches and more ranks would bring, in a line; none where the noise of the gradients is not known.
+
+    batch_size: the images of a step, which are no more than there are.
+    """
     found = [record.get("noise_scale") for record in metrics if record.get("event") == "epoch"]
-    steps = [record for record in metrics if record.get("event") == "step"]
+    steps = steps_alike(metrics)
     if not any(found) or not steps:
         return ""
     known = [math.inf if scale is None else scale for scale in found]  # JSON has no infinity

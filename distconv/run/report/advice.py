@@ -36,8 +36,7 @@ def on_learning(history: History) -> str:
             f"{history.settings.get('lr', 0.001):g}, or --clip-norm 1."
         )
     if history.status == "running":
-        speed = history.median("images_per_second")
-        left = (planned - history.last_step) * history.batch_size / speed if speed > 0 else math.nan
+        left = (planned - history.last_step) * history.step_seconds
         rest = "" if math.isnan(left) else f", and about {duration(left)} of training are left"
         return f"It is running: {history.last_step:,} of {planned:,} steps are done{rest}."
     if history.status != "finished":
@@ -90,10 +89,10 @@ def _on_the_end(history: History, test: Numbers, train: Numbers) -> str:
 
 def on_time(history: History) -> str:
     """From where the time of a step went."""
-    if len(history.steps("step")) < FEW_STEPS:
+    if len(history.steps_of_now("step")) < FEW_STEPS:
         return ""
     compute, exchange, wait = (history.median(f"{part}_seconds") for part in ("compute", "exchange", "wait"))
-    step, ranks, hosts = compute + exchange + wait, history.ranks, int(history.start.get("hosts") or 1)
+    step, ranks, hosts = history.step_seconds, history.ranks, int(history.start.get("hosts") or 1)
     if slow := _slow_rank(history):
         return slow
     if wait > MUCH * step:

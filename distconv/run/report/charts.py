@@ -130,8 +130,8 @@ def rank_bars(history: History) -> str:
     """How long each rank is busy in a step, and how often each was the slowest."""
     if len(history.rank_seconds) < 2:
         return ""
-    busy, slowest = history.rank_seconds[:, -1], Counter(history.steps("slowest_rank").astype(int).tolist())
-    names, count = history.start.get("hostnames") or [], max(1, len(history.steps("step")))
+    busy, slowest = history.rank_seconds[:, -1], Counter(history.steps_of_now("slowest_rank").tolist())
+    names, count = history.start.get("hostnames") or [], max(1, len(history.steps_of_now("step")))
     order, bars = _shown(busy), []
     for rank in order:
         host = f" {names[rank]}" if len(set(names)) > 1 and rank < len(names) else ""
@@ -139,7 +139,7 @@ def rank_bars(history: History) -> str:
         bars.append((label, [Part("busy", 1e3 * float(busy[rank]), "--compute")]))
     note = f"The {MOST_RANKS} slowest of {len(busy)} ranks. " if len(order) < len(busy) else ""
     note += (
-        "Mean time from one exchange to the next in the last epoch; and in which share of all steps the rank came last."
+        "Mean time from one exchange to the next in the last epoch; and in which share of its steps the rank came last."
     )
     return bar_chart("Each rank's own time", bars, milliseconds, note)
 

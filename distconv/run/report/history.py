@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from distconv.config import Config, flag
 from distconv.errors import DistconvError, MissingInputError, StorageError
 from distconv.run.folder import LOCK
-from distconv.run.log import read_metrics
+from distconv.run.log import read_metrics, steps_alike
 from distconv.run.report.samples import ANSWERS, Samples, load_samples
 from distconv.settings import read_toml
 
@@ -79,10 +79,25 @@ class History:
         """(S,), of each step; NaN where it was not finite, or is not known."""
         return _column(self._steps, key)
 
+    @cached_property
+    def _steps_alike(self) -> Sequence[Record]:
+        return steps_alike(self.records)
+
+    def steps_of_now(self, key: str) -> Numbers:
+        """(S,), likewise of the steps that were made as those of the last start, by as many ranks."""
+        return _column(self._steps_alike, key)
+
     def median(self, key: str) -> float:
-        """Over the steps; NaN where it is not known of any."""
-        known = self.steps(key)[np.isfinite(self.steps(key))]
+        """Over these; NaN where it is not known of any."""
+        values = self.steps_of_now(key)
+        known = values[np.isfinite(values)]
         return float(np.median(known)) if len(known) else math.nan
+
+    @property
+    def step_seconds(self) -> float:
+        """How long a step takes; NaN where that is not known."""
+        speed = self.median("images_per_second")
+        return self.batch_size / speed if speed > 0 else math.nan
 
     @property
     def last_step(self) -> int:
@@ -99,12 +114,13 @@ class History:
 
     @cached_property
     def rank_seconds(self) -> Numbers:
-        """(P, E), mean seconds of a step that each rank was busy in each of these, for the ranks of the last one.
+        """(P, E), mean seconds of a step that each rank was busy in each of these; NaN where an epoch had fewer ranks.
 
-        NaN where an epoch had fewer ranks.
+        Empty where it is not known of the ranks that the run has now.
         """
         columns = [np.array(epoch["busy_seconds"], np.float64) for epoch in self.timed_epochs]
-        table = np.full((len(columns[-1]) if columns else 0, len(columns)), math.nan)
+        is_known = bool(columns) and len(columns[-1]) == self.ranks
+        table = np.full((self.ranks, len(columns)) if is_known else (0, 0), math.nan)
         for place, column in zip(table.T, columns, strict=True):
             place[: len(column)] = column[: len(place)]
         return table
@@ -135,7 +151,9 @@ class History:
 
     @property
     def batch_size(self) -> int:
-        return int(self.start.get("batch_size") or 0)
+        """Images of a step; of a batch that is larger than the training set, all that there are."""
+        asked, images = int(self.start.get("batch_size") or 0), int(self.start.get("train_images") or 0)
+        return min(asked, images or asked)
 
     @property
     def steps_per_epoch(self) -> float:

@@ -28,15 +28,15 @@ def tiles(history: History) -> str:
     entries = []
     if not math.isnan(history.score):
         entries.append((f"test {history.metric}", percent(history.score), _of_what(history)))
-    if speed > 0:
-        step = history.batch_size / speed
+    step = history.step_seconds
+    if step > 0:
         shares = ", ".join(f"{part} {seconds / step:.0%}" for part, seconds in parts.items())
         entries.append(("images/s", f"{speed:,.0f}", f"median, {ranks}"))
         entries.append(("a step", milliseconds(1e3 * step), f"of it on rank 0 {shares}"))
     planned = history.start.get("steps") or 0
     entries.append(("steps", f"{history.last_step:,}", f"of {planned:,}, {history.batch_size:,} images each"))
     if history.ranks > 1:
-        sent = float(np.max(history.steps("wire_bytes"), initial=0))
+        sent = float(np.max(history.steps_of_now("wire_bytes"), initial=0))
         alone = f"float32 by itself would take {milliseconds(1e3 * history.median('wire_seconds_float32'))}"
         entries.append(("sent in a step", in_bytes(sent), f"by rank 0, {history.start.get('wire')}; {alone}"))
     starts = plural(len(history.stretches), "start")
