@@ -12,8 +12,10 @@ from types import SimpleNamespace
 
 import pytest
 
+from distconv.config import Config
 from distconv.errors import StorageError
 from distconv.run import log as runlog
+from distconv.run.ending import conclude
 from distconv.run.log import RunLog, describe_steps, read_metrics
 from tests import jobs
 from tests.files import ROOT
@@ -224,3 +226,12 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
     write = "from distconv.run.log import write_text; write_text(Path(sys.argv[1]), 'lr = 2.0, which is too long')"
     assert jobs.run(0, "-c", limit + write, tmp_path / "config.toml").returncode == 1
     assert (tmp_path / "config.toml").read_text() == "lr = 1.0\n"
+
+
+@pytest.mark.parametrize(
+    ("score", "target", "code"),
+    [(-1.4, 0.0, 0), (-1.4, 0.9, 1), (math.nan, 0.0, 0), (math.nan, 0.9, 1), (0.9, 0.9, 0), (0.89, 0.9, 1)],
+)
+def test_a_target_is_missed_only_where_there_is_one(tmp_path: Path, score: float, target: float, code: int) -> None:
+    final = {"metric": "reward", "test_reward": score, "correct": 1, "total": 1}
+    assert conclude(final, Config(target_accuracy=target), tmp_path, RunLog(False)) == code

@@ -88,7 +88,8 @@ def conclude(final: Mapping[str, Any], settings: Config, out: Path, log: RunLog)
     command = "evaluate" if metric == Classification.metric else "report"
     log.say(f"next: python -m distconv.{command} {shlex.quote(str(out))}")
     score = score if averaged is None else averaged
-    missed = score < settings.target_accuracy
+    # A user's own metric may be below 0, where nobody has set a target; and no score reaches one.
+    missed = settings.target_accuracy > 0 and not score >= settings.target_accuracy
     if missed:
         log.say(f"the target {metric} {settings.target_accuracy:.2%} was missed")
     return int(missed)
