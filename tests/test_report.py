@@ -26,9 +26,11 @@ from distconv.run.folder import members
 from distconv.run.log import describe_steps, read_metrics, steps_alike
 from distconv.run.report.advice import advise, on_learning, on_time
 from distconv.run.report.charts import in_epochs, x_limits
+from distconv.run.report.compare import comparison
 from distconv.run.report.history import read_history
 from distconv.run.report.page import page, write_report
 from distconv.run.report.samples import load_samples
+from distconv.run.report.svg import BOTTOM, HEIGHT, TOP
 from distconv.run.run import Run
 from tests import jobs
 
@@ -248,6 +250,34 @@ def test_a_metric_of_a_users_own_and_numbers_that_are_not_finite(tmp_path: Path)
     history = read_history(write(tmp_path, start(), *records, own))
     assert history.metric == "iou" and history.score == 0.25 and "25.00% test iou" in text_of(page([history]))
     page([read_history(write(tmp_path, start(), *records, epoch(1, 0, 0, **nothing)))])
+
+
+@pytest.mark.parametrize(("score", "shown"), [(216.0, "216"), (-1.4026, "-1.403"), (0.25, "25.00%")])
+def test_a_metric_of_a_users_own_is_in_percent_only_where_it_is_a_share(
+    tmp_path: Path, score: float, shown: str
+) -> None:
+    own = [{"event": "epoch", "time": 9.0, "step": n, "epoch": n, "test_reward": score} for n in (1, 2)]
+    final = {"event": "final", "time": 9.0, "step": 2, "metric": "reward", "test_reward": score}
+    folder = write(tmp_path, start(), step(1), step(2), *own, final)
+    said = text_of(page([read_history(folder)]))
+    assert f": {shown} test reward" in said and f"At the end {shown} on the whole test set" in said
+    nothing = {**final, "test_reward": None}
+    assert "At the end" not in page([read_history(write(tmp_path, start(), step(1), nothing))])
+
+
+@pytest.mark.parametrize("scores", [(-100.0, -150.0, -200.0), (-3.0, 0.5, 0.9), (0.9, 0.8, 0.7), (1.0, 2.0, 50.0)])
+def test_scores_of_several_runs_lie_within_their_chart_or_the_note_says_where(
+    tmp_path: Path, scores: tuple[float, ...]
+) -> None:
+    for n, score in enumerate(scores):
+        own = [{"event": "epoch", "time": 9.0, "step": e, "epoch": e, "test_reward": score - 1 / e} for e in (1, 2)]
+        write(tmp_path / str(n), start(), step(1), step(2), *own)
+    found = comparison([read_history(tmp_path / str(n)) for n in range(len(scores))])
+    chart = re.findall(r"<figure><h3>Test score of each epoch.*?</figure>", found)[0]
+    heights = [float(y) for y in re.findall(r'<circle [^>]*cy="([^"]*)"', chart)]
+    outside = [y for y in heights if not TOP <= y <= HEIGHT - BOTTOM]
+    assert len(heights) == 2 * len(scores) and bool(outside) == ("leave the chart" in chart) == (max(scores) == 50)
+    assert len({round(y) for y in heights}) > 2  # not all on one edge
 
 
 def test_what_is_told_of_a_step_is_told_of_the_ranks_that_are_there_now(tmp_path: Path) -> None:

@@ -66,7 +66,8 @@ def score_chart(history: History) -> str:
     ]
     images = history.settings.get("eval_samples")
     note = "After each epoch" + (f", on {images:,} images of each part, or all there are." if images else ".")
-    note += f" At the end {history.score:.2%} on the whole test set." * (history.final is not None)
+    if history.final is not None and not math.isnan(history.score):
+        note += f" At the end {percent(history.score)} on the whole test set."
     return line_chart(f"Scores: {history.metric}", lines, "epoch", percent, most=_top(history), note=note,
                       x_limits=x_limits(history))  # fmt: skip
 

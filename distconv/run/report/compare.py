@@ -40,7 +40,8 @@ def comparison(histories: Sequence[History]) -> str:
     limits = 0.0, max(x_limits(history)[1] for history in histories)
 
     def chart(title: str, key: str, format_y: Format, from_zero: bool = True) -> str:
-        note = "Lines that leave the chart go on above it." if (most := _most(lines[key])) < math.inf else ""
+        most, largest = _most(lines[key]), max((_largest(line) for line in lines[key]), default=0.0)
+        note = "Lines that leave the chart go on above it." if largest > most else ""
         return line_chart(title, lines[key], "epoch", format_y, from_zero, most=most, note=note, x_limits=limits)
 
     figures = [
@@ -59,9 +60,17 @@ def comparison(histories: Sequence[History]) -> str:
 
 def _most(lines: Sequence[Line]) -> float:
     """Where the y axis must end, so that one run that went astray does not press the others flat; else infinity."""
-    largest = [float(np.nanmax(line.y)) for line in lines if np.isfinite(line.y).any()]
+    largest = [number for line in lines if (number := _largest(line)) > -math.inf]
     most = FAR * float(np.median(largest)) if largest else math.inf
-    return most if max(largest, default=0.0) > most else 1.0 if max(largest, default=2.0) <= 1 else math.inf
+    if 0 < most < max(largest, default=0.0):
+        return most
+    return 1.0 if 0 <= max(largest, default=2.0) <= 1 else math.inf
+
+
+def _largest(line: Line) -> float:
+    """Of what is finite; minus infinity where nothing is."""
+    values = np.asarray(line.y, np.float64)
+    return float(np.max(values[np.isfinite(values)], initial=-math.inf))
 
 
 def short_names(histories: Sequence[History]) -> list[str]:
