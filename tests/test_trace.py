@@ -171,13 +171,28 @@ def test_what_is_there_is_kept_but_for_a_trace(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("somebody's")
     for path in (tmp_path, tmp_path / "file"):
         with pytest.raises(CannotCreateError, match="is no trace"):
-            check_trace(path)
+            check_trace(path, None)
     file = tmp_path / "a" / "trace.json"
-    check_trace(file)
+    check_trace(file, file.parent)
     assert not file.parent.exists()
     write_trace(file, [OfRank("h", 0, [], 0)], [{0: Reading(0, 0, 0)}], {})
-    check_trace(file)
+    check_trace(file, file.parent)
     assert json.loads(file.read_text())["traceEvents"][0]["args"] == {"name": "rank 0 on h"}
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["metrics.jsonl", "report.html", "errors/rank-0.json", "checkpoints/a.json", "tensorboard/a.json", ".", ".."],
+)
+def test_no_file_of_the_run_itself_becomes_a_trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    out = Path("runs/mine")
+    for path in (out / name, tmp_path / out / name):
+        with pytest.raises(CannotCreateError, match="has its own"):
+            check_trace(path, out)
+    with pytest.raises(CannotCreateError, match="has its own"):
+        check_trace(out, out)
+    assert not (tmp_path / "runs").exists()
 
 
 def test_a_hosts_clock_that_is_off_and_drifts_is_put_right(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ The format: https://docs.google.com/document/d/1CvAClvFfyA5R-PhYUmn5OOQtYMH4h6I0
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from numpy.typing import NDArray
 
 from distconv.comm.clocks import Reading
 from distconv.errors import CannotCreateError, StorageError
-from distconv.run.folder import try_to_write
+from distconv.run.folder import EVENTS, LOCK, REWRITTEN, try_to_write
 from distconv.run.log import write_text
 from distconv.run.spans import BUCKETS, DEVICE, MAIN, Span
 
@@ -36,9 +37,14 @@ class OfRank:
     left_out: int
 
 
-def check_trace(path: Path) -> None:
-    """Raise CannotCreateError for what cannot be written, or is there and is no trace; nothing is changed."""
+def check_trace(path: Path, out: Path | None) -> None:
+    """Raise CannotCreateError for what cannot be written, or is there and is no trace; nothing is changed.
+
+    out: the folder of the run, if it is named, whose own files the trace must not take the place of.
+    """
     try:
+        if out is not None and _is_the_runs(Path(os.path.realpath(path)), Path(os.path.realpath(out))):
+            raise CannotCreateError(f"--trace {path} is where the run in --out {out} has its own: give another name")
         if path.exists() and not _is_ours(path):
             raise CannotCreateError(
                 f"--trace {path} is there already, is no trace, and would be written over: give another name"
@@ -47,6 +53,12 @@ def check_trace(path: Path) -> None:
     except (OSError, ValueError) as error:
         why = error.strerror if isinstance(error, OSError) else error
         raise CannotCreateError(f"--trace {str(path)!r} cannot be written ({why}): give a file that can be") from None
+
+
+def _is_the_runs(path: Path, out: Path) -> bool:
+    """Whether a run has a folder there, or will have a file."""
+    own = [out / name for name in (*REWRITTEN, LOCK, EVENTS, "checkpoints")]
+    return path in (out, *out.parents) or any(file in (path, *path.parents) for file in own)
 
 
 def _is_ours(path: Path) -> bool:

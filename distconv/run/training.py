@@ -58,7 +58,7 @@ def train(
     placed = placed or place(world, settings.device, settings.precision)
     with world.together():
         if settings.trace and world.rank == 0:
-            check_trace(Path(settings.trace))
+            check_trace(Path(settings.trace), Path(settings.out) if settings.out else None)
     CACHE.say = log.say
     dataset, data_name = load_dataset(settings.data, world, log.say, settings.limit_train, settings.validation)
     world.at("compile")
