@@ -10,7 +10,6 @@ from dataclasses import asdict
 
 from distconv.benchmarks.flags import (
     accuracy_flags,
-    check_png,
     exchange_flags,
     predict_flags,
     scaling_flags,
@@ -18,7 +17,7 @@ from distconv.benchmarks.flags import (
 )
 from distconv.comm.start import run_command, start
 from distconv.comm.world import blas_threads
-from distconv.command_line import Parser
+from distconv.command_line import Parser, check_file
 from distconv.config import Config
 from distconv.errors import UsageError
 from distconv.settings import read_settings
@@ -161,11 +160,11 @@ def scaling(argv: Sequence[str]) -> int:
                 print("\n".join(json.dumps(asdict(step)) for step in steps), flush=True)
         return 0
 
+    check_file("--png", flags.png, ".png")
     refuse_to_nest("bench scaling")
     starter = job_starter(flags.mpirun)
     end_on_sigterm()
     settings(1)  # raises for a value that cannot be before anything is started
-    check_png(flags.png)
     from distconv.benchmarks.scaling import climb, table
     from distconv.run.log import RunLog
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from distconv.errors import UsageError
+from distconv.errors import CannotCreateError, UsageError
 from distconv.process.launched import launcher_rank
 
 WEIGHTS = ("raw", "averaged")
@@ -65,6 +66,22 @@ def add_weights_argument(parser: Parser) -> None:
         choices=WEIGHTS,
         help="of a run with --ema: those of its last step, or their average (default: the average where there is one)",
     )
+
+
+def check_file(name: str, path: Path | None, ending: str) -> None:
+    """Before anything is computed: whether a file that a flag names can be written.
+
+    Raises UsageError for another ending, which a file of a run or of somebody's may have, and CannotCreateError where
+    no such file can be.
+    """
+    if path is None:
+        return
+    if path.suffix.lower() != ending:
+        raise UsageError(f"{name} {path}: the name of a file that ends in {ending} was expected")
+    if os.path.isdir(path):  # noqa: PTH112 (pathlib raises where a name is too long)
+        raise CannotCreateError(f"{name} {path} is a folder: name another file")
+    if not os.path.isdir(path.parent):  # noqa: PTH112
+        raise CannotCreateError(f"{name} {path}: there is no folder {path.parent}; make it, or name another file")
 
 
 def nearest(word: object, choices: str) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from distconv.comm.start import run_command, start
-from distconv.command_line import Parser, add_model_arguments
+from distconv.command_line import Parser, add_model_arguments, check_file
 
 if TYPE_CHECKING:
     from distconv.run.answers import Answers
@@ -89,7 +89,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--png", type=Path, metavar="FILE", help="draw how many images of each label got each inference"
     )
-    return parser.parse_args(argv)
+    arguments = parser.parse_args(argv)
+    check_file("--png", arguments.png, ".png")
+    return arguments
 
 
 def as_row(name: str, precision: str, answers: Answers) -> str:

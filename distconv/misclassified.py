@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from distconv.comm.start import run_command, start
-from distconv.command_line import Parser, add_model_arguments
+from distconv.command_line import Parser, add_model_arguments, check_file
 from distconv.errors import UsageError
 
 MOST = 200  # images of a page, which take some ten seconds to draw
@@ -29,6 +29,7 @@ def main(argv: Sequence[str]) -> int:
         "--png", type=Path, default=Path("misclassified.png"), metavar="FILE", help="(default: misclassified.png)"
     )
     arguments = parser.parse_args(argv)
+    check_file("--png", arguments.png, ".png")
     if not 1 <= arguments.most <= MOST:
         raise UsageError(f"--most {arguments.most}: expected a whole number from 1 to {MOST}")
 

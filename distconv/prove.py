@@ -16,9 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distconv.benchmarks import rank_list
-from distconv.benchmarks.flags import check_png
 from distconv.comm.start import run_command, start
-from distconv.command_line import Parser
+from distconv.command_line import Parser, check_file
 from distconv.config import DEVICES, EXACT, MODELS, Config
 from distconv.errors import UsageError
 from distconv.supervise.launcher import end_on_sigterm, job_starter, refuse_to_nest, rows, run_job
@@ -94,12 +93,12 @@ def main(argv: Sequence[str]) -> int:
             work(settings, flags.write or flags.compare, bool(flags.write), world)
         return 0
 
+    check_file("--png", flags.png, ".png")
     refuse_to_nest("prove")
     starter = job_starter(flags.mpirun)
     end_on_sigterm()
     from distconv.run.log import RunLog
 
-    check_png(flags.png)
     table, note = Table(flags.json), RunLog(True).say_aside
     with tempfile.TemporaryDirectory() as folder:
         note("one rank alone computes what the others are held against")

@@ -8,8 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from distconv.comm.start import run_command
-from distconv.command_line import Parser
-from distconv.errors import UsageError
+from distconv.command_line import Parser, check_file
 
 SECONDS_BETWEEN_PAGES = 5.0
 
@@ -43,8 +42,8 @@ def main(argv: Sequence[str]) -> int:
 
     folders = [member for folder in arguments.folders for member in members(folder)]
     path = arguments.html or (arguments.folders[0] if len(arguments.folders) == 1 else Path()) / PAGE
-    check_name("--html", arguments.html, ".html")
-    check_name("--csv", arguments.csv, ".csv")
+    check_file("--html", arguments.html, ".html")
+    check_file("--csv", arguments.csv, ".csv")
 
     def write() -> bool:
         """Whether a run goes on."""
@@ -64,16 +63,6 @@ def main(argv: Sequence[str]) -> int:
         except KeyboardInterrupt:
             print("no longer watching")
     return 0
-
-
-def check_name(name: str, path: Path | None, ending: str) -> None:
-    """Raise UsageError for a file that cannot be, or may be one of the run's own."""
-    if path is None:
-        return
-    if path.suffix != ending:
-        raise UsageError(f"{name} {path}: the name of a file that ends in {ending} was expected")
-    if not os.path.isdir(path.parent):  # noqa: PTH112 (pathlib raises where a name is too long)
-        raise UsageError(f"{name} {path}: there is no folder {path.parent}; make it, or name another file")
 
 
 if __name__ == "__main__":

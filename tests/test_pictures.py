@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import math
 from collections.abc import Mapping, Sequence
@@ -19,6 +20,7 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
 from distconv.config import WIRES, Config
+from distconv.errors import CannotCreateError, UsageError
 from distconv.nn.blocks import Residual
 from distconv.nn.layers import Affine, Chain, Dropout
 from distconv.nn.networks import NETWORKS
@@ -302,6 +304,32 @@ def test_nothing_is_cut_and_no_formula_is_left_unread(figure: Any, tmp_path: Pat
     ticks = itertools.chain.from_iterable([*axes.get_xticklabels(), *axes.get_yticklabels()] for axes in drawn.axes)
     minor = itertools.chain.from_iterable(axes.yaxis.get_minorticklabels() for axes in drawn.axes)
     assert not any("$" in text.get_text() for text in [*ticks, *minor])
+
+
+@pytest.mark.parametrize(
+    ("command", "flags"),
+    [
+        ("evaluate", ("run",)),
+        ("misclassified", ("run",)),
+        ("data.__main__", ("show", "digits")),
+        ("prove", ("--ranks", "1")),
+        ("bench", ("step",)),
+        ("bench", ("exchange",)),
+        ("bench", ("scaling", "--ranks", "1")),
+        ("bench", ("predict", "--step-seconds-per-image", "0.001")),
+    ],
+)
+def test_a_picture_that_cannot_be_drawn_is_refused_before_anything_is_computed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str, flags: tuple[str, ...]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    main = importlib.import_module(f"distconv.{command}").main
+    (tmp_path / "run.png").mkdir()
+    (tmp_path / "config.toml").write_text("a run's own")
+    for name, error in (("config.toml", UsageError), ("run.png", CannotCreateError), ("no/a.png", CannotCreateError)):
+        with pytest.raises(error, match=f"--png {name}"):
+            main([*flags, "--png", name])
+    assert (tmp_path / "config.toml").read_text() == "a run's own"
 
 
 def test_colours_of_one_picture_are_told_apart_without_red_and_green() -> None:

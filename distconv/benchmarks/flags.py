@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from distconv.benchmarks import BITS_PER_SECOND, ELEMENTS, SECONDS, at_least_1, quantity, rank_list
-from distconv.command_line import Parser
+from distconv.command_line import Parser, check_file
 from distconv.config import DEVICES, EXACT, MODELS, PRECISIONS, WIRES
-from distconv.errors import CannotCreateError, UsageError
+from distconv.errors import UsageError
 
 FLOATS = tuple(wire for wire in WIRES if wire not in EXACT)  # what needs no --shards
 
@@ -56,7 +56,7 @@ def step_flags(argv: Sequence[str]) -> argparse.Namespace:
     flags = parser.parse_args(argv)
     at_least_1("--batch-size", min(flags.batch_size or [1]))
     at_least_1("--repeats", flags.repeats)
-    check_png(flags.png)
+    check_file("--png", flags.png, ".png")
     return flags
 
 
@@ -98,7 +98,7 @@ def exchange_flags(argv: Sequence[str]) -> argparse.Namespace:
     flags.largest = quantity("--largest", flags.largest, ELEMENTS, "64Mi")
     flags.seconds = quantity("--seconds", flags.seconds, {"": 1, **SECONDS}, "30")
     at_least_1("--repeats", flags.repeats)
-    check_png(flags.png)
+    check_file("--png", flags.png, ".png")
     return flags
 
 
@@ -222,11 +222,5 @@ def predict_flags(argv: Sequence[str]) -> argparse.Namespace:
     if flags.steps:
         flags.noise_scale = quantity("--noise-scale", flags.noise_scale, {"": 1}, "900")
         flags.steps = quantity("--steps", flags.steps, {"": 1}, "400")
-    check_png(flags.png)
+    check_file("--png", flags.png, ".png")
     return flags
-
-
-def check_png(path: Path | None) -> None:
-    """Before anything is measured. Raises CannotCreateError."""
-    if path and not path.parent.is_dir():
-        raise CannotCreateError(f"--png {path}: there is no folder {path.parent}; make it first")

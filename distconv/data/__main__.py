@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from distconv.comm.start import run_command
-from distconv.command_line import Parser
+from distconv.command_line import Parser, check_file
 from distconv.errors import UsageError
 
 SETS = ("mnist", "cifar10")
@@ -35,6 +35,7 @@ def main(argv: Sequence[str]) -> int:
     )
     flags = parser.parse_args(argv)
     if flags.action == "show":
+        check_file("--png", flags.png, ".png")
         return show(flags)
     if flags.name not in SETS:
         parser.error(f"argument NAME: invalid choice: '{flags.name}' (choose from {', '.join(SETS)})")

@@ -67,7 +67,7 @@ def draw_png(path: Path, draw: Callable[[], Figure]) -> None:
     try:
         save(draw(), path)
     except OSError as error:
-        raise CannotCreateError(f"--png {path} cannot be written: {error.strerror}") from None
+        raise CannotCreateError(f"--png {path} cannot be written: {error.strerror or error}") from None
 
 
 def draw_on_one_rank(world: World, path: Path, draw: Callable[[], Figure]) -> None:

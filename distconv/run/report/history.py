@@ -119,8 +119,9 @@ class History:
         Empty where it is not known of the ranks that the run has now.
         """
         columns = [np.array(epoch["busy_seconds"], np.float64) for epoch in self.timed_epochs]
-        is_known = bool(columns) and len(columns[-1]) == self.ranks
-        table = np.full((self.ranks, len(columns)) if is_known else (0, 0), math.nan)
+        if not columns or len(columns[-1]) != self.ranks:
+            return np.empty((0, 0))
+        table = np.full((self.ranks, len(columns)), math.nan)
         for place, column in zip(table.T, columns, strict=True):
             place[: len(column)] = column[: len(place)]
         return table
