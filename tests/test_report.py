@@ -43,6 +43,9 @@ START = {
 }  # fmt: skip
 
 
+FINAL = {"event": "final", "time": 9.0, "step": 20}
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("report") / "run"
@@ -197,18 +200,22 @@ def test_the_status_is_told_by_the_folder(tmp_path: Path, status: str) -> None:
     ("word", "records"),
     [
         ("not finite", [step(2, skipped=True), epoch(1, 0.9, 0.9)]),
-        ("It ended after step 2 of 20", [step(2), {"event": "stop", "time": 9.0, "step": 2}]),
+        (
+            "It ended after step 2 of 20: the same command with the same --out goes on from its last checkpoint.",
+            [step(2), {"event": "stop", "time": 9.0, "step": 2}],
+        ),
         ("was best after epoch 1 (95.00%)", [epoch(n, 0.95 - 0.01 * n, 0.95) for n in range(6)]),
         ("knows the training images better", [epoch(n, 0.90, 0.99) for n in range(1, 5)]),
         ("still rising", [epoch(1, 0.5, 0.5), epoch(2, 0.7, 0.7), epoch(3, 0.8, 0.8)]),
         ("came to 80.00% at a constant", [epoch(1, 0.5, 0.5), epoch(2, 0.85, 0.85), epoch(3, 0.8, 0.8)]),
         ("came to 99.00% at a constant", [epoch(n, 0.99, 0.99) for n in range(1, 5)]),
         ("2 epochs tell little", [epoch(1, 0.5, 0.5), epoch(2, 0.7, 0.7)]),
+        ("1 epoch tells little", [epoch(1, 0.5, 0.5)]),
         ("came to 95.00%", [epoch(n, 0.5, 0.5, ema_test_accuracy=0.95) for n in range(1, 5)]),
     ],
 )
 def test_what_to_try_follows_from_losses_and_scores(tmp_path: Path, word: str, records: list[dict[str, Any]]) -> None:
-    end = [] if "ended" in word else [step(20), {"event": "final", "time": 9.0, "step": 20}]
+    end = [] if "ended" in word else [step(20), FINAL]
     said = on_learning(read_history(write(tmp_path, start(), step(1), *records, *end)))
     assert word in said and said.endswith(".")
 
@@ -219,6 +226,14 @@ def test_what_to_try_follows_from_losses_and_scores(tmp_path: Path, word: str, r
         ("Rank 1 on two is busy 50% longer", {}, (0.08, 0.01, 0.01), {"busy_seconds": [0.1, 0.15]}),
         ("40% of a step of rank 0 is waiting", {}, (0.05, 0.01, 0.04), {}),
         ("30% of a step is exchange: --wire int8", {"hosts": 2}, (0.07, 0.03, 0.0), {}),
+        (
+            "30% of a step is exchange: --wire int8 sends a quarter",
+            {"hosts": 2, "wire": "float32"},
+            (0.07, 0.03, 0.0),
+            {},
+        ),
+        ("30% of a step is exchange: a larger --batch-size", {"hosts": 2, "wire": "int8"}, (0.07, 0.03, 0.0), {}),
+        ("30% of a step is exchange: a larger --batch-size", {"hosts": 2, "wire": "int16"}, (0.07, 0.03, 0.0), {}),
         ("30% of a step is exchange: a larger --batch-size", {}, (0.07, 0.03, 0.0), {}),
         ("40% of a step is exchange, 400 ms, though", {}, (0.6, 0.4, 0.0), {}),
         ("batches of 200 would need 45% fewer steps", {}, (0.08, 0.01, 0.01), {"noise_scale": 1000.0}),
@@ -238,9 +253,30 @@ def test_what_to_try_follows_from_the_time(
 def test_a_run_that_tells_little_is_advised_nothing_wrong(tmp_path: Path) -> None:
     history = read_history(write(tmp_path, start()))
     assert advise(history) == [
-        "It ended after step 0 of 20: the same command with the same --out goes on from its last checkpoint."
+        "It ended after step 0 of 20: the same command with the same --out goes on from its last checkpoint, if "
+        "there is one."
     ]
     page([history])
+
+
+def test_the_score_that_is_spoken_of_is_that_of_the_end(tmp_path: Path) -> None:
+    records = [start(), step(20), *(epoch(n, 0.99, 0.99) for n in range(1, 5)), {**FINAL, "test_accuracy": 0.91}]
+    assert "came to 91.00% at" in on_learning(read_history(write(tmp_path, *records)))
+
+
+def test_nothing_is_advised_that_was_done_or_would_fail_again(tmp_path: Path) -> None:
+    fell = [start(), step(20), *(epoch(n, 0.95 - 0.01 * n, 0.95) for n in range(6)), FINAL]
+    done = "patience = 3\nclip_norm = 1.0\n"
+    said = on_learning(read_history(write(tmp_path, *fell, config=done)))
+    assert "--patience" not in said and said.endswith("let the rate fall by --schedule one-cycle.")
+    said = on_learning(read_history(write(tmp_path, *fell, config=f'{done}schedule = "linear"\n')))
+    assert said.endswith("fell to 90.00%: try a smaller --lr.")
+    said = on_learning(read_history(write(tmp_path, start(), step(1, skipped=True), config=done)))
+    assert "--clip-norm" not in said and said.endswith("than 0.001.")
+    folder = write(tmp_path, start(), step(1))
+    (folder / "errors").mkdir()
+    (folder / "errors" / "rank-0.json").write_text(json.dumps({"rank": 0, "error": "use a smaller --lr"}))
+    assert "when its cause is mended" in on_learning(read_history(folder))
 
 
 def test_a_metric_of_a_users_own_and_numbers_that_are_not_finite(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ MUCH = 0.2  # of a step
 CROWDED = 3  # times as long as the exchange by itself
 WORTH_IT = 0.25  # of the steps
 FEW_EPOCHS = 3
+INT8 = {"float16": "half", "float32": "a quarter", "float64": "an eighth"}  # of the bytes of these
 FEW_STEPS = 20  # the first ones are slow, and fewer tell nothing of time
 
 
@@ -31,19 +32,24 @@ def on_learning(history: History) -> str:
     """From losses and scores."""
     skipped, planned = int(np.nansum(history.steps("skipped"))), history.start.get("steps") or 0
     if skipped:
+        clip = ", or --clip-norm 1" * (not history.settings.get("clip_norm"))
         return (
             f"{plural(skipped, 'step')} had a gradient that was not finite: try a smaller --lr than "
-            f"{history.settings.get('lr', 0.001):g}, or --clip-norm 1."
+            f"{history.settings.get('lr', 0.001):g}{clip}."
         )
     if history.status == "running":
         left = (planned - history.last_step) * history.step_seconds
         rest = "" if math.isnan(left) else f", and about {duration(left)} of training are left"
         return f"It is running: {history.last_step:,} of {planned:,} steps are done{rest}."
-    if history.status != "finished":
+    came = f"It ended after step {history.last_step:,} of {planned:,}"
+    if history.status == "failed":  # the same command may well fail again, as the training repeats to the bit
         return (
-            f"It ended after step {history.last_step:,} of {planned:,}: the same command with the same --out goes on "
-            "from its last checkpoint."
+            f"{came} by the failure that is told above: when its cause is mended, the command with the same --out goes "
+            "on from the last good checkpoint, if there is one."
         )
+    if history.status != "finished":
+        there = "" if history.status == "stopped" else ", if there is one"
+        return f"{came}: the same command with the same --out goes on from its last checkpoint{there}."
     test, train = history.per_epoch(f"{history.judged}_{history.metric}"), history.per_epoch(f"train_{history.metric}")
     if history.metric != "accuracy" or not len(test) or not np.isfinite([*test, *train]).all():
         return ""
@@ -54,11 +60,16 @@ def on_learning(history: History) -> str:
             "them by the validation set, which evaluate takes, too."
         )
     if epochs < FEW_EPOCHS:
-        return f"{plural(epochs, 'epoch').capitalize()} tell little: --epochs 10 would show whether more is to be had."
+        tell = f"{plural(epochs, 'epoch')} tell{'s' * (epochs == 1)} little"
+        return f"{tell}: --epochs 10 would show whether more is to be had."
     if epochs - best > FEW_EPOCHS and test[best] - test[-1] > GAP / 2:
+        means = ["hold images out by --validation and stop in time by --patience 3"] * (
+            not history.settings.get("patience")
+        )
+        means += ["let the rate fall by --schedule one-cycle"] * _is_constant(history)
+        how = ", or ".join(means) or "try a smaller --lr"
         return (
-            f"The test accuracy was best after epoch {best + 1} ({test[best]:.2%}) and fell to {test[-1]:.2%}: hold "
-            "images out by --validation and stop in time by --patience 3, or let the rate fall by --schedule one-cycle."
+            f"The test accuracy was best after epoch {best + 1} ({test[best]:.2%}) and fell to {test[-1]:.2%}: {how}."
         )
     return _on_the_end(history, test, train)
 
@@ -79,12 +90,18 @@ def _on_the_end(history: History, test: Numbers, train: Numbers) -> str:
             f"The test accuracy was still rising at the end ({test[-1]:.2%} after {plural(len(test), 'epoch')}): give "
             f"more --epochs, {2 * len(test)} say."
         )
-    if history.settings.get("schedule", "constant") == "constant":
+    if _is_constant(history):
         return (
-            f"The test accuracy came to {test[-1]:.2%} at a constant learning rate: --schedule one-cycle lets it "
+            f"The test accuracy came to {history.score:.2%} at a constant learning rate: --schedule one-cycle lets it "
             "fall to 0, which mostly brings some more."
         )
-    return f"The test accuracy came to {test[-1]:.2%}: several seeds together (--ensemble 4) mostly know some more."
+    return (
+        f"The test accuracy came to {history.score:.2%}: several seeds together (--ensemble 4) mostly know some more."
+    )
+
+
+def _is_constant(history: History) -> bool:
+    return bool(history.settings.get("schedule", "constant") == "constant")
 
 
 def on_time(history: History) -> str:
@@ -107,7 +124,8 @@ def on_time(history: History) -> str:
             f"took {1e3 * alone:.3g} ms by themselves: the ranks lack cores, not a faster wire."
         )
     if exchange > MUCH * step and ranks > 1:
-        how = "--wire int8 sends half as much" if hosts > 1 else "a larger --batch-size exchanges less often"
+        share = INT8.get(str(history.start.get("wire")), "") if hosts > 1 else ""
+        how = f"--wire int8 sends {share} as much" if share else "a larger --batch-size exchanges less often"
         return f"{exchange / step:.0%} of a step is exchange: {how}, if the accuracy stays."
     scale, larger = noise_scale(history), 2 * history.batch_size
     saved = 1 - relative_steps(scale, larger, history.batch_size) if 0 < scale < math.inf and larger else 0.0
