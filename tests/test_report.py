@@ -7,10 +7,12 @@ import fcntl
 import html
 import json
 import math
+import os
 import re
 import shutil
 import signal
 import subprocess
+import sys
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 from types import SimpleNamespace
@@ -33,6 +35,7 @@ from distconv.run.report.samples import load_samples
 from distconv.run.report.svg import BOTTOM, HEIGHT, TOP
 from distconv.run.run import Run
 from tests import jobs
+from tests.files import ROOT
 
 QUICK = ("--data", "digits", "--limit-train", "300", "--batch-size", "30", "--epochs", "2", "--augment", "rotate=10")
 START = {
@@ -470,6 +473,30 @@ def test_what_is_no_run_is_told_in_a_sentence(tmp_path: Path) -> None:
         main([str(write(tmp_path / "odd", start(steps="many"), step(1)))])
     result = jobs.run(0, "-m", "distconv.report", tmp_path / "odd", "--html", tmp_path / "nowhere" / "a.html")
     assert result.returncode == 73 and result.stderr.count("\n") == 1 and "make" in result.stderr
+
+
+@pytest.mark.parametrize(
+    "changed", [{"time": 1e300}, {"time": math.inf}, {"ranks": math.inf}, {"time": 10**400}, {"steps": "many"}]
+)
+def test_numbers_that_no_run_has_are_told_in_a_sentence(tmp_path: Path, changed: dict[str, Any]) -> None:
+    with pytest.raises(BadDataError, match="another shape"):
+        main([str(write(tmp_path / "run", start(**changed), step(1)))])
+
+
+def test_a_folder_may_have_any_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    names = [b"r\xff", "m\u00f6".encode()]  # not UTF-8, and UTF-8 that a locale may not have
+    for name in names:
+        write(Path(os.fsdecode(name)), start(), step(1))
+        c_locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+        flags = ("--csv", "table.csv")
+        for given in ({}, c_locale):
+            command = [sys.executable, "-m", "distconv.report", os.fsdecode(name), *flags]
+            environment = {**os.environ, "PYTHONPATH": str(ROOT), **given}
+            result = subprocess.run(command, env=environment, capture_output=True, check=False)
+            assert result.returncode == 0 and result.stderr == b""
+            assert name in (tmp_path / os.fsdecode(name) / "report.html").read_bytes()
+            assert name in (tmp_path / "table.csv").read_bytes()
 
 
 @pytest.mark.parametrize(

@@ -150,6 +150,11 @@ def write_text(path: Path, text: str) -> None:
     write_whole(path, text.encode())
 
 
+def as_bytes(text: str) -> bytes:
+    """As UTF-8, but for what of a path is none, or of a locale without it: those bytes stay as they are on disk."""
+    return text.encode(errors="surrogateescape")
+
+
 def write_whole(path: Path, content: bytes, writer: str = "") -> None:
     """The same. writer: tells several apart that write the same file at once.
 

@@ -7,7 +7,7 @@ import io
 from collections.abc import Sequence
 from pathlib import Path
 
-from distconv.run.log import write_text
+from distconv.run.log import as_bytes, write_whole
 from distconv.run.report.history import History
 
 EVENTS = ("step", "epoch", "final")
@@ -33,4 +33,4 @@ def write_csv(path: Path, histories: Sequence[History]) -> None:
         writer.writerow({
             key: " ".join(map(str, value)) if isinstance(value, list) else value for key, value in row.items()
         })  # fmt: skip
-    write_text(path, text.getvalue())
+    write_whole(path, as_bytes(text.getvalue()))

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from distconv import __version__
 from distconv.errors import BadDataError
-from distconv.run.log import write_whole
+from distconv.run.log import as_bytes, write_whole
 from distconv.run.report.advice import advise
 from distconv.run.report.charts import charts
 from distconv.run.report.compare import comparison
@@ -33,11 +33,11 @@ def write_report(folders: Sequence[Path], path: Path, failure: str = "", writer:
     """
     histories = [read_history(folder, failure) for folder in folders]
     try:
-        text = page(histories)
-    except (LookupError, TypeError, ValueError) as error:
+        content = as_bytes(page(histories))
+    except (LookupError, TypeError, ValueError, OverflowError) as error:
         names = ", ".join(str(folder / "metrics.jsonl") for folder in folders)
         raise BadDataError(f"{names}: records of a run were expected, but they have another shape ({error})") from None
-    write_whole(path, text.encode(), writer)
+    write_whole(path, content, writer)
     return histories
 
 
