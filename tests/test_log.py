@@ -16,7 +16,7 @@ from distconv.config import Config
 from distconv.errors import StorageError
 from distconv.run import log as runlog
 from distconv.run.ending import conclude
-from distconv.run.log import RunLog, describe_steps, read_metrics
+from distconv.run.log import RunLog, describe_steps, read_metrics, write_whole
 from tests import jobs
 from tests.files import ROOT
 
@@ -235,3 +235,11 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
 def test_a_target_is_missed_only_where_there_is_one(tmp_path: Path, score: float, target: float, code: int) -> None:
     final = {"metric": "reward", "test_reward": score, "correct": 1, "total": 1}
     assert conclude(final, Config(target_accuracy=target), tmp_path, RunLog(False)) == code
+
+
+@pytest.mark.parametrize("writer", ["", ".77"])
+def test_a_file_that_cannot_be_written_leaves_nothing_behind(tmp_path: Path, writer: str) -> None:
+    (tmp_path / "page.html").mkdir()
+    with pytest.raises(StorageError, match=r"page\.html cannot be written: Is a directory$"):
+        write_whole(tmp_path / "page.html", b"content", writer)
+    assert [path.name for path in tmp_path.iterdir()] == ["page.html"]

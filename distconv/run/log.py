@@ -167,7 +167,9 @@ def write_whole(path: Path, content: bytes, writer: str = "") -> None:
         temporary.write_bytes(content)
         temporary.replace(path)
     except OSError as error:
-        raise StorageError(f"{path} cannot be written: {error}") from None
+        with contextlib.suppress(OSError):  # a part of a file would only fill the disk
+            temporary.unlink(missing_ok=True)
+        raise StorageError(f"{path} cannot be written: {error.strerror or error}") from None
 
 
 def read_metrics(path: Path) -> list[Mapping[str, Any]]:
