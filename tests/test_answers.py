@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from distconv.run.answers import Answers, describe, on_what, softmax
+from distconv.run.answers import LONGEST_NAME, Answers, describe, on_what, short_names, softmax
 
 
 def drawn(classes: int, N: int, seed: int = 0) -> Answers:
@@ -72,7 +72,7 @@ def test_classes_with_names_are_told_by_them_and_columns_stand_below_one_another
         "                                           0     1     2",
         "    0 cat                     60.00%       3     .     2",
         "    1 automobile             100.00%       . 2,000     .",
-        "    2 a name that goes on…   100.00%       .     .     3",
+        "    2 a name th… on and on   100.00%       .     .     3",
     ]
     many = Answers(31, np.array([30, 4, 4]), np.array([4, 4, 4]), np.ones(3))
     lines = describe(many, [f"class {'x' * n}"[:15] for n in range(31)])
@@ -85,6 +85,15 @@ def test_classes_with_names_are_told_by_them_and_columns_stand_below_one_another
         "label                  inference              times",
         "   30 class xxxxxxxxx          4 class xxxx   1",
     ]
+
+
+def test_names_that_are_too_long_are_told_apart() -> None:
+    pairs = ["Cherry_(including_sour)_healthy", "Cherry_(including_sour)_mildew", "apple"]
+    assert short_names(pairs) == ["Cherry_(i…r)_healthy", "Cherry_(i…ur)_mildew", "apple"]
+    alike = [f"beginning {'x' * n} the same end" for n in range(10, 110)]
+    shown = short_names(alike) or []
+    assert len(set(shown)) == len(alike) and max(map(len, shown)) <= LONGEST_NAME and shown[99].startswith("99: ")
+    assert short_names(["twice", "twice"]) == ["twice", "twice"] and short_names(None) is None
 
 
 def test_of_few_classes_all_are_told_and_columns_stand_below_one_another() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -129,10 +130,23 @@ def on_what(models: Sequence[SavedModel], dataset: Dataset) -> str:
 
 
 def short_names(class_names: Sequence[str] | None) -> list[str] | None:
-    """The names of the classes, those that are too long cut off."""
+    """The names of the classes, of those that are too long the beginning and the end.
+
+    Where these are the same of several, the number of the class is in front.
+    """
     if class_names is None:
         return None
-    return [name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 1]}…" for name in class_names]
+    short = [_shortened(name) for name in class_names]
+    times = Counter(short)
+    return [
+        _shortened(f"{n}: {name}") if times[text] > 1 and text != name else text
+        for n, (name, text) in enumerate(zip(class_names, short, strict=True))
+    ]
+
+
+def _shortened(name: str) -> str:
+    end = LONGEST_NAME // 2
+    return name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 1 - end]}…{name[-end:]}"
 
 
 def describe(answers: Answers, class_names: Sequence[str] | None = None) -> list[str]:
