@@ -28,7 +28,7 @@ from distconv.run.folder import members
 from distconv.run.log import describe_steps, read_metrics, steps_alike
 from distconv.run.report.advice import advise, on_learning, on_time
 from distconv.run.report.charts import in_epochs, x_limits
-from distconv.run.report.compare import comparison
+from distconv.run.report.compare import comparison, differences, short_names
 from distconv.run.report.history import read_history
 from distconv.run.report.page import page, write_report
 from distconv.run.report.samples import load_samples
@@ -426,6 +426,19 @@ def test_several_runs_tell_what_differs_and_nothing_else(tmp_path: Path) -> None
     ]
     assert rows == [["run", "lr", "ranks"], ["a", "0.1", "2"], ["b", "0.2", "4"]]
     assert "10.00%" in found and "20.00%" in found and "http" not in found
+
+
+def test_the_table_of_what_differs_shows_it_and_names_a_run_as_short_as_may_be(tmp_path: Path) -> None:
+    data = [f"/scratch/somebody/data/of/a/long/name/part-{n}.npz" for n in (1, 2)]
+    for name, of_run, digest in zip("ab", data, ("0" * 64, "1" * 64), strict=True):
+        write(tmp_path / name, start(data_sha256=digest), step(1), config=f'data = "{of_run}"\n')
+    histories = [read_history(tmp_path / name) for name in "aba"]
+    assert short_names(histories) == ["a", "b", "a"]
+    table = text_of(differences(short_names(histories), histories))
+    assert data[0] in table and data[1] in table
+    assert "000000000000…" in table and "111111111111…" in table and "0" * 64 not in table
+    write(tmp_path / "b" / "a", start())
+    assert short_names([*histories, read_history(tmp_path / "b" / "a")])[0].endswith(f"{tmp_path.name}/a")
 
 
 def test_the_members_of_an_ensemble_are_compared(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 
@@ -15,6 +16,7 @@ from distconv.run.report.svg import Format, Line, Part, bar_chart, line_chart, r
 from distconv.run.report.tables import table
 
 STARTED = ("ranks", "hosts", "device", "precision", "exchange", "parameter_count", "data_sha256")  # not settings
+LONGEST = 40  # characters of a value that a table has room for
 FAR = 4  # times the median of the runs
 
 
@@ -77,8 +79,8 @@ def short_names(histories: Sequence[History]) -> list[str]:
     """The last parts of the folders, as many as tell them apart."""
     paths = [history.folder.absolute().parts for history in histories]
     for count in range(1, max(map(len, paths)) + 1):
-        names = ["/".join(path[-count:]) for path in paths]
-        if len(set(names)) == len(names):
+        names = [str(Path(*path[-count:])) for path in paths]
+        if len(set(names)) == len(set(paths)):  # somebody may name the same run twice
             break
     return names
 
@@ -103,7 +105,7 @@ def differences(names: Sequence[str], histories: Sequence[History]) -> str:
         of_start = key in STARTED and not any(key in history.settings for history in histories)
         values = [_shown((history.start if of_start else history.settings).get(key)) for history in histories]
         if len(set(values)) > 1:
-            columns.append([key, *values])
+            columns.append([key, *_cut(values)])
     if not columns:
         return "<p>Nothing: the runs were asked for the same, and started alike.</p>"
     head, *rows = zip(*columns, strict=True)
@@ -111,5 +113,10 @@ def differences(names: Sequence[str], histories: Sequence[History]) -> str:
 
 
 def _shown(value: object) -> str:
-    text = "" if value is None else str(value)
-    return text if len(text) <= 40 else f"{text[:12]}…"
+    return "" if value is None else str(value)
+
+
+def _cut(texts: Sequence[str]) -> list[str]:
+    """The same, those that are long without their ends, if they differ in the rest."""
+    short = [text if len(text) <= LONGEST else f"{text[:12]}…" for text in texts]
+    return short if len(set(short)) == len(set(texts)) else list(texts)
