@@ -27,12 +27,13 @@ from distconv.run.answers import Answers
 from distconv.run.folder import members
 from distconv.run.log import describe_steps, read_metrics, steps_alike
 from distconv.run.report.advice import advise, on_learning, on_time
-from distconv.run.report.charts import in_epochs, x_limits
+from distconv.run.report.charts import in_epochs, score_chart, x_limits
 from distconv.run.report.compare import comparison, differences, short_names
 from distconv.run.report.history import read_history
 from distconv.run.report.page import page, write_report
 from distconv.run.report.samples import load_samples
 from distconv.run.report.svg import BOTTOM, HEIGHT, TOP
+from distconv.run.report.tables import epochs_table
 from distconv.run.run import Run
 from tests import jobs
 from tests.files import ROOT
@@ -356,6 +357,17 @@ def test_averaged_weights_are_what_a_run_is_judged_by(tmp_path: Path) -> None:
     assert read_history(write(tmp_path, start(), epoch(1, 0.8, 0.8, **scores))).score == 0.9
     final = {"event": "final", "time": 9.0, "step": 1, "metric": "accuracy", **scores, "ema_test_accuracy": 0.95}
     assert read_history(write(tmp_path, start(), epoch(1, 0.8, 0.8, **scores), final)).score == 0.95
+
+
+def test_each_score_of_an_epoch_is_drawn_and_stands_in_the_table(tmp_path: Path) -> None:
+    # That of averaged weights on the validation set is what --patience goes by.
+    scores = {"validation_accuracy": 0.61, "ema_test_accuracy": 0.62, "ema_validation_accuracy": 0.63}
+    epochs = [epoch(n, 0.64, 0.65, **scores) for n in range(1, 301)]
+    history = read_history(write(tmp_path, start(), step(1), *epochs))
+    table, chart = text_of(epochs_table(history)), text_of(score_chart(history))
+    for n in range(61, 66):
+        assert table.count(f"{n}.00%") == 200 and f"{n}.00%" in chart
+    assert "The last 200 of 300." in table
 
 
 def test_the_answers_of_averaged_weights_are_kept(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from distconv.nn.summary import drops_scores
 from distconv.run import agreement
 from distconv.run.folder import BEST
 from distconv.run.log import RunLog, describe_noise, describe_steps, read_metrics, steps_alike, write_text
-from distconv.run.report.numbers import percent
+from distconv.run.report.numbers import percent, plural
 from distconv.run.report.samples import ANSWERS, answer, save_samples
 from distconv.run.run import Run
 from distconv.tasks.classify import Classification
@@ -29,7 +29,9 @@ def finish(run: Run, out: Path, log: RunLog) -> int:
     run.world.at("evaluate", run.step)
     if run.best_epoch:
         early = (
-            f"stopped early, after {run.config.patience} epochs without a better one; " if run.out_of_patience else ""
+            f"stopped early, after {plural(run.config.patience, 'epoch')} without a better one; "
+            if run.out_of_patience
+            else ""
         )
         log.say(
             f"{early}best on the validation set: epoch {run.best_epoch}, {run.task.metric} {percent(run.best_score)}, "

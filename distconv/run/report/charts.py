@@ -17,6 +17,7 @@ SCORES = (  # of an epoch, with the colour of the page and the dashes that tell 
     ("validation", "validation", "--validation", "2 3"),
     ("test", "test", "--test", ""),
     ("ema_test", "test, averaged weights", "--averaged", "8 3 2 3"),
+    ("ema_validation", "validation, averaged weights", "--rest", "8 3 2 3"),
 )
 MOST_RANKS = 24  # that are shown one by one
 

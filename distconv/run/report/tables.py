@@ -110,7 +110,9 @@ def epochs_table(history: History) -> str:
         [f"{epoch:.0f}", f"{loss:.4f}", *(percent(values[row]) for values in scores.values()), f"{speed:,.0f}"]
         for row, (epoch, loss, speed) in enumerate(zip(*columns, strict=True))
     ]
-    return f'<div class="card scroll">{table(["epoch", "loss", *scores, "images/s"], rows[-MOST_EPOCHS:])}</div>'
+    left_out = f'<p class="soft">The last {MOST_EPOCHS} of {len(rows):,}.</p>' * (len(rows) > MOST_EPOCHS)
+    shown = table(["epoch", "loss", *scores, "images/s"], rows[-MOST_EPOCHS:])
+    return f'<div class="card scroll">{left_out}{shown}</div>'
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
