@@ -268,6 +268,16 @@ def test_the_score_that_is_spoken_of_is_that_of_the_end(tmp_path: Path) -> None:
     assert "came to 91.00% at" in on_learning(read_history(write(tmp_path, *records)))
 
 
+def test_scores_of_a_handful_of_images_tell_nothing(tmp_path: Path) -> None:
+    fell = [epoch(n, 0.9 - 0.1 * (n > 1), 0.9) for n in range(1, 6)]
+    gap = [epoch(n, 0.8, 1.0) for n in range(1, 6)]
+    rose = [epoch(n, 0.7 + 0.1 * (n > 4), 0.7) for n in range(1, 6)]
+    for epochs, word in ((fell, "fell to"), (gap, "knows the training"), (rose, "still rising")):
+        for images, told in ((10, False), (1000, True)):
+            folder = write(tmp_path, start(), step(20), *epochs, FINAL, config=f"eval_samples = {images}\n")
+            assert (word in on_learning(read_history(folder))) == told
+
+
 def test_nothing_is_advised_that_was_done_or_would_fail_again(tmp_path: Path) -> None:
     fell = [start(), step(20), *(epoch(n, 0.95 - 0.01 * n, 0.95) for n in range(6)), FINAL]
     done = "patience = 3\nclip_norm = 1.0\n"

@@ -14,6 +14,7 @@ from distconv.run.report.history import History, Numbers
 from distconv.run.report.numbers import duration, plural
 
 GAP = 0.01  # of accuracy, between training and test images, that is worth a word
+FEW_IMAGES = 5  # by which scores may differ by chance
 SLOWER = 1.2  # times as long as the median of the others: slow, not noisy
 MUCH = 0.2  # of a step
 CROWDED = 3  # times as long as the exchange by itself
@@ -62,7 +63,7 @@ def on_learning(history: History) -> str:
     if epochs < FEW_EPOCHS:
         tell = f"{plural(epochs, 'epoch')} tell{'s' * (epochs == 1)} little"
         return f"{tell}: --epochs 10 would show whether more is to be had."
-    if epochs - best > FEW_EPOCHS and test[best] - test[-1] > GAP / 2:
+    if epochs - best > FEW_EPOCHS and test[best] - test[-1] > max(GAP / 2, _by_chance(history)):
         means = ["hold images out by --validation and stop in time by --patience 3"] * (
             not history.settings.get("patience")
         )
@@ -77,7 +78,7 @@ def on_learning(history: History) -> str:
 def _on_the_end(history: History, test: Numbers, train: Numbers) -> str:
     """Of a finished run: whether it learned by heart, was still learning, or has settled."""
     gap, wrong = float(train[-1] - test[-1]), 1 - float(test[-1])
-    if gap > GAP and gap > wrong / 3:
+    if gap > max(GAP, _by_chance(history), wrong / 3):
         means = ["--augment"] * (not history.settings.get("augment"))
         means += ["--weight-decay 0.01"] * (not history.settings.get("weight_decay"))
         how = " or ".join(means) or "more training images, or a smaller network,"
@@ -85,7 +86,7 @@ def _on_the_end(history: History, test: Numbers, train: Numbers) -> str:
             f"It knows the training images better than the test images ({train[-1]:.2%} to {test[-1]:.2%}): {how} "
             "would work against that."
         )
-    if test[-1] > test[-2] and test[-1] - test[-3] > 0.1 * (1 - test[-3]):
+    if test[-1] > test[-2] and test[-1] - test[-3] > max(0.1 * (1 - test[-3]), _by_chance(history)):
         return (
             f"The test accuracy was still rising at the end ({test[-1]:.2%} after {plural(len(test), 'epoch')}): give "
             f"more --epochs, {2 * len(test)} say."
@@ -98,6 +99,12 @@ def _on_the_end(history: History, test: Numbers, train: Numbers) -> str:
     return (
         f"The test accuracy came to {history.score:.2%}: several seeds together (--ensemble 4) mostly know some more."
     )
+
+
+def _by_chance(history: History) -> float:
+    """A difference of scores that tells nothing, of so few images after each epoch."""
+    images, scored = history.start.get("test_images") or math.inf, history.settings.get("eval_samples") or math.inf
+    return FEW_IMAGES / min(images, scored)
 
 
 def _is_constant(history: History) -> bool:
