@@ -311,6 +311,9 @@ def test_a_metric_of_a_users_own_is_in_percent_only_where_it_is_a_share(
     folder = write(tmp_path, start(), step(1), step(2), *own, final)
     said = text_of(page([read_history(folder)]))
     assert f": {shown} test reward" in said and f"At the end {shown} on the whole test set" in said
+    higher = {**own[1], "test_reward": 3.0 if score == 0.25 else score + 3}
+    chart = text_of(score_chart(read_history(write(tmp_path, start(), step(1), step(2), own[0], higher))))
+    assert "%" not in chart  # nor on the axis, where one number may be a share
     nothing = {**final, "test_reward": None}
     assert "At the end" not in page([read_history(write(tmp_path, start(), step(1), nothing))])
 

@@ -8,7 +8,7 @@ import re
 
 import numpy as np
 
-from distconv.run.report.svg import MOST_CELLS, Line, binned, heat_map, line_chart
+from distconv.run.report.svg import HEIGHT, MOST_CELLS, Line, binned, heat_map, line_chart
 
 
 def test_bins_keep_means_and_extremes() -> None:
@@ -20,6 +20,16 @@ def test_bins_keep_means_and_extremes() -> None:
     few = binned(x[:3], y[:3], 100)
     assert few[0].tolist() == [0, 1, 2] and few[1].tolist() == y[:3].tolist()
     assert len(binned([], [])[0]) == 0 and len(binned([1.0], [math.nan])[0]) == 0
+
+
+def test_an_axis_that_ends_below_some_lines_has_its_ticks_for_the_others() -> None:
+    lines = [Line("a", [0, 1], [2.0, 1.0], "--c0"), Line("b", [0, 1], [2.0, 6e18], "--c1")]
+    for from_zero in (True, False):
+        chart = line_chart("loss", lines, "epoch", "{:g}".format, from_zero, most=8.0)
+        labels = [float(text) for text in re.findall(r'text-anchor="end">([^<]*)<', chart)]
+        assert len(labels) >= 4 and labels[0] <= 1 and 6 < labels[-1] <= 8
+        y = [float(point.split(",")[1]) for line in re.findall(r'points="([^"]*)"', chart) for point in line.split()]
+        assert max(y) - min(y) > HEIGHT / 2 and y[1] - y[0] > 10  # the lower line is not pressed flat
 
 
 def test_a_chart_draws_larger_numbers_higher_and_tells_the_last() -> None:

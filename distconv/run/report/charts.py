@@ -9,7 +9,7 @@ import numpy as np
 
 from distconv.pictures.curves import smoothed
 from distconv.run.report.history import History
-from distconv.run.report.numbers import milliseconds, percent, short
+from distconv.run.report.numbers import format_of_scores, milliseconds, percent, short
 from distconv.run.report.svg import Line, Numbers, Part, area_chart, bar_chart, heat_map, line_chart
 
 SCORES = (  # of an epoch, with the colour of the page and the dashes that tell them apart
@@ -69,7 +69,8 @@ def score_chart(history: History) -> str:
     note = "After each epoch" + (f", on {images:,} images of each part, or all there are." if images else ".")
     if history.final is not None and not math.isnan(history.score):
         note += f" At the end {percent(history.score)} on the whole test set."
-    return line_chart(f"Scores: {history.metric}", lines, "epoch", percent, most=_top(history), note=note,
+    form = format_of_scores(line.y for line in lines)
+    return line_chart(f"Scores: {history.metric}", lines, "epoch", form, most=_top(history), note=note,
                       x_limits=x_limits(history))  # fmt: skip
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from distconv.pictures.curves import smoothed
 from distconv.run.report.charts import in_epochs, reach, x_limits
 from distconv.run.report.history import NOT_OF_THE_MODEL, History
-from distconv.run.report.numbers import duration, milliseconds, percent, short
+from distconv.run.report.numbers import duration, format_of_scores, milliseconds, percent, short
 from distconv.run.report.svg import Format, Line, Part, bar_chart, line_chart, run_color
 from distconv.run.report.tables import table
 
@@ -48,7 +48,7 @@ def comparison(histories: Sequence[History]) -> str:
 
     figures = [
         chart("Training loss, smoothed", "loss", short),
-        chart("Test score of each epoch", "score", percent, from_zero=False),
+        chart("Test score of each epoch", "score", format_of_scores(line.y for line in lines["score"]), False),
         chart("Images per second, smoothed", "speed", short),
         chart("Learning rate", "rate", short),
         bar_chart("A step of rank 0, medians", bars, milliseconds),

@@ -3,11 +3,22 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable
+from typing import Any
 
 
 def percent(value: float) -> str:
     """A score: a share, or a number of a user's own metric that is none."""
     return f"{value:.2%}" if 0 <= value <= 1 else f"{value:,.4g}"
+
+
+def format_of_scores(lines: Iterable[Any]) -> Callable[[float], str]:
+    """One for all scores of a chart, and its axis: percent where they are shares, each line of them an array.
+
+    Else an axis of rewards would go from 0.00% by 100.00% to 2.
+    """
+    are_shares = all(0 <= value <= 1 for line in lines for value in line if math.isfinite(value))
+    return percent if are_shares else "{:,.4g}".format
 
 
 def short(value: float) -> str:

@@ -250,6 +250,7 @@ def _axis(low: float, high: float, log: bool, most: float) -> tuple[float, float
         high = high if high > low else 10 * low
         ticks = LogLocator(subs=(1.0, 2.0, 5.0) if few else (1.0,), numticks=6).tick_values(low, high)
     else:
+        high = min(high, most)  # before the ticks are chosen, or they would lie above the end
         if high <= low:
             room = abs(high) * 0.1 or 1.0
             low, high = low - room * (low != 0), high + room
