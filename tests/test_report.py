@@ -266,6 +266,8 @@ def test_a_run_that_tells_little_is_advised_nothing_wrong(tmp_path: Path) -> Non
 def test_the_score_that_is_spoken_of_is_that_of_the_end(tmp_path: Path) -> None:
     records = [start(), step(20), *(epoch(n, 0.99, 0.99) for n in range(1, 5)), {**FINAL, "test_accuracy": 0.91}]
     assert "came to 91.00% at" in on_learning(read_history(write(tmp_path, *records)))
+    records[-1] = {**FINAL, "test_accuracy": 1.0}
+    assert on_learning(read_history(write(tmp_path, *records))) == ""  # there is no more to be had
 
 
 def test_scores_of_a_handful_of_images_tell_nothing(tmp_path: Path) -> None:

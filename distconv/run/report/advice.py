@@ -60,6 +60,8 @@ def on_learning(history: History) -> str:
             f"It stopped early, by --patience, after {plural(epochs, 'epoch')}: best.safetensors has the best of "
             "them by the validation set, which evaluate takes, too."
         )
+    if history.score == 1:  # nothing brings more
+        return ""
     if epochs < FEW_EPOCHS:
         tell = f"{plural(epochs, 'epoch')} tell{'s' * (epochs == 1)} little"
         return f"{tell}: --epochs 10 would show whether more is to be had."
