@@ -273,6 +273,18 @@ def source_pickle(path: Path, **changed: object) -> Path:
     return path
 
 
+def test_evaluate_tells_of_scores_that_overflow_and_takes_those_that_did_not(tmp_path: Path) -> None:
+    W8, b8 = np.zeros((50, 10)), np.full(10, -1.0)
+    W8[:, 9], b8[3] = np.tile([1e6, -1e6], 25), 1.0  # in float16, class 9 scores infinity less infinity
+    weights = source_pickle(tmp_path / "params.pkl", W8=W8, b8=b8)
+    flags = ("--data", "digits", "--precision", "float16", "--precision", "float32", "--json")
+    result = jobs.run(2, "-m", "distconv.evaluate", weights, *flags)
+    threes = int(np.count_nonzero(digits.load().test_labels == 3))
+    assert [json.loads(line)["correct"] for line in result.stdout.splitlines()][1] == threes
+    assert "too large for float16: scores of 360 of 360 test images" in result.stderr
+    assert "float32" not in result.stderr and "Warning" not in result.stderr
+
+
 def test_evaluate_reads_the_sources_pickles(tmp_path: Path) -> None:
     params = source_pickle(tmp_path / "params.pkl")
     result = jobs.run(2, "-m", "distconv.evaluate", params, "--data", "digits", "--json", "--precision", "float64")

@@ -82,7 +82,15 @@ def judge(
         for precision in precisions:
             what = f"{precision}, {saved.name}" if len(models) > 1 else precision
             done = functools.partial(_show, log, what, dataset.size("test"))
-            given = scores(dataset, saved.model, cast(parameters, precision).values, Cpu(precision), world, done)
+            with np.errstate(over="ignore", invalid="ignore"):  # which is told of as a whole
+                given = scores(dataset, saved.model, cast(parameters, precision).values, Cpu(precision), world, done)
+            overflown = world.comm.allreduce(int(np.count_nonzero(~np.isfinite(given).all(axis=1))))
+            if overflown:
+                log.say_aside(
+                    f"{saved.name} has numbers that are too large for {precision}: scores of {overflown:,} of "
+                    f"{dataset.size('test'):,} test images are infinite or NaN"
+                )
+            given = _finite(given)
             probabilities = softmax(given)
             yield saved.name, precision, gather(given, probabilities, dataset.test_labels, world)
             sums[precision] = sums.get(precision, 0.0) + probabilities
@@ -96,12 +104,14 @@ def _show(log: RunLog, what: str, total: int, part: float) -> None:
     log.evaluating(what, round(part * total), total)
 
 
-def softmax(scores: Array) -> NDArray[np.float64]:
-    """Probabilities (N, classes) from scores, computed in float64.
+def _finite(scores: Array) -> NDArray[np.float64]:
+    """float16 may have overflowed to infinity, which counts as the largest float64, and to NaN, which counts as 0."""
+    return np.nan_to_num(scores.astype(np.float64))
 
-    float16 may have overflowed to infinity, which counts as the largest float64, and to NaN, which counts as 0.
-    """
-    finite = np.nan_to_num(scores.astype(np.float64))
+
+def softmax(scores: Array) -> NDArray[np.float64]:
+    """Probabilities (N, classes) from scores, computed in float64; what is not finite counts as _finite has it."""
+    finite = _finite(scores)
     with np.errstate(over="ignore"):  # the largest less the lowest
         powers = np.exp(finite - finite.max(axis=1, keepdims=True))
     probabilities: NDArray[np.float64] = powers / powers.sum(axis=1, keepdims=True)
