@@ -23,7 +23,7 @@ from distconv.data.shard import Shards, split
 from distconv.errors import DistconvError
 from distconv.kernels.interface import FINITE, Agreed, Array, Kernels
 from distconv.nn.fusion import fused
-from distconv.nn.layers import Context, Layer
+from distconv.nn.layers import Chain, Context, Layer
 from distconv.nn.optimizers import EMA, Optimizer
 from distconv.nn.parameters import Parameters
 from distconv.tasks.classify import Classification
@@ -47,6 +47,8 @@ class Replica:
     ) -> None:  # fmt: skip
         self.kernels, self.device = kernels, kernels.device
         self.model = fused(model)
+        # A model or task of the user's own may go through a chain twice, and its gradients are not final after one.
+        self.tells_final = type(self.model) is Chain and type(task) is Classification
         self.parameters, self.task, self.data, self.optimizer = parameters, task, data, optimizer
         self.exchange, self.settings, self.shards, self.agreed = exchange, settings, shards, agreed
         self.state = optimizer.new_state(parameters.size, parameters.vector.dtype)
@@ -184,11 +186,8 @@ class Replica:
         return parts
 
     def _sender(self) -> Callable[[str], None] | None:
-        """What sends off the gradients of a layer of the model, and of those behind it, when they are final.
-
-        Nothing where a task of the user's own may go backward through the model twice.
-        """
-        if not isinstance(self.task, Classification):
+        """What sends off the gradients of a layer of the model, and of those behind it, when they are final."""
+        if not self.tells_final:
             return None
         send = self.exchange.sender(self.gradient, self.mailbox.step)
         return None if send is None else lambda layer: send(self.parameters.start(layer))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,11 +16,13 @@ from distconv.data import digits
 from distconv.data.shard import epoch_order, split
 from distconv.errors import DistconvError, ReplicasDifferError
 from distconv.kernels.cpu.device import Cpu
+from distconv.nn.layers import Affine, Chain
 from distconv.run import loop
 from distconv.run.answers import gather, softmax
 from distconv.run.build import build_run
 from distconv.run.measure import scores
 from distconv.run.run import Run
+from distconv.tasks.classify import Classification
 
 SETTINGS = config.Config(data="digits", epochs=1, batch_size=23, limit_train=100, eval_samples=50, device="cpu")
 
@@ -137,6 +140,41 @@ def test_a_run_in_buckets_behind_the_backward_pass_trains_as_any(world: World, m
         losses.append([step.train_loss for step in loop.train(run, never) if isinstance(step, loop.StepRecord)])
         assert len(set(world.comm.allgather(run.parameters.digest()))) == 1
     np.testing.assert_allclose(*losses, rtol=1e-9)
+
+
+class Twice(Classification):
+    """Each image counts twice, by two passes through the model."""
+
+    def gradient(self, *arguments):  # type: ignore[no-untyped-def]
+        once, again = super().gradient(*arguments), super().gradient(*arguments)
+        return (once[0] + again[0], *once[1:])
+
+
+class Mirrored:
+    """What a chain makes of an image, and what it makes of its mirror image."""
+
+    chain = Chain(Affine(500, relu=True), Affine(10))
+
+    def shapes(self, input_shape):  # type: ignore[no-untyped-def]
+        return self.chain.shapes(input_shape)
+
+    def forward(self, x, params, context):  # type: ignore[no-untyped-def]
+        (y, once), (mirrored, again) = (self.chain.forward(z, params, context) for z in (x, x[:, :, ::-1]))
+        return y + mirrored, lambda dy, grads, wants_dx: (once(dy, grads, False), again(dy, grads, False))[0]
+
+
+@pytest.mark.parametrize("own", [{"task": Twice()}, {"model": Mirrored()}], ids=["task", "model"])
+def test_buckets_wait_for_a_weight_that_is_used_twice(
+    world: World, monkeypatch: pytest.MonkeyPatch, own: dict[str, Any]
+) -> None:
+    monkeypatch.setattr(buckets, "BUCKET", 1000)
+    vectors = []
+    for kind in ("flat", "buckets"):
+        settings = dataclasses.replace(SETTINGS, exchange=kind, wire="float64", optimizer="sgd")
+        run = build_run(settings, digits.load().limited(100), world, **own)
+        list(loop.train(run, never))
+        vectors.append(run.parameters.vector)
+    np.testing.assert_allclose(*vectors, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("exchange", ["flat", "buckets"])
