@@ -11,12 +11,14 @@ import pytest
 
 from distconv.errors import UsageError
 from distconv.nn.blocks import Branches, Residual
+from distconv.nn.checked import checked
 from distconv.nn.fusion import fused
 from distconv.nn.layers import Affine, Chain, Context, Conv, Dropout, Layer, MaxPool, ReLU
 from distconv.nn.networks import deepconvnet, simpleconvnet
 from distconv.nn.normalization import BatchNorm, ConvNorm, Standardize
 from distconv.nn.parameters import Parameters
 from distconv.nn.pooling import AveragePool, GlobalAveragePool
+from distconv.run.spans import Spans, traced
 
 # Of the central difference. Outputs are linear in a tensor until a ReLU or a pool changes sides, so the step is small.
 STEP = 1e-7
@@ -304,6 +306,24 @@ def test_a_convolution_and_its_pool_as_one_layer_are_the_two_and_a_users_own_sta
         results.append((y, backward(np.ones_like(y), parameters.grads, True), parameters.gradient))
     for apart, together in zip(*results, strict=True):
         np.testing.assert_array_equal(together, apart)
+
+
+@dataclass(frozen=True, init=False)
+class Doubled(Chain):
+    """A user's chain, which computes something else."""
+
+    def forward(self, x, params, context):
+        y, backward = super().forward(x, params, context)
+        return 2 * y, lambda dy, grads, wants_dx: backward(2 * dy, grads, wants_dx)
+
+
+def test_a_chain_of_a_users_own_computes_what_it_computes_where_layers_are_joined_or_looked_over():
+    parts, x = (Conv(2, 5), MaxPool(), Affine(4)), images(2, 12, 12, 1)
+    parameters = built(Chain(*parts), x.shape[1:])
+    wanted = 2 * Chain(*parts).forward(x, parameters.values, training(2))[0]
+    for change in (fused, checked, lambda model: traced(model, Spans())):
+        y, _ = change(Doubled(*parts)).forward(x, parameters.values, training(2))
+        np.testing.assert_array_equal(y, wanted)
 
 
 def test_blocks_are_made_of_layers_and_nothing_else():

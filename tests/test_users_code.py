@@ -25,6 +25,7 @@ from tests.test_failures import QUICK, assert_one_sentence
 IMPORTS = """
 import numpy as np
 from distconv.data.dataset import Dataset
+from distconv.nn.blocks import Residual
 from distconv.nn.layers import Affine, Chain, Conv, Dropout, MaxPool
 from distconv.nn.parameters import Spec
 
@@ -51,6 +52,7 @@ def train(folder: Path, code: str, *flags: str, ranks: int = 2):  # type: ignore
 
 
 BACKWARD = "Chain(Affine(20), Bad(None, None, lambda dy, grads, wants: {}), Affine(10))"
+BESIDE = "Chain(Affine(20), Residual(Affine(20), {}), Affine(10))"
 MODELS = {
     "a list": ("[Affine(classes)]", "returned a list, but a layer"),
     "a class": ("Chain", "returned the class Chain, but a layer"),
@@ -73,6 +75,14 @@ MODELS = {
     "another y": ("forward(lambda x: (x[:, :9], id))", "shape (2, 9), but floats of shape (2, 20)"),
     "integers": ("forward(lambda x: (x.astype(int), id))", "int64 of shape (2, 20), but floats"),
     "no dx": (BACKWARD.format("None"), "the backward pass of Bad gave a NoneType"),
+    "another y beside": (
+        BESIDE.format("Bad(None, lambda x: (x[:, :9], id))"),
+        "Bad.forward gave float32 of shape (2, 9)",
+    ),
+    "another dx beside": (
+        BESIDE.format("Chain(Bad(None, None, lambda dy, grads, wants: dy[:, :1]))"),
+        "the backward pass of Bad gave float32 of shape (2, 1)",
+    ),
     "another dx": (BACKWARD.format("dy[:, :3]"), "the backward pass of Bad gave float32 of shape (2, 3)"),
 }
 

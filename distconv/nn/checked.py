@@ -12,6 +12,7 @@ import numpy as np
 
 from distconv.errors import UsageError
 from distconv.kernels.interface import Array
+from distconv.nn.blocks import with_inner
 from distconv.nn.layers import Backward, Chain, Context, Layer, kind_of
 from distconv.nn.parameters import Shape, Specs, Views
 
@@ -43,10 +44,9 @@ class Checked:
 
 
 def checked(model: Layer) -> Layer:
-    """The same model and parameters, each of its layers Checked."""
-    if isinstance(model, Chain):
-        return Chain.named((name, checked(layer)) for name, layer in model.layers)
-    return Checked(model)
+    """The same model and parameters, each of its layers Checked, those within chains and blocks, too."""
+    within = with_inner(model, lambda name, layer: checked(layer))
+    return within if type(within) is Chain else Checked(within)
 
 
 def _check(who: str, found: Any, shape: Shape) -> None:

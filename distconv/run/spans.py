@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from distconv.kernels.interface import Array
-from distconv.nn.blocks import Branches, Residual
-from distconv.nn.layers import Backward, Chain, Context, Layer
+from distconv.nn.blocks import with_inner
+from distconv.nn.layers import Backward, Context, Layer
 from distconv.nn.parameters import Shape, Specs, Views
 
 MAIN, BUCKETS, DEVICE = 0, 1, 2  # the timelines of a rank: its first thread, the thread of its exchange, its GPU
@@ -124,11 +124,4 @@ def _within(layer: Layer, spans: Spans, path: str) -> Layer:
     def one(name: str, inner: Layer) -> Layer:
         return TracedLayer(path + name, _within(inner, spans, f"{path}{name}."), spans)
 
-    if type(layer) is Chain:  # a user's own kind may compute something else
-        return Chain.named((name, one(name, inner)) for name, inner in layer.layers)
-    if type(layer) is Branches:
-        return Branches(*(one(name, inner) for name, inner in layer.layers))
-    if type(layer) is Residual:
-        shortcut = None if layer.shortcut is None else one("shortcut", layer.shortcut)
-        return Residual(one("body", layer.body), shortcut, layer.relu)
-    return layer
+    return with_inner(layer, one)
