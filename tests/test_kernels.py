@@ -311,6 +311,31 @@ def test_the_variance_of_numbers_far_from_zero_is_theirs() -> None:
     np.testing.assert_allclose(variance, x.astype(np.float64).var(axis=0), rtol=1e-3)  # 1e8 - 1e8 would leave nothing
 
 
+@pytest.mark.parametrize("C", [3, 48])  # blocks of 48 channels have 85 pixels, whose mean is rounded
+@pytest.mark.parametrize("value", [0.1, 1e6 / 3, -1e20])
+def test_numbers_that_are_all_the_same_become_beta(C: int, value: float) -> None:
+    x, gamma, beta = np.full((300_000, C), value, np.float32), np.ones(C, np.float32), np.full(C, 7, np.float32)
+    y, _, variance = norm.norm_forward(x, gamma, beta, 1e-5, False)
+    assert not variance.any()
+    np.testing.assert_array_equal(y, 7)
+
+
+@pytest.mark.parametrize("C", [3, 16])
+def test_statistics_and_gradients_of_a_million_numbers_are_those_of_float64(C: int) -> None:
+    rng = np.random.default_rng(0)
+    x = (1000 + rng.standard_normal((1_000_000, C))).astype(np.float32)
+    dy, gamma, beta = (1 + x - 1000).astype(np.float32), np.ones(C, np.float32), np.zeros(C, np.float32)
+    _, mean, variance = norm.norm_forward(x, gamma, beta, 1e-5, False)
+    exact = x.astype(np.float64)
+    np.testing.assert_allclose(mean, exact.mean(axis=0), rtol=1e-7)
+    np.testing.assert_allclose(variance, exact.var(axis=0), rtol=1e-6)
+    dgamma, dbeta = np.zeros(C, np.float32), np.zeros(C, np.float32)
+    norm.norm_backward(x, dy, gamma, beta, mean, variance, 1e-5, False, dgamma, dbeta)
+    normed = (exact - exact.mean(axis=0)) / np.sqrt(exact.var(axis=0) + 1e-5)
+    np.testing.assert_allclose(dbeta, dy.sum(axis=0, dtype=np.float64), rtol=1e-5)
+    np.testing.assert_allclose(dgamma, (dy * normed).sum(axis=0), rtol=1e-4)
+
+
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
 @pytest.mark.parametrize("C", [5, 32])
 def test_what_evaluation_does_with_running_statistics_is_the_formula(dtype: type, C: int) -> None:

@@ -31,8 +31,8 @@ def norm_forward(x: Array, gamma: Array, beta: Array, epsilon: float, relu: bool
         mean, variance = (np.empty(x.shape[-1], x.dtype) for _ in range(2))
         _statistics(pixels, _rows(x), mean, variance)
     else:
-        mean = pixels.mean(axis=0)
-        variance = np.square(pixels - mean).mean(axis=0)
+        mean = pixels.mean(axis=0, dtype=np.float64).astype(x.dtype)
+        variance = np.square(pixels - mean).mean(axis=0, dtype=np.float64).astype(x.dtype)
     factor = gamma / np.sqrt(variance + x.dtype.type(epsilon))
     return _scaled(x, mean, factor, beta, relu), mean, variance
 
@@ -60,7 +60,7 @@ def norm_backward(
     else:
         gap = _pixels(x) - mean
         g, s = _pixels(dy) * (gap * factor + beta > 0) if relu else _pixels(dy), gap * inverse
-        sums, products = g.sum(axis=0), (g * s).sum(axis=0)
+        sums, products = (array.sum(axis=0, dtype=np.float64).astype(x.dtype) for array in (g, g * s))
         dx = (factor * (g - sums / dtype(M) - s * (products / dtype(M)))).reshape(x.shape)
     dgamma += products
     dbeta += sums
@@ -119,17 +119,22 @@ def _rows(x: Array) -> int:
 @emitted
 def block_statistics(
     builder: ir.IRBuilder, x: Pointer, at: Index, rows: Index, C: Index, share: Vector, c: Index, mean: Pointer,
-    squares: Pointer
+    rest: Pointer, squares: Pointer
 ) -> None:  # fmt: skip
-    """mean and sum of squares around it, of LANES channels of `rows` pixels; share: 1 / rows."""
-    total, around = Sum(zeros(builder)), Sum(zeros(builder))
+    """mean, and the sums of gaps and of squares around it, of LANES channels of `rows` pixels; share: 1 / rows.
+
+    The sum of the gaps would be 0, were the mean not rounded.
+    """
+    total, gaps, around = (Sum(zeros(builder)) for _ in range(3))
     with repeat(rows) as row:
         total.set(total.get() + (x + at + C * row).load())
     middle = total.get() * share
     with repeat(rows) as row:
         gap = (x + at + C * row).load() - middle
+        gaps.set(gaps.get() + gap)
         around.set(gap.times(gap, around.get()))
     (mean + c).store(middle)
+    (rest + c).store(gaps.get())
     (squares + c).store(around.get())
 
 
@@ -185,19 +190,20 @@ def block_scale(
 @compiled
 def _statistics(x: Array, rows: int, mean: Array, variance: Array) -> None:
     M, C = x.shape
-    block_mean, block_squares = np.empty(C, np.float32), np.empty(C, np.float32)
+    block_mean, block_rest, block_squares = np.empty(C, np.float32), np.empty(C, np.float32), np.empty(C, np.float32)
     middle, squares = np.zeros(C), np.zeros(C)
     for first in range(0, M, rows):
         n = min(rows, M - first)
         for c in range(0, C, LANES):
-            block_statistics(x, first * C + c, n, C, np.float32(1 / n), c, block_mean, block_squares)
+            block_statistics(x, first * C + c, n, C, np.float32(1 / n), c, block_mean, block_rest, block_squares)
         for c in range(C):
-            gap = block_mean[c] - middle[c]
+            rest = np.float64(block_rest[c])
+            gap = block_mean[c] + rest / n - middle[c]
             middle[c] += gap * (n / (first + n))
-            squares[c] += block_squares[c] + gap * gap * (first * n / (first + n))
+            squares[c] += block_squares[c] - rest * rest / n + gap * gap * (first * n / (first + n))
     for c in range(C):
         mean[c] = middle[c]
-        variance[c] = squares[c] / M
+        variance[c] = 0.0 if squares[c] < 0 else squares[c] / M  # NaN stays
 
 
 @compiled
