@@ -320,9 +320,8 @@ def test_numbers_that_are_all_the_same_become_beta(C: int, value: float) -> None
     np.testing.assert_array_equal(y, 7)
 
 
-@pytest.mark.parametrize("C", [3, 16])
-def test_statistics_and_gradients_of_a_million_numbers_are_those_of_float64(C: int) -> None:
-    rng = np.random.default_rng(0)
+def test_statistics_and_gradients_of_a_million_numbers_are_those_of_float64() -> None:
+    rng, C = np.random.default_rng(0), 3
     x = (1000 + rng.standard_normal((1_000_000, C))).astype(np.float32)
     dy, gamma, beta = (1 + x - 1000).astype(np.float32), np.ones(C, np.float32), np.zeros(C, np.float32)
     _, mean, variance = norm.norm_forward(x, gamma, beta, 1e-5, False)

@@ -353,6 +353,15 @@ def test_layers_are_named_after_kind_and_number():
         (AveragePool(9), (8, 8, 1), r"AveragePool\(size=9.* image of 8 x 8"),
         (GlobalAveragePool(), (8,), r"GlobalAveragePool\(\) needs images .* \(8,\)"),
         (BatchNorm(), (), r"BatchNorm\(.* needs channels"),
+        (BatchNorm(32), (8, 8, 32), r"BatchNorm\(.* relu is 32, but True or False was expected"),  # not its channels
+        (BatchNorm(epsilon=0), (8, 8, 4), r"BatchNorm\(.* epsilon must be a number above 0"),
+        (BatchNorm(epsilon=-1e-5), (8, 8, 4), r"BatchNorm\(.* epsilon must be a number above 0"),
+        (BatchNorm(epsilon="x"), (8, 8, 4), r"BatchNorm\(.* epsilon must be a number above 0"),
+        (BatchNorm(momentum=9), (8, 8, 4), r"BatchNorm\(.* momentum must lie in 0 to 1"),
+        (Conv(8, 3, 1, 1, 32), (8, 8, 4), r"Conv\(.* relu is 32"),
+        (ConvNorm(8, 3, 1, 1, 0.1), (8, 8, 4), r"relu is 0.1"),
+        (Affine(784, 10), (8, 8, 4), r"Affine\(.* relu is 10"),  # not inputs and outputs
+        (Residual(Conv(4, 1), Conv(4, 1), Conv(4, 1)), (8, 8, 4), r"Residual\(.* relu is Conv\(.* True or False"),
         (Residual(Conv(4)), (8, 8, 4), r"body makes \(6, 6, 4\) of \(8, 8, 4\), .* give it a shortcut"),
         (Branches(Conv(4), Conv(4, pad="same")), (8, 8, 1), r"\(6, 6, 4\), \(8, 8, 4\) of .* one height"),
     ],

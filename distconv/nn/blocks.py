@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from distconv.errors import UsageError
 from distconv.kernels.interface import Array
-from distconv.nn.layers import Backward, Chain, Context, Layer, is_layer, kind_of, shapes_of
+from distconv.nn.layers import Backward, Chain, Context, Layer, check_switch, is_layer, kind_of, shapes_of
 from distconv.nn.parameters import Shape, Specs, Views
 
 
@@ -31,6 +31,7 @@ class Residual:
         return [("body", self.body)] + ([] if self.shortcut is None else [("shortcut", self.shortcut)])
 
     def shapes(self, input_shape: Shape) -> tuple[Shape, Specs]:
+        check_switch(self, "relu", self.relu)
         found = {name: shapes_of(layer, input_shape) for name, layer in self.layers}
         shape, beside = found["body"][0], found["shortcut"][0] if "shortcut" in found else input_shape
         if shape != beside:

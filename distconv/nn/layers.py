@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
+
 from distconv.errors import UsageError
 from distconv.kernels.cpu.device import Cpu
 from distconv.kernels.interface import Array, output_size
@@ -148,6 +150,7 @@ class Conv:
     def shapes(self, input_shape: Shape) -> tuple[Shape, Specs]:
         H, W, C = image_shape(self, input_shape)
         _check_whole(self, "filters", self.filters)
+        check_switch(self, "relu", self.relu)
         K, F = self.size, self.filters
         if self.pad == "same" and is_whole(K) and K % 2 == 0:
             raise ValueError(f"{self}: same padding needs a window of odd size")
@@ -209,6 +212,7 @@ class Affine:
 
     def shapes(self, input_shape: Shape) -> tuple[Shape, Specs]:
         _check_whole(self, "outputs", self.outputs)
+        check_switch(self, "relu", self.relu)
         C = math.prod(input_shape)
         deviation = he(C) if self.deviation is None else self.deviation
         return (self.outputs,), {"W": Spec((C, self.outputs), deviation), "b": Spec((self.outputs,), decay=False)}
@@ -315,6 +319,12 @@ def image_shape(layer: object, shape: Shape) -> tuple[int, int, int]:
 def _check_whole(layer: object, name: str, number: Any, least: int = 1) -> None:
     if not is_whole(number) or number < least:
         raise ValueError(f"{layer}: {name} must be a whole number, at least {least}")
+
+
+def check_switch(layer: object, name: str, value: Any) -> None:
+    """Raise ValueError for what is neither True nor False: a number that was meant as something else, say."""
+    if not isinstance(value, bool | np.bool_):
+        raise ValueError(f"{layer}: {name} is {value!r}, but True or False was expected")
 
 
 def window_grid(layer: object, H: int, W: int, K: int, stride: int, pad: int) -> tuple[int, int]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from distconv.kernels.interface import Array
-from distconv.nn.layers import Backward, Context, Conv, Layer, inner_layers, kept_nothing
-from distconv.nn.parameters import Shape, Spec, Specs, Views
+from distconv.nn.layers import Backward, Context, Conv, Layer, check_switch, inner_layers, kept_nothing
+from distconv.nn.parameters import Shape, Spec, Specs, Views, is_within
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,11 @@ class BatchNorm:
 
     def shapes(self, input_shape: Shape) -> tuple[Shape, Specs]:
         C = _channels(self, input_shape)
+        check_switch(self, "relu", self.relu)
+        if not is_within(self.epsilon, sys.float_info.min, sys.float_info.max):
+            raise ValueError(f"{self}: epsilon must be a number above 0, or a variance of 0 would be divided by")
+        if not is_within(self.momentum, 0, 1):
+            raise ValueError(f"{self}: momentum must lie in 0 to 1")
         return input_shape, {
             "gamma": Spec(C, mean=1.0, decay=False),
             "beta": Spec(C, decay=False),
