@@ -247,8 +247,12 @@ def _loss_of_the_start(run: Run) -> float:
 def _diverged(run: Run, what: str = "") -> DivergedError:
     what = what or f"a loss that is not finite, or more than {FAR} times the {_loss_of_the_start(run):.3g} of the start"
     bad = run.skipped or run.diverging
+    advice = f"use a smaller --lr than {run.config.lr:g}"
+    if run.skipped == run.step:
+        advice = "no step was made yet, so it is not the learning rate: look for too large or too small numbers in the "
+        advice += "images, or in what the model and the task make of them"
     return DivergedError(
-        f"step {run.step}: {bad} step{'s' * (bad > 1)} in a row had {what}: use a smaller --lr than {run.config.lr:g}",
+        f"step {run.step}: {bad} step{'s' * (bad > 1)} in a row had {what}: {advice}",
         bad_from=run.good_until + 1,
     ).on_all_ranks()
 

@@ -124,12 +124,13 @@ def test_a_gradient_that_is_not_finite_makes_all_ranks_skip_the_same_step(world:
     assert len(set(world.comm.allgather(run.parameters.digest()))) == 1
 
 
-def test_ten_bad_steps_in_a_row_end_the_run_on_every_rank(world: World) -> None:
+@pytest.mark.parametrize(("first", "advice"), [(0, "no step was made yet"), (1, "use a smaller --lr")])
+def test_ten_bad_steps_in_a_row_end_the_run_on_every_rank(world: World, first: int, advice: str) -> None:
     run = make_run(world, dataclasses.replace(SETTINGS, batch_size=8))
-    with_a_bad_rank(run, set(range(100)))
-    with pytest.raises(DistconvError, match=rf"10 steps in a row .*conv3.W on rank {world.size - 1}"):
+    with_a_bad_rank(run, set(range(first, 100)))
+    with pytest.raises(DistconvError, match=rf"10 steps in a row .*conv3.W on rank {world.size - 1}\): {advice}"):
         list(loop.train(run, never))
-    assert run.step == 10
+    assert run.step == first + 10
 
 
 def test_a_run_in_buckets_behind_the_backward_pass_trains_as_any(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
