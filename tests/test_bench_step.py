@@ -31,7 +31,8 @@ from distconv.benchmarks.step import (
 from distconv.comm.start import start
 from distconv.config import Config
 from distconv.errors import UsageError
-from distconv.nn.layers import Affine, Chain, Context, Conv, Dropout, MaxPool
+from distconv.nn.blocks import Residual
+from distconv.nn.layers import Affine, Chain, Context, Conv, Dropout, MaxPool, ReLU
 from distconv.nn.networks import build_network, usual_image_shape
 from distconv.nn.parameters import Parameters
 from distconv.run.build import build_run
@@ -234,6 +235,37 @@ def test_both_ways_through_each_layer_of_a_gpu_are_told(monkeypatch: pytest.Monk
     heads = [line.split()[0] for line in table.splitlines()]
     assert heads == ["batch", "conv1", "affine1", "dropout1", "layers", "measured"]
     assert "whole step 100,000.0 us" in table and "%" in table
+
+
+def block(classes: int) -> Residual:
+    return Residual(Chain(Affine(20, relu=True), Affine(classes)), Affine(classes))
+
+
+def in_a_chain(classes: int) -> Chain:
+    return Chain(ReLU(), block(classes))
+
+
+def test_a_model_that_is_no_chain_is_told_of_as_a_whole(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["step", "--model", f"{__name__}:block", "--batch-size", "4", "--repeats", "2"]) == 0
+    out, pixels = capsys.readouterr().out, 32 * 32 * 3
+    assert re.search(r"^ +model +\S+ +\S+ +\S+% +\S+$", out, re.MULTILINE), out
+    flops = step_flops(f"{__name__}:block")
+    assert flops["model", "forward"] == 2 * (pixels * 20 + 20 * 10 + pixels * 10)
+
+
+@pytest.mark.skipif(not emulator.available(), reason="no g++ to build the kernels for the CPU")
+@pytest.mark.parametrize(("network", "layers"), [("block", ["model"]), ("in_a_chain", ["relu1", "residual1"])])
+def test_the_weights_within_a_block_are_read_by_its_layer_of_a_gpu(
+    monkeypatch: pytest.MonkeyPatch, network: str, layers: list[str]
+) -> None:
+    monkeypatch.setattr(gpu_step, "AT_ONCE", 2)
+    monkeypatch.setattr(gpu_step, "TURNS", 1)
+    name = f"{__name__}:{network}"
+    settings = Config(model=name, batch_size=2, epochs=1)
+    run = build_run(settings, random_dataset(name, 2, 1), start(), device=emulator.Emulator())
+    rows = gpu_step.layer_rows(run.replica, name, 2)
+    assert [row.layer for row in rows] == [layer for layer in layers for _ in range(2)]
+    assert rows[-2].nbytes == 4 * (2 * 32 * 32 * 3 + 2 * 10 + run.parameters.size)
 
 
 @pytest.mark.skipif(not emulator.available(), reason="no g++ to build the kernels for the CPU")

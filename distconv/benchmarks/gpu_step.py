@@ -13,10 +13,11 @@ from typing import Any
 
 import numpy as np
 
-from distconv.benchmarks.step import Bench, Engine, Parts, Row, random_dataset, step_flops, steps_of_a_turn
+from distconv.benchmarks.step import Bench, Engine, Parts, Row, layers_of, random_dataset, step_flops, steps_of_a_turn
 from distconv.comm.world import World
 from distconv.config import Config
-from distconv.nn.layers import Chain, Context
+from distconv.nn.layers import Context
+from distconv.nn.parameters import Views
 from distconv.run.build import build_run
 from distconv.run.loop import train
 from distconv.run.replica import Replica
@@ -78,15 +79,14 @@ def _engine(name: str, run: Run, steps: int) -> Engine:
 
 def layer_rows(replica: Replica, name_of_model: str, batch_size: int) -> list[LayerRow]:
     """Both ways through each layer of the replica's model, on random numbers."""
-    kernels, model = replica.kernels, replica.model
-    assert isinstance(model, Chain)
+    kernels = replica.kernels
     samples = kernels.device.upload(np.arange(batch_size, dtype=np.int32))
     context = Context(training=True, step=kernels.device.zeros(2, np.uint32), samples=samples, kernels=kernels)
     x, _ = random_dataset(name_of_model, batch_size, 0).batch("train", samples, context)
     flops = step_flops(name_of_model)
     rows: list[LayerRow] = []
-    for name, layer in model.layers:
-        row, x = _both_ways(replica, name, layer, x, context.within(name), first=not rows)
+    for name, layer in layers_of(replica.model):
+        row, x = _both_ways(replica, name, layer, x, context, first=not rows)
         rows += [
             LayerRow(name, way, batch_size, seconds, batch_size * flops.get((name, way), 0), nbytes)
             for way, (seconds, nbytes) in row.items()
@@ -98,10 +98,12 @@ def _both_ways(
     replica: Replica, name: str, layer: Any, x: Any, context: Context, first: bool
 ) -> tuple[Mapping[str, tuple[float, int]], Any]:
     """Seconds and bytes of each way, and y."""
-    device, params, grads = replica.device, replica.values.get(name, {}), replica.grads.get(name, {})
+    device, params, grads = replica.device, replica.values, replica.grads
+    if layer is not replica.model:
+        params, grads, context = params.get(name, {}), grads.get(name, {}), context.within(name)
     y, backward = layer.forward(x, params, context)
     dy = device.upload(np.random.default_rng(0).standard_normal(y.shape).astype(np.float32))
-    weights = sum(array.nbytes for array in params.values())
+    weights = _nbytes(params)
     forward = seconds_on(device, (name, "forward", len(x)), lambda: layer.forward(x, params, context))
     back = seconds_on(device, (name, "backward", len(x)), lambda: (backward(dy, grads, not first), device.join()))
     dx = 0 if first else x.nbytes
@@ -109,6 +111,11 @@ def _both_ways(
         "forward": (forward, x.nbytes + y.nbytes + weights),
         "backward": (back, x.nbytes + y.nbytes + dy.nbytes + 2 * weights + dx),
     }, y
+
+
+def _nbytes(views: Views) -> int:
+    """Of arrays that are nested as the layers are."""
+    return sum(_nbytes(view) if isinstance(view, Mapping) else view.nbytes for view in views.values())
 
 
 def seconds_on(device: Any, key: Any, work: Callable[[], object]) -> float:

@@ -18,12 +18,12 @@ import numpy as np
 from distconv.comm.world import World
 from distconv.config import Config
 from distconv.data.dataset import Dataset
-from distconv.nn.layers import Chain
+from distconv.nn.layers import Chain, Layer
 from distconv.nn.networks import build_network, usual_image_shape
 from distconv.nn.summary import parts
 from distconv.run.build import build_run
 from distconv.run.loop import StepRecord, train
-from distconv.run.spans import Spans, traced
+from distconv.run.spans import WHOLE, Spans, traced
 
 CLASSES = 10
 WARM_UP = 3  # turns that do not count: they compile, touch memory and try the wire
@@ -98,9 +98,8 @@ class Trainer:
         settings = Config(model=model, batch_size=batch_size, epochs=1, device="cpu")
         run = build_run(settings, random_dataset(model, batch_size, repeats), world)
         replica = run.replica
-        assert isinstance(replica.model, Chain)
         self.run, self.spans = run, Spans()
-        self.layers = [name for name, _ in replica.model.layers]
+        self.layers = [name for name, _ in layers_of(replica.model)]
         self.spans.intercept(replica.exchange, "travel", "exchange")
         self.spans.intercept(replica.optimizer, "step", "optimizer")
         replica.model = traced(replica.model, self.spans)
@@ -179,16 +178,23 @@ def measure(
     ]
 
 
+def layers_of(model: Layer) -> Sequence[tuple[str, Layer]]:
+    """What a step's time is told of, by name: the layers of a Chain, or any other model as a whole."""
+    return model.layers if type(model) is Chain else [(WHOLE, model)]
+
+
 def step_flops(name: str) -> dict[tuple[str, str], int]:
     """Floating-point operations of one image in the matrix products of the forward and backward pass of each layer.
 
     dw and dx cost what y costs; the first product needs no dx. Winograd's convolution takes fewer of them than this.
     """
     model, _ = build_network(name, usual_image_shape(name), CLASSES, (CLASSES,))
+    layers = dict(layers_of(model))
     found: dict[tuple[str, str], int] = defaultdict(int)
     for part in parts(model, usual_image_shape(name)):
         if part.flops:
-            layer, adjoints = part.name.partition(".")[0], 2 if found else 1
+            first, adjoints = part.name.partition(".")[0], 2 if found else 1
+            layer = first if first in layers else WHOLE
             found[layer, "backward"] += part.flops * adjoints
             found[layer, "forward"] += part.flops
     return dict(found)

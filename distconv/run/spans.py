@@ -20,6 +20,7 @@ from distconv.nn.parameters import Shape, Specs, Views
 
 MAIN, BUCKETS, DEVICE = 0, 1, 2  # the timelines of a rank: its first thread, the thread of its exchange, its GPU
 FORWARD, BACKWARD = "forward", "backward"
+WHOLE = "model"  # the name of a model's own span
 
 # Name; way through a layer, else ""; begin and end, of the recorder's clock; timeline.
 Span = tuple[str, str, Any, Any, int]
@@ -117,7 +118,7 @@ class TracedModel(TracedLayer):
 
 def traced(model: Layer, spans: Spans) -> Layer:
     """The same model and parameters, each of its layers a span, those within chains and blocks, too."""
-    return TracedModel("model", _within(model, spans, ""), spans)
+    return TracedModel(WHOLE, _within(model, spans, ""), spans)
 
 
 def _within(layer: Layer, spans: Spans, path: str) -> Layer:
