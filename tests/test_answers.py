@@ -61,7 +61,7 @@ def test_of_many_classes_the_ten_worst_are_told() -> None:
     ]
     assert [line.split() for line in confusions] == [[str(c), str(c + 1), str(c)] for c in range(29, 19, -1)]
     right = describe(Answers(1000, labels, labels, np.ones(1200)))
-    assert right[-1] == "expected calibration error: 0.00% (15 bins)" and len(right) < 20
+    assert right[-1] == "expected calibration error: 0.00% (15 bins)" and "confusions" not in "".join(right)
 
 
 def test_classes_with_names_are_told_by_them_and_columns_stand_below_one_another() -> None:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 
@@ -86,6 +87,13 @@ def test_a_torn_last_line_is_passed_over_and_not_written_on(path: Path, length: 
     log.write("epoch", step=3, epoch=1)
     log.close()
     assert written(path) == RECORDS[:5] and len(path.read_text().splitlines()) == 5
+
+
+def test_a_file_that_may_not_be_read_is_told_in_a_sentence(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path.write_text("")
+    monkeypatch.setattr(Path, "read_text", mock.Mock(side_effect=PermissionError(13, "Permission denied")))  # root may
+    with pytest.raises(StorageError, match=f"{path} cannot be read: Permission denied"):
+        read_metrics(path)
 
 
 @pytest.mark.parametrize("damage", [b"\0\0\0\0\n", b"\n", b"[1, 2]\n", b"\xff\xfe\x80\n"])

@@ -206,7 +206,7 @@ def _worst(answers: Answers, names: list[str] | None) -> list[str]:
     columns = _tags("label", 5, label_numbers, names), _tags("inference", 9, inference_numbers, names)
     counts = ["times", *(f"{times[i]:,}" for i in most)]
     rows = [f"{label}  {inference}   {count}" for label, inference, count in zip(*columns, counts, strict=True)]
-    return [*lines, "", "the most frequent confusions", *rows]
+    return [*lines, "", "the most frequent confusions", *rows] if times.size else lines
 
 
 def _percent(part: int, whole: int) -> str:

@@ -175,15 +175,18 @@ def write_whole(path: Path, content: bytes, writer: str = "") -> None:
 def read_metrics(path: Path) -> list[Mapping[str, Any]]:
     """The records of a metrics.jsonl, none if there is no such file; a torn line, left by a kill, is passed over.
 
-    So is what this file never held: text or a list, say, where a number is.
+    So is what this file never held: text or a list, say, where a number is. Raises StorageError.
     """
     records: list[Mapping[str, Any]] = []
-    if path.is_file():
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-            with contextlib.suppress(ValueError, RecursionError):
-                record = json.loads(line)
-                if isinstance(record, dict) and _is_ours(record):
-                    records.append(record)
+    try:
+        text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    except OSError as error:
+        raise StorageError(f"{path} cannot be read: {error.strerror or error}") from None
+    for line in text.splitlines():
+        with contextlib.suppress(ValueError, RecursionError):
+            record = json.loads(line)
+            if isinstance(record, dict) and _is_ours(record):
+                records.append(record)
     return records
 
 
