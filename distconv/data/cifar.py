@@ -119,11 +119,14 @@ def load_from(place: Path, name: str, official: bool = False) -> Dataset:
     StorageError.
     """
     where, class_names, batches = cifar_files.read(place)
+    if len(class_names) < 2:
+        raise BadDataError(f"{where} names {len(class_names)} classes, but a line for each of two or more was expected")
+    names_in = where
     if official and class_names != CLASSES:
         raise BadDataError(f"{where} names {class_names}"[:200] + f", but CIFAR-10's are {', '.join(CLASSES)}")
     parts = []
     for where, batch, records in batches:
-        _check(where, batch, records, len(class_names), official)
+        _check(where, batch, records, len(class_names), names_in, official)
         parts.append(records)
     test = [parts.pop()]
     train_images, train_labels = cifar_files.images_and_labels(parts)
@@ -133,14 +136,17 @@ def load_from(place: Path, name: str, official: bool = False) -> Dataset:
     )
 
 
-def _check(where: str, batch: str, records: Bytes, classes: int, official: bool) -> None:
+def _check(where: str, batch: str, records: Bytes, classes: int, names_in: str, official: bool) -> None:
     """Raise BadDataError for no records, a wrong label, or what is another batch of CIFAR-10 or, if official, none."""
     if not len(records):
         raise BadDataError(f"{where} holds no images: unpack the archive again")
     labels = records[:, 0]
     if labels.max() >= classes:
         first = int(np.argmax(labels >= classes))
-        raise BadDataError(f"{where}: label number {first} is {labels[first]}; labels must lie in 0 to {classes - 1}")
+        raise BadDataError(
+            f"{where}: label number {first} is {labels[first]}; labels must lie in 0 to {classes - 1}, as {names_in} "
+            f"names {classes} classes"
+        )
     digest = hashlib.sha256(records.data).hexdigest()
     owner = next((owner for owner, known in BATCHES.items() if known == digest), None)
     if owner not in (None, batch):
