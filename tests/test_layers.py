@@ -337,6 +337,13 @@ def test_layers_are_named_after_kind_and_number():
     assert [name for name, _ in model.layers] == ["conv1", "relu1", "conv2", "affine1", "maxpool1", "affine2"]
 
 
+def test_two_layers_of_a_chain_never_share_a_name():
+    Affine1 = type("Affine1", (Affine,), {})
+    assert [name for name, _ in Chain(Affine1(4), *[Affine(4)] * 10).layers][:2] == ["affine11", "affine1"]
+    with pytest.raises(UsageError, match="two layers of this chain would be named affine11"):
+        Chain(Affine1(4), *[Affine(4)] * 11)
+
+
 @pytest.mark.parametrize(
     ("model", "shape", "message"),
     [

@@ -272,6 +272,11 @@ class Chain:
                 )
         kinds = [type(layer).__name__.lower() for layer in layers]
         names = [f"{kind}{kinds[: i + 1].count(kind)}" for i, kind in enumerate(kinds)]
+        if twice := [name for i, name in enumerate(names) if name in names[:i]]:
+            raise UsageError(
+                f"two layers of this chain would be named {twice[0]} and share their weights, as one's kind ends in a "
+                "digit: give that class another name"
+            )
         object.__setattr__(self, "layers", tuple(zip(names, layers, strict=True)))
 
     @classmethod
