@@ -32,9 +32,11 @@ from distconv.comm.start import start
 from distconv.config import Config
 from distconv.errors import UsageError
 from distconv.nn.blocks import Residual
-from distconv.nn.layers import Affine, Chain, Context, Conv, Dropout, MaxPool, ReLU
+from distconv.nn.layers import Affine, Chain, Context, Conv, Dropout, Layer, MaxPool, ReLU
 from distconv.nn.networks import build_network, usual_image_shape
+from distconv.nn.normalization import BatchNorm
 from distconv.nn.parameters import Parameters
+from distconv.nn.pooling import AveragePool, GlobalAveragePool
 from distconv.run.build import build_run
 from distconv.run.run import Run
 from tests import emulator, jobs
@@ -143,7 +145,20 @@ def test_pytorch_takes_turns_with_ours(ranks: int, rival: str) -> None:
     assert found == [(engine, 21, phase) for phase in ("step", "evaluate") for engine in ("distconv", rival)]
 
 
-@pytest.mark.parametrize("name", ["deepconvnet", "vgg11", "resnet20", "googlenet"])
+def norms(classes: int) -> Chain:
+    return Chain(
+        Conv(4),
+        BatchNorm(False, 0.5, 0.3),
+        Conv(4),
+        GlobalAveragePool(),
+        Affine(6),
+        BatchNorm(),
+        ReLU(),
+        Affine(classes),
+    )
+
+
+@pytest.mark.parametrize("name", ["deepconvnet", "vgg11", "resnet20", "googlenet", f"{__name__}:norms"])
 def test_pytorchs_network_is_the_same(name: str) -> None:
     """In training: batch norm takes its statistics from the batch. It knows the gradients, too, of our inputs."""
     torch = pytest.importorskip("torch")
@@ -170,11 +185,25 @@ def test_pytorchs_network_is_the_same(name: str) -> None:
     y, backward = ours.forward(x, parameters.values, Context(training=True, global_batch=4))
     dx, their_dx = backward(dscores, parameters.grads, True), their_x.grad.permute(0, 2, 3, 1).numpy()
     np.testing.assert_allclose(scores.detach().numpy(), y, rtol=1e-3, atol=1e-3 * np.abs(y).max())
-    assert np.linalg.norm(their_dx - dx) < 1e-2 * np.linalg.norm(dx)
+    # In googlenet, rounding changes who wins pools: float32 is up to 2.4 % off float64, with ten sets of images.
+    assert np.linalg.norm(their_dx - dx) < (5e-2 if name == "googlenet" else 1e-2) * np.linalg.norm(dx)
     means = [view for path, view in parameters.named(parameters.gradient).items() if path.endswith(".mean")]
     theirs_too = [buffer for path, buffer in theirs.named_buffers() if path.endswith("running_mean")]
     for mean, running in zip(means[-len(theirs_too) :] if theirs_too else [], theirs_too, strict=True):
         np.testing.assert_allclose(mean, running.numpy(), rtol=0, atol=1e-3 * np.abs(mean).max())
+
+
+class Own(Conv):
+    """A user's convolution, which computes something else."""
+
+
+@pytest.mark.parametrize("layer", [Own(4), MaxPool(3, 1, pad=2), AveragePool(3, 1, pad=2)], ids=str)
+def test_a_layer_that_pytorch_has_not_is_named(layer: Layer) -> None:
+    from distconv.benchmarks.torch_model import translate
+
+    model = Chain(Conv(4), Residual(Chain(layer), Chain(layer)))
+    with pytest.raises(UsageError, match=f"--against torch: PyTorch .*{type(layer).__name__}"):
+        translate(pytest.importorskip("torch"), model, (8, 8, 3))
 
 
 # mistakes

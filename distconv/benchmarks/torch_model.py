@@ -7,7 +7,7 @@ from typing import Any
 
 from distconv.errors import UsageError
 from distconv.nn.blocks import Branches, Residual
-from distconv.nn.layers import Affine, Chain, Conv, Dropout, Layer, MaxPool, ReLU, kind_of
+from distconv.nn.layers import Affine, Chain, Conv, Dropout, Layer, MaxPool, ReLU, inner_layers, is_ours, kind_of
 from distconv.nn.normalization import BatchNorm, ConvNorm, Standardize
 from distconv.nn.parameters import Shape
 from distconv.nn.pooling import AveragePool, GlobalAveragePool
@@ -20,6 +20,12 @@ def translate(torch: Any, model: Layer, image_shape: Shape) -> Any:
 
 def _translate(torch: Any, layer: Layer, shape: Shape) -> Any:
     nn, modules = torch.nn, []
+    if not inner_layers(layer) and not is_ours(layer):  # a user's own kind may compute something else
+        raise UsageError(f"--against torch: PyTorch has nothing for {kind_of(layer)}: leave --against out")
+    if isinstance(layer, MaxPool | AveragePool) and 2 * layer.pad > layer.size:
+        raise UsageError(
+            f"--against torch: PyTorch pads a pool by half its size at most: leave --against out for {layer}"
+        )
     if isinstance(layer, Chain):
         for _, one in layer.layers:
             modules.append(_translate(torch, one, shape))
@@ -32,7 +38,9 @@ def _translate(torch: Any, layer: Layer, shape: Shape) -> Any:
         bias, margin = isinstance(layer, Conv), Conv(layer.filters, layer.size, pad=layer.pad).margin
         modules.append(nn.Conv2d(shape[-1], layer.filters, layer.size, layer.stride, margin, bias=bias))
     if isinstance(layer, ConvNorm | BatchNorm):
-        modules.append(nn.BatchNorm2d(layer.shapes(shape)[0][-1]))
+        norm, found = layer if isinstance(layer, BatchNorm) else BatchNorm(), layer.shapes(shape)[0]
+        kind = nn.BatchNorm2d if len(found) == 3 else nn.BatchNorm1d
+        modules.append(kind(found[-1], norm.epsilon, norm.momentum))
     elif isinstance(layer, MaxPool):
         modules.append(nn.MaxPool2d(layer.size, layer.stride, layer.pad))
     elif isinstance(layer, AveragePool):
@@ -46,8 +54,6 @@ def _translate(torch: Any, layer: Layer, shape: Shape) -> Any:
         modules.append(nn.Dropout(layer.ratio))
     elif isinstance(layer, Standardize):
         modules.append(_standardize(torch, shape[-1]))
-    elif not isinstance(layer, Conv | ReLU):
-        raise UsageError(f"--against torch: PyTorch has nothing for {kind_of(layer)}: leave --against out")
     if isinstance(layer, ReLU) or getattr(layer, "relu", False):
         modules.append(nn.ReLU(inplace=True))
     return nn.Sequential(*modules)
