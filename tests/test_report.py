@@ -155,6 +155,7 @@ def test_the_members_of_an_ensemble_are_compared(tmp_path: Path) -> None:
         write(tmp_path / f"member-{member}", start(), step(1))
     assert members(tmp_path) == [tmp_path / f"member-{member}" for member in range(11)]
     assert members(tmp_path / "member-3") == [tmp_path / "member-3"]
+    assert members(tmp_path / ("x" * 300)) == [tmp_path / ("x" * 300)]  # no name that a file can have
 
 
 def test_the_table_has_what_metrics_jsonl_has(

@@ -38,9 +38,12 @@ REPORT = re.compile(r"rank-\d+\.json")
 
 
 def members(folder: Path) -> list[Path]:
-    """The folder, or those of the runs in it where it is that of --ensemble."""
-    found = sorted(folder.glob("member-*/metrics.jsonl"), key=lambda path: (len(path.parent.name), path))
-    return [path.parent for path in found] if found and not (folder / "metrics.jsonl").exists() else [folder]
+    """The folder, or those of the runs in it where it is that of --ensemble. What cannot be read is as it is given."""
+    try:
+        found = sorted(folder.glob("member-*/metrics.jsonl"), key=lambda path: (len(path.parent.name), path))
+        return [path.parent for path in found] if found and not (folder / "metrics.jsonl").exists() else [folder]
+    except (OSError, ValueError):  # a name that no file can have, or a folder that may not be entered
+        return [folder]
 
 
 def check_folder(settings: Config, world: World) -> Mapping[str, Any] | None:
