@@ -44,6 +44,8 @@ def duration(seconds: float) -> str:
     hours, rest = divmod(round(seconds), 3600)
     if hours:
         return f"{hours} h {rest // 60} min"
+    if rest >= 600:
+        return f"{rest / 60:.0f} min"
     return f"{rest // 60} min {rest % 60} s" if rest >= 60 else f"{seconds:.1f} s"
 
 
