@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from distconv.run.answers import LONGEST_NAME, Answers, describe, on_what, short_names, softmax
+from distconv.run.answers import LONGEST_NAME, Answers, describe, gather, on_what, short_names, softmax
 
 
 def drawn(classes: int, N: int, seed: int = 0) -> Answers:
@@ -121,3 +122,9 @@ def test_a_picture_tells_what_was_judged_and_on_which_data(networks: list[str], 
     models: Any = [SimpleNamespace(file=SimpleNamespace(network=network)) for network in networks]
     dataset: Any = SimpleNamespace(name=name)
     assert on_what(models, dataset) == title
+
+
+def test_a_score_that_is_not_a_number_is_no_inference_and_infinity_is() -> None:
+    alone: Any = SimpleNamespace(comm=SimpleNamespace(allgather=lambda mine: [mine]))
+    given = np.array([[math.nan, 2, 1], [65504, math.inf, 0], [math.nan, -1, -2]], np.float16)
+    assert gather(given, softmax(given), np.arange(3), alone).inferences.tolist() == [1, 1, 0]

@@ -131,13 +131,13 @@ def test_data_of_another_size_on_one_rank_ends_the_job_and_does_not_hang_it(tmp_
 
 
 def test_ranks_whose_data_are_drawn_at_random_are_told_of_seeds(tmp_path: Path) -> None:
-    (tmp_path / "mine.py").write_text(
+    (tmp_path / "of_a_user.py").write_text(
         "import numpy as np\n"
         "from distconv.data.dataset import Dataset\n"
         "def data():\n"
         "    images = np.random.default_rng().integers(0, 256, (4, 8, 8), np.uint8)\n"
         "    return Dataset('random', images, np.arange(4), images, np.arange(4))\n"
     )
-    flags = ("--data", "mine:data", "--out", tmp_path / "run")
+    flags = ("--data", "of_a_user:data", "--out", tmp_path / "run")
     result = jobs.run(2, "-m", "distconv.train", *flags, PYTHONPATH=str(tmp_path))
     assert_one_sentence(result, 78, "rank 1 differs from rank 0 (draw from a seed")

@@ -52,7 +52,7 @@ def load(name: str, say: Callable[[str], None] = lambda line: None) -> Data:
         return cifar.load()
     if name == "digits":
         return digits.load()
-    if is_factory(name) and not Path(name).exists():
+    if is_function(name):
         found: Data = call_factory(name)
         if not is_data(found):
             kind = type(found).__name__
@@ -67,9 +67,14 @@ def load(name: str, say: Callable[[str], None] = lambda line: None) -> Data:
     raise _no_data_set(name)
 
 
+def is_function(name: str) -> bool:
+    """Whether a function gives the data set of that name."""
+    return is_factory(name) and not os.path.exists(name)  # noqa: PTH110 (pathlib raises where a name is too long)
+
+
 def _no_data_set(name: str) -> MissingInputError:
     """What to say of a name that leads to none: what is there, and all that may be given."""
-    if os.path.isdir(name) and not os.access(name, os.R_OK | os.X_OK):  # noqa: PTH112 (pathlib raises for long names)
+    if os.path.isdir(name) and not os.access(name, os.R_OK | os.X_OK):  # noqa: PTH112
         what = "is a folder that may not be read"
     elif os.path.isdir(name):  # noqa: PTH112
         what = "is a folder without the files of MNIST or CIFAR-10 (of pictures, docs/data.md makes an .npz)"

@@ -90,7 +90,6 @@ def judge(
                     f"{saved.name} has numbers that are too large for {precision}: scores of {overflown:,} of "
                     f"{dataset.size('test'):,} test images are infinite or NaN"
                 )
-            given = _finite(given)
             probabilities = softmax(given)
             yield saved.name, precision, gather(given, probabilities, dataset.test_labels, world)
             sums[precision] = sums.get(precision, 0.0) + probabilities
@@ -123,7 +122,7 @@ def gather(ranking: Array, probabilities: Array, labels: Labels, world: World) -
 
     ranking: the class with the largest number is the inference, and so are a model's scores, whose order is exact.
     """
-    inferences = np.argmax(ranking, axis=1)
+    inferences = np.argmax(_finite(ranking), axis=1)  # or NaN would be the largest
     confidences = probabilities[np.arange(len(inferences)), inferences]
     mine = inferences.astype(np.int64), confidences.astype(np.float64)
     shares = zip(*world.comm.allgather(mine), strict=True)

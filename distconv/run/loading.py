@@ -17,7 +17,6 @@ from distconv.config import CLASSIFY
 from distconv.data.data import Data
 from distconv.data.dataset import Dataset
 from distconv.errors import MismatchError, StorageError, UsageError
-from distconv.factory import is_factory
 from distconv.kernels.compiled import CACHE
 from distconv.nn.layers import Layer
 from distconv.nn.networks import build_network
@@ -61,8 +60,8 @@ def load_dataset(
             dataset = dataset.split_validation(validation)  # type: ignore[attr-defined]
         if limit_train:
             dataset = dataset.limited(limit_train)  # type: ignore[attr-defined]
-    function = is_factory(name) and not os.path.exists(name)  # noqa: PTH110
-    advice = "draw from a seed, so that all make the same arrays" if function else "give all hosts the same files"
+    seeded = "draw from a seed, so that all make the same arrays"
+    advice = seeded if data.is_function(name) else "give all hosts the same files"
     world.agree("the data set", dataset.digest, advice)
     return dataset, name
 
