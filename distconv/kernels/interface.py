@@ -75,7 +75,10 @@ class Mailbox(Protocol):
 
 
 class Kernels(Protocol):
-    """The functions of a device. Those of layers are described in kernels/cpu/arithmetic.py and normalization.py."""
+    """The functions of a device.
+
+    Those of layers are described in kernels/cpu/arithmetic.py and normalization.py, and in kernels/composed.py.
+    """
 
     @property
     def name(self) -> str:
@@ -104,6 +107,10 @@ class Kernels(Protocol):
         self, x: Array, winner: Array, dy: Array, w: Array, stride: int, pad: int, relu: bool, dw: Array, db: Array,
         wants_dx: bool
     ) -> Array | None: ...  # fmt: skip
+    def conv_norm(
+        self, x: Array, w: Array, gamma: Array, beta: Array, epsilon: float, stride: int, pad: int, relu: bool,
+        beside: Array | None = None
+    ) -> tuple[Array, Array, Array, Any]: ...  # fmt: skip
     def max_pool_forward(self, x: Array, K: int, stride: int, pad: int) -> tuple[Array, Array]: ...
     def max_pool_backward(
         self, dy: Array, winner: Array, K: int, stride: int, pad: int, shape: tuple[int, ...]

@@ -1,12 +1,15 @@
-"""A convolution and the pooling behind it as one layer: what lies between is never written to memory."""
+"""Layers that follow each other as one: what lies between them is not written to memory, or not in full."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from distconv.kernels.interface import Array
-from distconv.nn.layers import Backward, Chain, Context, Conv, Layer, MaxPool
+from distconv.nn.blocks import Residual
+from distconv.nn.layers import Backward, Chain, Context, Conv, Layer, MaxPool, inner_layers
+from distconv.nn.normalization import ConvNorm
 from distconv.nn.parameters import Shape, Specs, Views
 
 
@@ -31,15 +34,67 @@ class ConvPool:
         return y, backward
 
 
+@dataclass(frozen=True)
+class ResidualNorm:
+    """A Residual whose body is a Chain of two ConvNorm or more, the last of which has no ReLU of its own.
+
+    The last one adds what lies beside, and the first one adds the gradient of that to its dx.
+    """
+
+    block: Residual
+
+    @property
+    def layers(self) -> Sequence[tuple[str, Layer]]:
+        return self.block.layers
+
+    def shapes(self, input_shape: Shape) -> tuple[Shape, Specs]:
+        return self.block.shapes(input_shape)
+
+    def forward(self, x: Array, params: Views, context: Context) -> tuple[Array, Backward]:
+        if not context.training:
+            return self.block.forward(x, params, context)
+        shortcut, beside, shortcut_backward = self.block.shortcut, x, None
+        if shortcut is not None:
+            beside, shortcut_backward = shortcut.forward(x, params.get("shortcut", {}), context.within("shortcut"))
+        y, backwards = x, []
+        *first, (last_name, last) = _norms(self.block.body)
+        for name, layer in first:
+            y, layer_backward = layer.train(y, params["body"][name], context, layer.relu)
+            backwards.append((name, layer_backward))
+        y, last_backward = last.train(y, params["body"][last_name], context, self.block.relu, beside)
+
+        def backward(dy: Array, grads: Views, wants_dx: bool) -> Array | None:
+            of_body = grads["body"]
+            dx, dbeside = last_backward(dy, of_body[last_name], True, None)
+            for i, (name, layer_backward) in reversed(list(enumerate(backwards))):
+                onto = dbeside if i == 0 and shortcut is None else None
+                dx, _ = layer_backward(dx, of_body[name], wants_dx or i > 0, onto)
+            if shortcut_backward is None:
+                return dx
+            other = shortcut_backward(dbeside, grads.get("shortcut", {}), wants_dx)
+            return context.kernels.plus(dx, other, False) if wants_dx else None
+
+        return y, backward
+
+
 def fused(model: Layer) -> Layer:
-    """The same model and parameters, where a Conv and a MaxPool(2, 2) that follow each other are one layer."""
-    if type(model) is not Chain:  # a user's own kind may compute something else
+    """The same model and parameters, with one layer for a Conv and the MaxPool(2, 2) behind it, and ResidualNorm."""
+    if type(model) is not Chain:  # a user's own kind may compute something else, here and below
         return model
     layers: list[tuple[str, Layer]] = []
     for name, layer in model.layers:
         before = layers[-1][1] if layers else None
-        if layer == MaxPool() and type(before) is Conv:  # a user's own kind may compute something else
+        if layer == MaxPool() and type(before) is Conv:
             layers[-1] = layers[-1][0], ConvPool(before)
+        elif type(layer) is Residual and _norms(layer.body):
+            layers.append((name, ResidualNorm(layer)))
         else:
             layers.append((name, layer))
     return Chain.named(layers)
+
+
+def _norms(body: Layer) -> list[tuple[str, ConvNorm]]:
+    """The layers of a body that a ResidualNorm may have, by name; none of any other."""
+    layers = inner_layers(body) if type(body) is Chain else []
+    norms = [(name, layer) for name, layer in layers if type(layer) is ConvNorm]
+    return norms if len(layers) == len(norms) > 1 and not norms[-1][1].relu else []

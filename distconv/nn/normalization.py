@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -42,23 +43,31 @@ class BatchNorm:
 
     def forward(self, x: Array, params: Views, context: Context) -> tuple[Array, Backward]:
         kernels, gamma, beta = context.kernels, params["gamma"], params["beta"]
-        running = params["mean"], params["variance"]
         if not context.training:
-            factor, offset = kernels.norm_factors(gamma, beta, *running, self.epsilon)
+            factor, offset = kernels.norm_factors(gamma, beta, params["mean"], params["variance"], self.epsilon)
             return kernels.scale_channels(x, factor, offset, self.relu), kept_nothing
-        y, mean, variance = kernels.norm_forward(x, gamma, beta, self.epsilon, self.relu)
-        M = math.prod(x.shape[:-1])
-        share = self.momentum * len(x) / context.global_batch
+        y, *batch = kernels.norm_forward(x, gamma, beta, self.epsilon, self.relu)
 
         def backward(dy: Array, grads: Views, wants_dx: bool) -> Array:
-            batch = mean, variance
-            kernels.norm_follow(grads["mean"], grads["variance"], *running, *batch, share, M / max(1, M - 1))
+            self.follow(batch, x.shape, params, grads, context)
             dx: Array = kernels.norm_backward(
                 x, dy, gamma, beta, *batch, self.epsilon, self.relu, grads["gamma"], grads["beta"]
             )
             return dx
 
         return y, backward
+
+    def follow(
+        self, batch: Sequence[Array], shape: Sequence[int], params: Views, grads: Views, context: Context
+    ) -> None:
+        """Add to the gradients of the running statistics what brings them `momentum` of the way to those of a batch.
+
+        batch: mean and variance (C,) of numbers of this shape (N, ..., C).
+        """
+        M, share = math.prod(shape[:-1]), self.momentum * shape[0] / context.global_batch
+        names, unbiased = ("mean", "variance"), M / max(1, M - 1)
+        there, running = (tuple(views[name] for name in names) for views in (grads, params))
+        context.kernels.norm_follow(*there, *running, *batch, share, unbiased)
 
 
 @dataclass(frozen=True)
@@ -86,14 +95,25 @@ class ConvNorm:
             )
             folded = kernels.scale_channels(w, factor, kernels.device.zeros(self.filters, x.dtype), False)
             return kernels.conv_forward(x, folded, offset, conv.stride, conv.margin, self.relu), kept_nothing
-        c = kernels.conv_forward(x, w, None, conv.stride, conv.margin, False)
-        y, norm_backward = norm.forward(c, params, context)
+        y, backward = self.train(x, params, context, self.relu)
+        return y, lambda dy, grads, wants_dx: backward(dy, grads, wants_dx, None)[0]
 
-        def backward(dy: Array, grads: Views, wants_dx: bool) -> Array | None:
-            dc = norm_backward(dy, grads, True)
-            dw = grads["W"]
-            dx: Array | None = kernels.conv_backward(x, c, dc, w, conv.stride, conv.margin, False, dw, None, wants_dx)
-            return dx
+    def train(
+        self, x: Array, params: Views, context: Context, relu: bool, beside: Array | None = None
+    ) -> tuple[Array, Callable[..., tuple[Array | None, Array]]]:
+        """The forward pass in training, with what lies beside, if anything, added before the ReLU.
+
+        Its backward pass takes, besides, what is to be added to dx, and returns dx and the gradient of what lay beside.
+        """
+        kernels, conv, norm, w = context.kernels, self._conv, self._norm, params["W"]
+        of_norm = params["gamma"], params["beta"], norm.epsilon
+        y, *batch, kernel_backward = kernels.conv_norm(x, w, *of_norm, conv.stride, conv.margin, relu, beside)
+
+        def backward(dy: Array, grads: Views, wants_dx: bool, onto: Array | None) -> tuple[Array | None, Array]:
+            norm.follow(batch, y.shape, params, grads, context)
+            of_params = grads["W"], grads["gamma"], grads["beta"]
+            found: tuple[Array | None, Array] = kernel_backward(dy, *of_params, wants_dx, onto)
+            return found
 
         return y, backward
 

@@ -131,11 +131,10 @@ def _fast_road(x: Array, w: Array, stride: int, pad: int) -> Any:
     K, _, C, F = w.shape
     if not (x.dtype == w.dtype == np.float32 and F % 16 == 0):
         return None
-    if K == 3 and stride == 1 and C % 16 == 0:
+    if takes_winograd(x, w, stride, pad):
         from distconv.kernels.cpu import winograd
 
-        if winograd.pays(*(output_size(size, K, stride, pad) for size in x.shape[1:3])):
-            return winograd
+        return winograd
     if K == 3 and stride == 1 and C == 1:
         from distconv.kernels.cpu import thin
 
@@ -143,6 +142,16 @@ def _fast_road(x: Array, w: Array, stride: int, pad: int) -> Any:
     from distconv.kernels.cpu import direct
 
     return direct
+
+
+def takes_winograd(x: Array, w: Array, stride: int, pad: int) -> bool:
+    """Whether winograd.py is the module for such a convolution."""
+    K, _, C, F = w.shape
+    if not (x.dtype == w.dtype == np.float32 and C % 16 == F % 16 == 0 and K == 3 and stride == 1):
+        return False
+    from distconv.kernels.cpu import winograd
+
+    return winograd.pays(*(output_size(size, K, stride, pad) for size in x.shape[1:3]))
 
 
 def conv_backward_filters(

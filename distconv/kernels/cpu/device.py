@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import DTypeLike
 
+from distconv.kernels.composed import Composed, ConvNormBackward
 from distconv.kernels.cpu import arithmetic, elementwise, normalization, updates
 from distconv.kernels.interface import FINITE, Agreed, Array
 
@@ -75,7 +76,7 @@ class HostMailbox:
         return int(self.bad[0]), int(self.bad[1])
 
 
-class Cpu:
+class Cpu(Composed):
     """This rank's cores. dtype: float64, float32, or float16 for forward passes alone.
 
     in_order: products, in float32 only, by loops whose bits hang on neither the processor nor the BLAS.
@@ -120,6 +121,17 @@ class Cpu:
                 "affine_backward"
             ):  # fmt: skip
                 setattr(self, name, functools.partial(getattr(arithmetic, name), multiply=matmul))
+
+    def conv_norm(
+        self, x: Array, w: Array, gamma: Array, beta: Array, epsilon: float, stride: int, pad: int, relu: bool,
+        beside: Array | None = None
+    ) -> tuple[Array, Array, Array, ConvNormBackward]:  # fmt: skip
+        arguments = x, w, gamma, beta, epsilon, stride, pad, relu, beside
+        if not (x.size and arithmetic.takes_winograd(x, w, stride, pad)):
+            return super().conv_norm(*arguments)
+        from distconv.kernels.cpu.conv_norm import conv_norm
+
+        return conv_norm(*arguments)
 
     def uniform(self, count: int, key: tuple[int, int], step: int, samples: Array) -> Array:
         """Numbers from 0 to 1 -> (N, count); of a sample, key and step always the same."""

@@ -30,6 +30,7 @@ def has_avx512() -> bool:
 
 
 LANES = 16 if has_avx512() else 8  # floats of a Vector
+LINE = 16  # floats of a cache line
 FLOAT = ir.FloatType()
 INDEX = ir.IntType(64)
 VECTOR = ir.VectorType(FLOAT, LANES)
@@ -233,3 +234,19 @@ def _argument(context: Any, builder: ir.IRBuilder, kind: Any, value: ir.Value) -
     if isinstance(kind, types.Float):
         return spread(builder, context.cast(builder, value, kind, types.float32))
     return Index(builder, context.cast(builder, value, kind, types.int64))
+
+
+def _prefetch(to_write: int, builder: ir.IRBuilder, x: Pointer, at: Index, lines: Index) -> None:
+    """Ask for so many cache lines from x[at] on, without waiting. They come into the second cache.
+
+    The processor asks for lines by itself, but not across a page, nor for what is to be written, nor soon enough.
+    """
+    word, byte = ir.IntType(32), ir.IntType(8).as_pointer()
+    kind = ir.FunctionType(ir.VoidType(), [byte, word, word, word])
+    request = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0i8")
+    with repeat(lines) as line:
+        place = builder.bitcast((x + at + line * LINE).value, byte)
+        builder.call(request, [place, *(word(number) for number in (to_write, 2, 1))])
+
+
+prefetch, prefetch_to_write = (emitted_with(to_write, _prefetch) for to_write in (0, 1))

@@ -3,7 +3,8 @@
 Winograd's minimal filtering F(4x4, 3x3) as Lavin and Gray 2015 (arXiv 1509.09308) use it. An output tile of 4 x 4
 pixels is y = A' [(G w G') * (B' x B)] A, where x is the input tile of 6 x 6, ' transposes, and * multiplies the 36
 elements one by one; summed over channels, that is 36 matrix products. The gradients are the adjoints of these steps.
-A few tiles pass through all steps at a time, so that what lies between them stays in a core's cache.
+A few tiles pass through all steps at a time, so that what lies between them stays in a core's cache. Where products are
+computed, memory has nothing to do; so what comes before and after them is asked for meanwhile.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 
 from distconv.kernels.compiled import compiled
 from distconv.kernels.cpu.aligned import empty
+from distconv.kernels.cpu.normalization import NormGradient, add_statistics, rows_of, write_gradient
 from distconv.kernels.cpu.padded import copy_in, copy_out
 from distconv.kernels.cpu.products import ROWS, product
 from distconv.kernels.cpu.tiles import (
@@ -29,12 +31,17 @@ from distconv.kernels.cpu.tiles import (
     pooled_tile,
     pooled_tile_adjoint,
 )
-from distconv.kernels.cpu.vector import LANES
+from distconv.kernels.cpu.vector import LANES, LINE, prefetch, prefetch_to_write
 from distconv.kernels.cpu.zero_windows import fill_zero_windows, zero_windows
 
 Array = NDArray[Any]
-LINE = 16  # floats of a cache line
-CACHE = 1 << 17  # floats: half of a core's L2 cache to fill with tiles; 2^14 to 2^18 measured within 3 %
+# Floats of a core's second cache: for tiles, and for filters, which pass through it with every round. Larger filters
+# come from further away, so that more tiles a round are better then.
+TILES, FILTERS = 3 << 15, 1 << 18
+NO_IMAGES, NO_NUMBERS = np.empty((0, 0, 0, 0), np.float32), np.empty((0, 0))
+NO_WINNER = np.empty((0, 0, 0, 0), np.uint8)
+NO_CHANNELS = np.empty((5, 0), np.float32)
+AT_ONCE = 32  # rows of a product, between two requests for memory
 
 
 def pays(OH: int, OW: int) -> bool:
@@ -47,9 +54,8 @@ def conv_forward(x: Array, w: Array, b: Array, stride: int, pad: int, relu: bool
 
     C and F are multiples of 16, stride is 1.
     """
-    N, H, W, _ = x.shape
-    y = empty(N, H + 2 * pad - 2, W + 2 * pad - 2, w.shape[3])
-    _run_forward(x, w, b, pad, relu, y, np.empty((0, 0, 0, 0), np.uint8))
+    y = _room_for_output(x, w, pad)
+    _run_forward(x, w, b, pad, relu, y, NO_WINNER, NO_NUMBERS)
     return y
 
 
@@ -58,17 +64,32 @@ def conv_pool_forward(x: Array, w: Array, b: Array, stride: int, pad: int, relu:
     N, H, W, _ = x.shape
     y = empty(N, (H + 2 * pad - 2) // 2, (W + 2 * pad - 2) // 2, w.shape[3])
     winner = np.empty(y.shape, np.uint8)
-    _run_forward(x, w, b, pad, relu, y, winner)
+    _run_forward(x, w, b, pad, relu, y, winner, NO_NUMBERS)
     return y, winner
 
 
-def _run_forward(x: Array, w: Array, b: Array, pad: int, relu: bool, y: Array, winner: Array) -> None:
+def conv_norm_forward(x: Array, w: Array, pad: int, moments: Array) -> Array:
+    """conv_forward without bias and ReLU; the statistics of y go to moments, see add_statistics of normalization.py."""
+    y = _room_for_output(x, w, pad)
+    _run_forward(x, w, np.zeros(w.shape[3], np.float32), pad, False, y, NO_WINNER, moments)
+    return y
+
+
+def _room_for_output(x: Array, w: Array, pad: int) -> Array:
+    N, H, W, _ = x.shape
+    return empty(N, H + 2 * pad - 2, W + 2 * pad - 2, w.shape[3])
+
+
+def _run_forward(
+    x: Array, w: Array, b: Array, pad: int, relu: bool, y: Array, winner: Array, moments: Array
+) -> None:  # fmt: skip
     C, F = w.shape[2:]
     few, v, m, padded, blank, still = _room(x.shape, F, pad)
     u = empty(36, C * F + LINE)
     floor, bend = np.float32(0.0 if relu else -np.inf), np.float32(0.0 if relu else np.nan)
     _filters(np.ascontiguousarray(w), u)
-    _forward(np.ascontiguousarray(x), u, b, pad, floor, bend, few, v, m, padded, blank, still, y, winner)
+    x, rows = np.ascontiguousarray(x), rows_of(y)
+    _forward(x, u, b, pad, floor, bend, few, v, m, padded, blank, still, y, winner, rows, moments)
 
 
 def conv_backward(
@@ -76,7 +97,7 @@ def conv_backward(
 ) -> Array | None:
     """The adjoint of conv_forward: add to dw (3, 3, C, F) and db (F,), return dx (N, H, W, C) if it is wanted."""
     bend = np.float32(0.0 if relu else np.nan)
-    return _run_backward(x, y, np.empty((0, 0, 0, 0), np.uint8), dy, w, pad, bend, dw, db, wants_dx)
+    return _run_backward(x, y, NO_WINNER, dy, w, pad, bend, dw, db, wants_dx)
 
 
 def conv_pool_backward(
@@ -95,9 +116,18 @@ def conv_pool_backward(
     return _run_backward(x, dy, winner, dy, w, pad, np.float32(np.nan), dw, db, wants_dx)
 
 
+def conv_norm_backward(
+    x: Array, gradient: NormGradient, w: Array, pad: int, dw: Array, wants_dx: bool, onto: Array | None
+) -> Array | None:
+    """The adjoint of conv_norm_forward for a gradient that is computed as it is needed; dx is added to onto, if any."""
+    y, dy, channels, floor = gradient
+    db, onto = np.zeros(w.shape[3], np.float32), NO_IMAGES if onto is None else onto
+    return _run_backward(x, y, NO_WINNER, dy, w, pad, floor, dw, db, wants_dx, channels, onto)
+
+
 def _run_backward(
     x: Array, y: Array, winner: Array, dy: Array, w: Array, pad: int, bend: np.float32, dw: Array, db: Array,
-    wants_dx: bool
+    wants_dx: bool, channels: Array = NO_CHANNELS, onto: Array = NO_IMAGES
 ) -> Array | None:  # fmt: skip
     C, F = w.shape[2:]
     few, v, m, padded, blank, still = _room(x.shape, F, pad)
@@ -107,8 +137,12 @@ def _run_backward(
     if not len(x):
         du[...] = 0  # else the first round overwrites it
     dx, sums = empty(*(x.shape if wants_dx else (0, 0, 0, 0))), empty(*padded.shape)
-    x, y, dy = (np.ascontiguousarray(array) for array in (x, y, dy))
-    _backward(x, y, winner, dy, turned, pad, bend, few, v, m, padded, blank, still, sums, du, db, dx, wants_dx)
+    x, y, dy, onto = (np.ascontiguousarray(array) for array in (x, y, dy, onto))
+    normed = empty(len(still), *y.shape[1:]) if channels.size else NO_IMAGES  # of the images at hand
+    _backward(
+        x, y, winner, dy, turned, pad, bend, few, v, m, padded, blank, still, sums, du, db, dx, wants_dx, channels,
+        rows_of(y), normed, onto
+    )  # fmt: skip
     _filters_adjoint(du, dw)
     return dx if wants_dx else None
 
@@ -117,12 +151,12 @@ def _room(shape: tuple[int, ...], F: int, pad: int) -> tuple[int, Array, Array, 
     """How many tiles of x (N, H, W, C) to take at a time, and room for them, seen from both sides.
 
     And for an image among zeros, for which of its pixels are 0, and for which windows of the images at hand hold zeros
-    alone. All filters pass through the cache with every round, so large filters call for more tiles a round.
+    alone.
     """
     N, H, W, C = shape
     down, across = (-(-(size + 2 * pad - 2) // TILE) for size in (H, W))
     tiles = N * down * across
-    few = max(1, (CACHE + 2 * 36 * C * F) // (36 * (C + F)))
+    few = max(1, (TILES + 3 * max(0, 36 * C * F - FILTERS)) // (36 * (C + F)))
     few = -(-tiles // -(-tiles // few)) if N else 1  # as many rounds, but even ones: filters pass with a short one too
     few = -(-few // ROWS) * ROWS
     grid = TILE * down + PATCH - TILE, TILE * across + PATCH - TILE
@@ -157,7 +191,7 @@ def _inputs(x: Array, first: int, tiles: int, pad: int, padded: Array, blank: Ar
     stride = v.shape[1]
     n, h, w = _place(first, down, across)
     for t in range(tiles):
-        if t == 0 or (h == 0 and w == 0):
+        if h == 0 and w == 0:  # else the image is here since the last round
             copy_in(x, n, pad, padded, blank)
             zero_windows(blank, still[n % len(still)])
         for c in range(0, C, LANES):
@@ -166,7 +200,9 @@ def _inputs(x: Array, first: int, tiles: int, pad: int, padded: Array, blank: Ar
 
 
 @compiled
-def _inputs_adjoint(v: Array, first: int, tiles: int, pad: int, sums: Array, dx: Array) -> None:
+def _inputs_adjoint(
+    v: Array, first: int, tiles: int, pad: int, sums: Array, blank: Array, onto: Array, dx: Array
+) -> None:  # fmt: skip
     PH, PW, C = sums.shape
     down, across = PH // TILE, PW // TILE
     stride = v.shape[1]
@@ -174,6 +210,8 @@ def _inputs_adjoint(v: Array, first: int, tiles: int, pad: int, sums: Array, dx:
     for t in range(tiles):
         if h == 0 and w == 0:
             sums[...] = 0
+            if onto.size:
+                copy_in(onto, n, pad, sums, blank)
         for c in range(0, C, LANES):
             input_tile_adjoint(v, t * C + c, stride, sums, TILE * (h * PW + w) * C + c, PW, C)
         if h == down - 1 and w == across - 1:
@@ -230,7 +268,7 @@ def _outputs_adjoint(
     stride, pooled = m.shape[1], winner.size > 0
     n, h, w = _place(first, down, across)
     for t in range(tiles):
-        image = n * OH * OW * F
+        image = n % len(dy) * OH * OW * F
         for f in range(0, F, LANES):
             if pooled:
                 pooled_tile_adjoint(
@@ -244,40 +282,82 @@ def _outputs_adjoint(
 
 
 @compiled
+def _part(x: Array, first: int, tiles: int, all_tiles: int, parts: int) -> tuple[int, int]:
+    """Where tiles of x (N, H, W, C) begin, and how many cache lines each of so many parts of them has, or none."""
+    start, stop = first * x.size // all_tiles, min(first + tiles, all_tiles) * x.size // all_tiles
+    return start, -((start - stop) // (parts * LINE))
+
+
+@compiled
 def _forward(
     x: Array, u: Array, b: Array, pad: int, floor: np.float32, bend: np.float32, few: int, v: Array, m: Array,
-    padded: Array, blank: Array, still: Array, y: Array, winner: Array
+    padded: Array, blank: Array, still: Array, y: Array, winner: Array, pixels_at_once: int, moments: Array
 ) -> None:  # fmt: skip
     PH, PW, C = padded.shape
     N, F = y.shape[0], y.shape[3]
+    image, size = (PH // TILE) * (PW // TILE), y.shape[1] * y.shape[2]
     u_stride, v_stride, m_stride = u.shape[1], v.shape[1], m.shape[1]
-    all_tiles = N * (PH // TILE) * (PW // TILE)
-    for first in range(0, all_tiles, few):
-        tiles = min(few, all_tiles - first)
+    for first in range(0, N * image, few):
+        tiles = min(few, N * image - first)
         rows = (tiles + ROWS - 1) // ROWS * ROWS
         _inputs(x, first, tiles, pad, padded, blank, still, v)
+        parts = 36 * ((rows + AT_ONCE - 1) // AT_ONCE)
+        x_at, x_lines = _part(x, first + tiles, tiles, N * image, parts)
+        y_at, y_lines = _part(y, first, tiles, N * image, parts)
         for p in range(36):
-            product(v, p * v_stride, C, 1, u, p * u_stride, F, m, p * m_stride, F, rows, F, C, 0)
+            for row in range(0, rows, AT_ONCE):
+                prefetch(x, x_at, x_lines)
+                prefetch_to_write(y, y_at, y_lines)
+                x_at, y_at = x_at + x_lines * LINE, y_at + y_lines * LINE
+                v_at, m_at, some = p * v_stride + row * C, p * m_stride + row * F, min(AT_ONCE, rows - row)
+                product(v, v_at, C, 1, u, p * u_stride, F, m, m_at, F, some, F, C, 0)
         _outputs(m, first, tiles, b, floor, bend, still, y, winner)
+        if moments.size:  # of the images that are whole now
+            whole, stop = first // image, (first + tiles) // image
+            add_statistics(y, whole * size, stop * size, pixels_at_once, moments)
 
 
 @compiled
 def _backward(
     x: Array, y: Array, winner: Array, dy: Array, ut: Array, pad: int, bend: np.float32, few: int, v: Array, m: Array,
-    padded: Array, blank: Array, still: Array, sums: Array, du: Array, db: Array, dx: Array, wants_dx: bool
+    padded: Array, blank: Array, still: Array, sums: Array, du: Array, db: Array, dx: Array, wants_dx: bool,
+    channels: Array, pixels_at_once: int, normed: Array, onto: Array
 ) -> None:  # fmt: skip
     PH, PW, C = padded.shape
     N, F = dy.shape[0], dy.shape[3]
     u_stride, v_stride, m_stride = ut.shape[1], v.shape[1], m.shape[1]
     down, across = PH // TILE, PW // TILE
-    for first in range(0, N * down * across, few):
-        tiles = min(few, N * down * across - first)
+    image, size = down * across, dy.shape[1] * dy.shape[2]
+    reads_y = normed.size > 0 or not np.isnan(bend)
+    for first in range(0, N * image, few):
+        tiles = min(few, N * image - first)
         rows = (tiles + ROWS - 1) // ROWS * ROWS
         _inputs(x, first, tiles, pad, padded, blank, still, v)
-        _outputs_adjoint(dy, y, winner, first, tiles, down, across, bend, db, m)
+        if normed.size:
+            for n in range((first + image - 1) // image, (first + tiles + image - 1) // image):  # that begin here
+                place = normed[n % len(normed)]
+                write_gradient(y, dy, channels, bend, n * size, (n + 1) * size, pixels_at_once, place)
+            everywhere = np.float32(np.nan)
+            _outputs_adjoint(normed, normed, winner, first, tiles, down, across, everywhere, db, m)
+        else:
+            _outputs_adjoint(dy, y, winner, first, tiles, down, across, bend, db, m)
+        parts = 36 * ((rows + AT_ONCE - 1) // AT_ONCE)
+        x_at, x_lines = _part(x, first + tiles, tiles, N * image, parts)
+        dy_at, dy_lines = _part(dy, first + tiles, tiles, N * image, parts)
+        dx_at, dx_lines = _part(dx, first, tiles, N * image, parts)
         for p in range(36):
             product(v, p * v_stride, 1, C, m, p * m_stride, F, du, p * u_stride, F, C, F, tiles, first > 0)
-            if wants_dx:
-                product(m, p * m_stride, F, 1, ut, p * u_stride, C, v, p * v_stride, C, rows, C, F, 0)
+            for row in range(0, rows, AT_ONCE):
+                prefetch(x, x_at, x_lines)
+                prefetch(dy, dy_at, dy_lines)
+                if reads_y:
+                    prefetch(y, dy_at, dy_lines)
+                if onto.size:
+                    prefetch(onto, dx_at, dx_lines)
+                prefetch_to_write(dx, dx_at, dx_lines)
+                x_at, dy_at, dx_at = x_at + x_lines * LINE, dy_at + dy_lines * LINE, dx_at + dx_lines * LINE
+                if wants_dx:
+                    v_at, m_at, some = p * v_stride + row * C, p * m_stride + row * F, min(AT_ONCE, rows - row)
+                    product(m, m_at, F, 1, ut, p * u_stride, C, v, v_at, C, some, C, F, 0)
         if wants_dx:
-            _inputs_adjoint(v, first, tiles, pad, sums, dx)
+            _inputs_adjoint(v, first, tiles, pad, sums, blank, onto, dx)

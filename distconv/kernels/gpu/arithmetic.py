@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from distconv.kernels.composed import Composed
 from distconv.kernels.gpu.convolution import Convolution
 from distconv.kernels.gpu.device import Array
 from distconv.kernels.gpu.launcher import MOST, THREADS, check_count, source
@@ -27,7 +28,7 @@ FINISH_OUTPUTS = 32  # OUTPUTS of sums.cu
 PARTS_OF_PIXELS, SIDE_BY_SIDE = 8, 4  # of layers.cu
 
 
-class Gpu(Normalization):
+class Gpu(Normalization, Composed):
     """The functions of kernels/cpu/arithmetic.py, for arrays of a device (a Cuda of device.py).
 
     apart: whether the gradients of filters may be computed beside the rest, until device.join().

@@ -1,0 +1,42 @@
+"""What is made of a device's other functions, where the device has no kernels of its own for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from distconv.kernels.interface import Array
+
+# (dy, dw, dgamma, dbeta, wants_dx, onto) -> (dx, dbeside)
+ConvNormBackward = Callable[[Array, Array, Array, Array, bool, "Array | None"], "tuple[Array | None, Array]"]
+
+
+class Composed:
+    """A part of a device's Kernels."""
+
+    def conv_norm(
+        self: Any, x: Array, w: Array, gamma: Array, beta: Array, epsilon: float, stride: int, pad: int, relu: bool,
+        beside: Array | None = None
+    ) -> tuple[Array, Array, Array, ConvNormBackward]:  # fmt: skip
+        """A convolution without bias, batch norm, beside (N, OH, OW, F) added if there is one and, if asked, ReLU.
+
+        x (N, H, W, C), w (K, K, C, F), gamma and beta (F,). Returns y (N, OH, OW, F), mean and variance (F,) of what
+        the convolution gave, and the adjoint: add to dw, dgamma and dbeta, return dx (N, H, W, C), None if it is not
+        wanted, and dbeside (N, OH, OW, F). onto (N, H, W, C), if there is one, is added to dx.
+        """
+        c = self.conv_forward(x, w, None, stride, pad, False)
+        y, mean, variance = self.norm_forward(c, gamma, beta, epsilon, relu and beside is None)
+        if beside is not None:
+            y = self.plus(y, beside, relu)
+
+        def backward(
+            dy: Array, dw: Array, dgamma: Array, dbeta: Array, wants_dx: bool, onto: Array | None
+        ) -> tuple[Array | None, Array]:
+            if beside is not None and relu:
+                dy = self.relu_backward(dy, y)
+            inner = relu and beside is None
+            dc = self.norm_backward(c, dy, gamma, beta, mean, variance, epsilon, inner, dgamma, dbeta)
+            dx = self.conv_backward(x, c, dc, w, stride, pad, False, dw, None, wants_dx)
+            return self.plus(dx, onto, False) if wants_dx and onto is not None else dx, dy
+
+        return y, mean, variance, backward
