@@ -316,6 +316,7 @@ BITS = """
 import hashlib, sys
 import numpy as np
 from distconv.kernels.cpu import arithmetic as cpu
+from distconv.kernels.cpu.device import Cpu
 from distconv.kernels.cpu.vector import LANES
 rng, bits = np.random.default_rng(0), hashlib.sha256()
 for N, H, W, C, F, K, stride, pad in {shapes}:
@@ -329,6 +330,10 @@ for N, H, W, C, F, K, stride, pad in {shapes}:
         y, winner = cpu.conv_pool_forward(x, w, b, 1, pad, True)
         dx = cpu.conv_pool_backward(x, winner, np.ones_like(y), w, 1, pad, True, dw, db, fast)
         for array in (y, winner, dw, db) + (dx,) * fast:
+            bits.update(array.tobytes())
+        y, mean, variance, backward = Cpu().conv_norm(x, w, b, b, 1e-5, 1, pad, True)
+        dx, _ = backward(np.ones_like(y), dw, db, db, fast, None)
+        for array in (y, mean, variance, dw, db) + (dx,) * fast:
             bits.update(array.tobytes())
 print(LANES, bits.hexdigest())
 """

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from distconv.kernels.interface import Array
@@ -40,3 +41,7 @@ class Composed:
             return self.plus(dx, onto, False) if wants_dx and onto is not None else dx, dy
 
         return y, mean, variance, backward
+
+    def total(self: Any, parts: Sequence[Array]) -> Array:
+        """The sum of arrays of one shape, in their order."""
+        return functools.reduce(lambda a, b: self.plus(a, b, False), parts)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -99,7 +98,7 @@ class Branches:
                 branch_backward(part, grads.get(name, {}), wants_dx)
                 for (name, _), branch_backward, part in zip(self.layers, backwards, parts, strict=True)
             ]
-            return functools.reduce(lambda a, b: kernels.plus(a, b, False), found) if wants_dx else None
+            return kernels.total(found) if wants_dx else None
 
         return kernels.join_channels([y for y, _ in passes]), backward
 

@@ -104,6 +104,7 @@ class Cpu(Composed):
     norm_factors = staticmethod(normalization.norm_factors)
     scale_channels = staticmethod(normalization.scale_channels)
     plus = staticmethod(elementwise.plus)
+    total = staticmethod(elementwise.total)
     join_channels = staticmethod(elementwise.join_channels)
     split_channels = staticmethod(elementwise.split_channels)
     scale = staticmethod(elementwise.scale)

@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 
 from distconv.kernels.cpu.aligned import empty
 from distconv.kernels.cpu.products import ROWS
-from distconv.kernels.cpu.taps import LINE, add_filter_gradients, gate, multiply_windows
+from distconv.kernels.cpu.taps import add_filter_gradients, gate, multiply_windows
+from distconv.kernels.cpu.vector import LINE
 from distconv.kernels.interface import output_size
 
 Array = NDArray[Any]
@@ -71,7 +72,10 @@ def conv_backward(
     for images in _few_at_a_time(x, y, w):
         gated = empty(F // LINE, *dy[images].shape[:3], LINE)
         gate(dy[images], y[images], floor, gated, db)
-        add_filter_gradients(seen[images], channels, taps, gated, stride, inside, sums)
+        part = seen[images]
+        if C % LINE == 0 and dw.size > C * LINE:  # else its numbers are not used often enough to be copied for it
+            part, channels = _planes(part)
+        add_filter_gradients(part, channels, taps, gated, stride, inside, sums)
         for down, across, turned in phases:
             plan = _plan(images.stop - images.start, y.shape[1:3], x.shape[1:3], down, across)
             multiply_windows(gated, turned, nothing, everything, *plan, dx[images])
@@ -94,6 +98,17 @@ def _channels(x: Array, dw: Array, pad: int) -> tuple[Array, Array, int, Array, 
     offsets = ((row * (W + 2 * pad) + column) * C + channel).reshape(-1)
     offsets = np.pad(offsets, (0, -len(offsets) % ROWS))  # what fills the last block up is computed for nothing
     return padded, offsets, 1, np.zeros((len(offsets), F), np.float32), 0
+
+
+def _planes(x: Array) -> tuple[Array, Array]:
+    """A copy of x (N, H, W, C), (C / 16 * N, H, W, 16), and how far its channels lie from the beginning of a pixel.
+
+    A product reads few channels of many pixels, which would lie apart, and in the same few places of a cache.
+    """
+    N, H, W, C = x.shape
+    planes, c = empty(C // LINE * N, H, W, LINE), np.arange(C)
+    gate(x, x, np.float32(np.nan), planes, np.zeros(C, np.float32))
+    return planes, c // LINE * (N * H * W * LINE) + c % LINE
 
 
 def _phases(w: Array, stride: int, pad: int) -> Iterator[tuple[Axis, Axis, Array]]:

@@ -10,10 +10,22 @@ from numpy.typing import NDArray
 
 from distconv.kernels.compiled import compiled
 from distconv.kernels.cpu.products import ROWS
-from distconv.kernels.cpu.vector import LANES, Index, Pointer, Sum, Vector, emitted, emitted_with, repeat, zeros
+from distconv.kernels.cpu.vector import (
+    LANES,
+    LINE,
+    Index,
+    Pointer,
+    Sum,
+    Vector,
+    ask,
+    emitted,
+    emitted_with,
+    repeat,
+    zeros,
+)
 
 Array = NDArray[Any]
-LINE = 16  # floats of a cache line: of filters and of gradients, so many channels lie together, in a plane
+AT_ONCE = 16  # pixels that gate takes together
 
 
 def _in_planes(vector: int, plane: Index) -> Index:
@@ -72,17 +84,22 @@ def multiply_windows(
 
 @emitted
 def gate_pixels(
-    builder: ir.IRBuilder, dy: Pointer, y: Pointer, floor: Vector, lines: Index, pixels: Index, gated: Pointer,
-    db: Pointer
+    builder: ir.IRBuilder, dy: Pointer, y: Pointer, floor: Vector, lines: Index, first: Index, pixels: Index,
+    all_pixels: Index, gated: Pointer, db: Pointer
 ) -> None:  # fmt: skip
     zero = zeros(builder)
-    with repeat(pixels) as pixel, repeat(lines) as line:
-        at, to = (pixel * lines + line) * LINE, (line * pixels + pixel) * LINE
+    with repeat(lines) as line:
+        ahead = dy + ((first + 2 * AT_ONCE) * lines + line * AT_ONCE) * LINE
+        with repeat(pixels) as pixel:
+            ask(ahead + pixel * LINE)
         for f in range(0, LINE, LANES):
-            gradient = (dy + at + f).load().where((y + at + f).load().above(floor), zero)
-            (gated + to + f).store(gradient)
-            total = db + line * LINE + f
-            total.store(total.load() + gradient)
+            total = Sum((db + line * LINE + f).load())
+            with repeat(pixels) as pixel:
+                at, to = ((first + pixel) * lines + line) * LINE, (line * all_pixels + first + pixel) * LINE
+                gradient = (dy + at + f).load().where((y + at + f).load().above(floor), zero)
+                (gated + to + f).store(gradient)
+                total.set(total.get() + gradient)
+            (db + line * LINE + f).store(total.get())
 
 
 @compiled
@@ -91,7 +108,9 @@ def gate(dy: Array, y: Array, floor: np.float32, gated: Array, db: Array) -> Non
 
     Their sum goes to db (F,).
     """
-    gate_pixels(dy, y, floor, len(db) // LINE, dy.size // len(db), gated, db)
+    pixels = dy.size // len(db)
+    for first in range(0, pixels, AT_ONCE):
+        gate_pixels(dy, y, floor, len(db) // LINE, first, min(AT_ONCE, pixels - first), pixels, gated, db)
 
 
 def _gradients(

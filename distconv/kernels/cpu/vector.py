@@ -236,17 +236,21 @@ def _argument(context: Any, builder: ir.IRBuilder, kind: Any, value: ir.Value) -
     return Index(builder, context.cast(builder, value, kind, types.int64))
 
 
-def _prefetch(to_write: int, builder: ir.IRBuilder, x: Pointer, at: Index, lines: Index) -> None:
-    """Ask for so many cache lines from x[at] on, without waiting. They come into the second cache.
+def ask(place: Pointer, to_write: int = 0) -> None:
+    """Ask for the cache line at a place, which need not exist, without waiting. It comes into the second cache.
 
     The processor asks for lines by itself, but not across a page, nor for what is to be written, nor soon enough.
     """
-    word, byte = ir.IntType(32), ir.IntType(8).as_pointer()
+    builder, word, byte = place.builder, ir.IntType(32), ir.IntType(8).as_pointer()
     kind = ir.FunctionType(ir.VoidType(), [byte, word, word, word])
     request = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0i8")
+    builder.call(request, [builder.bitcast(place.value, byte), *(word(number) for number in (to_write, 2, 1))])
+
+
+def _prefetch(to_write: int, builder: ir.IRBuilder, x: Pointer, at: Index, lines: Index) -> None:
+    """Ask for so many cache lines from x[at] on."""
     with repeat(lines) as line:
-        place = builder.bitcast((x + at + line * LINE).value, byte)
-        builder.call(request, [place, *(word(number) for number in (to_write, 2, 1))])
+        ask(x + at + line * LINE, to_write)
 
 
 prefetch, prefetch_to_write = (emitted_with(to_write, _prefetch) for to_write in (0, 1))
