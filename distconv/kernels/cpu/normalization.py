@@ -99,7 +99,8 @@ def norm_gradient(
     floor = np.float32(0.0 if relu and y is None else np.nan)
     dy = np.ascontiguousarray(dy)
     gated, values = (dy, NOTHING) if y is None or not relu else (empty(*dy.shape), y)
-    channels = np.stack([mean, factor, beta, beta, beta])
+    channels = np.empty((5, C), np.float32)
+    channels[:3] = mean, factor, beta
     sums, products = np.empty(C, np.float32), np.empty(C, np.float32)
     _gradient_sums(x, dy, values, gated, rows_of(x), floor, channels, sums, products)
     products *= inverse

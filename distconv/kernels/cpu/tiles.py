@@ -1,6 +1,6 @@
 """What Winograd's minimal filtering F(4x4, 3x3) does to one tile, and the adjoints of it, on vectors of channels.
 
-The functions under @emitted become instructions within the loops of kernels/cpu/winograd.py, which has the formulas.
+The functions under @emitted become instructions within the loops of winograd_loops.py; winograd.py has the formulas.
 """
 
 from __future__ import annotations
