@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import numpy as np
 import pytest
 
@@ -94,6 +96,18 @@ def test_a_first_pixel_far_from_all_others_does_not_spoil_the_variance(far: floa
     exact = x.astype(np.float64)
     np.testing.assert_allclose(mean, exact.mean(axis=(0, 1, 2)), rtol=0, atol=1e-5 * exact.std())
     np.testing.assert_allclose(variance, exact.var(axis=(0, 1, 2)), rtol=2e-4)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])  # by a kernel, and composed
+def test_an_output_that_no_gradient_needs_is_not_kept(dtype: type) -> None:
+    """A pooling layer behind it keeps nothing of it, either."""
+    layer, x = ConvNorm(16), np.ones((2, 8, 8, 16), dtype)
+    parameters = Parameters(layer.shapes(x.shape[1:])[1], dtype)
+    y, backward = layer.forward(x, parameters.values, Context(training=True, kernels=Cpu(dtype), global_batch=2))
+    shape, still_there = y.shape, weakref.ref(y)
+    del y
+    assert still_there() is None
+    backward(np.ones(shape, dtype), parameters.grads, False)
 
 
 def block(filters: int, **options: object) -> Residual:

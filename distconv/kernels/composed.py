@@ -26,16 +26,17 @@ class Composed:
         wanted, and dbeside (N, OH, OW, F). onto (N, H, W, C), if there is one, is added to dx.
         """
         c = self.conv_forward(x, w, None, stride, pad, False)
-        y, mean, variance = self.norm_forward(c, gamma, beta, epsilon, relu and beside is None)
+        inner, behind = relu and beside is None, None
+        y, mean, variance = self.norm_forward(c, gamma, beta, epsilon, inner)
         if beside is not None:
             y = self.plus(y, beside, relu)
+            behind = y if relu else None  # a y that is not needed is not kept
 
         def backward(
             dy: Array, dw: Array, dgamma: Array, dbeta: Array, wants_dx: bool, onto: Array | None
         ) -> tuple[Array | None, Array]:
-            if beside is not None and relu:
-                dy = self.relu_backward(dy, y)
-            inner = relu and beside is None
+            if behind is not None:
+                dy = self.relu_backward(dy, behind)
             dc = self.norm_backward(c, dy, gamma, beta, mean, variance, epsilon, inner, dgamma, dbeta)
             dx = self.conv_backward(x, c, dc, w, stride, pad, False, dw, None, wants_dx)
             return self.plus(dx, onto, False) if wants_dx and onto is not None else dx, dy

@@ -108,9 +108,10 @@ class ConvNorm:
         kernels, conv, norm, w = context.kernels, self._conv, self._norm, params["W"]
         of_norm = params["gamma"], params["beta"], norm.epsilon
         y, *batch, kernel_backward = kernels.conv_norm(x, w, *of_norm, conv.stride, conv.margin, relu, beside)
+        shape = y.shape  # which is all that is kept of y here
 
         def backward(dy: Array, grads: Views, wants_dx: bool, onto: Array | None) -> tuple[Array | None, Array]:
-            norm.follow(batch, y.shape, params, grads, context)
+            norm.follow(batch, shape, params, grads, context)
             of_params = grads["W"], grads["gamma"], grads["beta"]
             found: tuple[Array | None, Array] = kernel_backward(dy, *of_params, wants_dx, onto)
             return found

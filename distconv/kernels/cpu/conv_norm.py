@@ -23,11 +23,11 @@ def conv_norm(
     c = winograd.conv_norm_forward(x, w, pad, moments)
     mean, variance = mean_and_variance(moments, c.size // c.shape[3])
     y = normalized(c, gamma, beta, mean, variance, epsilon, relu, beside)
+    behind = None if beside is None else y  # so that a y that is not needed is not kept
 
     def backward(
         dy: Array, dw: Array, dgamma: Array, dbeta: Array, wants_dx: bool, onto: Array | None
     ) -> tuple[Array | None, Array]:
-        behind = None if beside is None else y
         found = norm_gradient(c, dy, behind, gamma, beta, mean, variance, epsilon, relu, dgamma, dbeta)
         return winograd.conv_norm_backward(x, found, w, pad, dw, wants_dx, onto), found.dy
 
