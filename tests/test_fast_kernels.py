@@ -342,7 +342,8 @@ print(LANES, bits.hexdigest())
 @pytest.mark.slow
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="names a processor of x86")
 def test_convolutions_have_the_same_bits_with_shorter_vectors() -> None:
-    code = BITS.format(shapes=[*ANY, (37, 13, 14, 16, 48, 3, 1, 1), (3, 9, 8, 1, 48, 3, 1, 1)])
+    rounds = (37, 13, 14, 16, 48, 3, 1, 1), (18, 12, 6, 64, 32, 3, 1, 1), (3, 9, 8, 1, 48, 3, 1, 1)
+    code = BITS.format(shapes=[*ANY, *rounds])
     features = ",".join(f"+{name}" for name in ("avx", "avx2", "fma", "f16c", "sse4.2", "bmi", "bmi2"))
     told = []
     for other in ({}, {"NUMBA_CPU_NAME": "haswell", "NUMBA_CPU_FEATURES": features}):

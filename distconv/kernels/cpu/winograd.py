@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 from distconv.kernels.cpu import winograd_loops as loops
 from distconv.kernels.cpu.aligned import empty
 from distconv.kernels.cpu.normalization import NormGradient, rows_of
-from distconv.kernels.cpu.products import ROWS
 from distconv.kernels.cpu.tiles import PATCH, TILE
 from distconv.kernels.cpu.vector import LINE
 
@@ -24,6 +23,7 @@ Array = NDArray[Any]
 # Floats of a core's second cache: for tiles, and for filters, which pass through it with every round. Larger filters
 # come from further away, so that more tiles a round are better then.
 TILES, FILTERS = 3 << 15, 1 << 17
+EVEN = 8  # tiles that a round has a multiple of: as on every processor, for statistics are joined round by round
 NO_IMAGES, NO_NUMBERS = np.empty((0, 0, 0, 0), np.float32), np.empty((0, 0))
 NO_WINNER = np.empty((0, 0, 0, 0), np.uint8)
 NO_CHANNELS = np.empty((5, 0), np.float32)
@@ -146,7 +146,7 @@ def _plan(shape: tuple[int, ...], F: int, pad: int) -> tuple[int, tuple[int, ...
     tiles = N * down * across
     few = max(1, (TILES + 3 * max(0, 36 * C * F - FILTERS)) // (36 * (C + F)))
     few = -(-tiles // -(-tiles // few)) if N else 1  # as many rounds, but even ones: filters pass with a short one too
-    few = -(-few // ROWS) * ROWS
+    few = -(-few // EVEN) * EVEN
     grid = TILE * down + PATCH - TILE, TILE * across + PATCH - TILE, C
     # 0 behind the image and its padding: windows there give no output, nor do those that go across the end of a row.
     blank = np.zeros((grid[0], grid[1] + 1), np.uint8)
