@@ -15,6 +15,7 @@ import pytest
 from distconv.data import load
 from distconv.errors import BadDataError, UsageError
 from distconv.nn.checked import checked
+from distconv.nn.fusion import fused
 from distconv.nn.layers import Context
 from distconv.nn.networks import build_network
 from distconv.nn.parameters import Parameters
@@ -27,6 +28,7 @@ import numpy as np
 from distconv.data.dataset import Dataset
 from distconv.nn.blocks import Residual
 from distconv.nn.layers import Affine, Chain, Conv, Dropout, MaxPool
+from distconv.nn.normalization import ConvNorm
 from distconv.nn.parameters import Spec
 
 class Bad:
@@ -52,6 +54,7 @@ def train(folder: Path, code: str, *flags: str, ranks: int = 2):  # type: ignore
 
 
 BACKWARD = "Chain(Affine(20), Bad(None, None, lambda dy, grads, wants: {}), Affine(10))"
+FUSED = "Chain(ConvNorm(16), Residual(Chain(ConvNorm(16), ConvNorm(16, relu=False)), {}), Affine(10))"
 BESIDE = "Chain(Affine(20), Residual(Affine(20), {}), Affine(10))"
 MODELS = {
     "a list": ("[Affine(classes)]", "returned a list, but a layer"),
@@ -83,6 +86,14 @@ MODELS = {
         BESIDE.format("Chain(Bad(None, None, lambda dy, grads, wants: dy[:, :1]))"),
         "the backward pass of Bad gave float32 of shape (2, 1)",
     ),
+    "another y beside what is fused": (
+        FUSED.format("Bad(None, lambda x: (x[:, :1], id))"),
+        "Bad.forward gave float32 of shape (2, 1, 28, 16)",
+    ),
+    "another dx beside what is fused": (
+        FUSED.format("Bad(None, None, lambda dy, grads, wants: dy[:, :1])"),
+        "the backward pass of Bad gave float32 of shape (2, 1, 28, 16)",
+    ),
     "another dx": (BACKWARD.format("dy[:, :3]"), "the backward pass of Bad gave float32 of shape (2, 3)"),
 }
 
@@ -102,7 +113,7 @@ def try_model(name: str) -> None:
     model, specs = build_network(name, (28, 28, 1), 10, (10,))
     context = Context(training=True, samples=np.arange(2))
     batch, parameters = (np.zeros((2, 28, 28, 1), np.float32), np.zeros(2, np.uint8)), Parameters(specs)
-    Classification().gradient(checked(model), parameters.values, parameters.grads, batch, context)
+    Classification().gradient(checked(fused(model)), parameters.values, parameters.grads, batch, context)
 
 
 @pytest.mark.parametrize("case", [case for case in MODELS if case != "too large"])

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from distconv.errors import UsageError
 from distconv.kernels.interface import Array
-from distconv.nn.layers import Backward, Chain, Context, Layer, check_switch, is_layer, kind_of, shapes_of
+from distconv.nn.layers import Backward, Context, Layer, check_switch, is_layer, kind_of, shapes_of
 from distconv.nn.parameters import Shape, Specs, Views
 
 
@@ -101,21 +101,6 @@ class Branches:
             return kernels.total(found) if wants_dx else None
 
         return kernels.join_channels([y for y, _ in passes]), backward
-
-
-def with_inner(layer: Layer, change: Callable[[str, Layer], Layer]) -> Layer:
-    """The same Chain, Branches or Residual, but with change(name, inner) for each layer within; any other as it is.
-
-    A user's own kind of these is another layer: it may compute something else.
-    """
-    if type(layer) is Chain:
-        return Chain.named((name, change(name, inner)) for name, inner in layer.layers)
-    if type(layer) is Branches:
-        return Branches(*(change(name, inner) for name, inner in layer.layers))
-    if type(layer) is Residual:
-        shortcut = None if layer.shortcut is None else change("shortcut", layer.shortcut)
-        return Residual(change("body", layer.body), shortcut, layer.relu)
-    return layer
 
 
 def _check_layers(block: str, layers: Sequence[Layer]) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 
 from distconv.errors import UsageError
 from distconv.kernels.interface import Array
-from distconv.nn.blocks import with_inner
+from distconv.nn.fusion import with_inner
 from distconv.nn.layers import Backward, Chain, Context, Layer, kind_of
 from distconv.nn.parameters import Shape, Specs, Views
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from distconv.kernels.interface import Array
-from distconv.nn.blocks import Residual
+from distconv.nn.blocks import Branches, Residual
 from distconv.nn.layers import Backward, Chain, Context, Conv, Layer, MaxPool, inner_layers
 from distconv.nn.normalization import ConvNorm
 from distconv.nn.parameters import Shape, Specs, Views
@@ -91,6 +91,23 @@ def fused(model: Layer) -> Layer:
         else:
             layers.append((name, layer))
     return Chain.named(layers)
+
+
+def with_inner(layer: Layer, change: Callable[[str, Layer], Layer]) -> Layer:
+    """The same Chain or block, but with change(name, inner) for each layer within; any other layer as it is.
+
+    A user's own kind of these is another layer: it may compute something else. The body of a ResidualNorm is a whole.
+    """
+    if type(layer) is Chain:
+        return Chain.named((name, change(name, inner)) for name, inner in layer.layers)
+    if type(layer) is Branches:
+        return Branches(*(change(name, inner) for name, inner in layer.layers))
+    if type(layer) is Residual:
+        shortcut = None if layer.shortcut is None else change("shortcut", layer.shortcut)
+        return Residual(change("body", layer.body), shortcut, layer.relu)
+    if type(layer) is ResidualNorm and layer.block.shortcut is not None:
+        return ResidualNorm(replace(layer.block, shortcut=change("shortcut", layer.block.shortcut)))
+    return layer
 
 
 def _norms(body: Layer) -> list[tuple[str, ConvNorm]]:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from distconv.kernels.interface import Array
-from distconv.nn.blocks import with_inner
+from distconv.nn.fusion import with_inner
 from distconv.nn.layers import Backward, Context, Layer
 from distconv.nn.parameters import Shape, Specs, Views
 
