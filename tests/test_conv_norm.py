@@ -12,9 +12,9 @@ from distconv.kernels.cpu.device import Cpu
 from distconv.kernels.cpu.elementwise import BLOCK
 from distconv.nn.blocks import Residual
 from distconv.nn.fusion import ResidualNorm, fused
-from distconv.nn.layers import Chain, Context, Conv, Layer, inner_layers
+from distconv.nn.layers import Affine, Backward, Chain, Context, Conv, Layer, inner_layers
 from distconv.nn.normalization import BatchNorm, ConvNorm
-from distconv.nn.parameters import Parameters
+from distconv.nn.parameters import Parameters, Shape, Specs, Views
 
 TOLERANCE = 2e-5  # of each tensor's norm
 EPSILON = 1e-3
@@ -164,6 +164,45 @@ def test_only_what_computes_the_same_is_fused(layer: Layer, is_fused: bool) -> N
     ((name, found),) = inner_layers(fused(Chain(layer)))
     assert name == "residual1"
     assert found == (ResidualNorm(layer) if is_fused else layer)  # type: ignore[arg-type]
+
+
+class Double:
+    """A user's layer that takes no care of types."""
+
+    def shapes(self, shape: Shape) -> tuple[Shape, Specs]:
+        return shape, {}
+
+    def forward(self, x: np.ndarray, params: Views, context: Context) -> tuple[np.ndarray, Backward]:
+        return x.astype(np.float64), lambda dy, grads, wants_dx: dy.astype(np.float64)
+
+
+@pytest.mark.parametrize("in_order", [False, True])
+@pytest.mark.parametrize(
+    "before",
+    [
+        Residual(Chain(ConvNorm(16), ConvNorm(16, relu=False)), Double()),
+        Residual(Chain(ConvNorm(16), ConvNorm(16, relu=False))),
+        ConvNorm(16),
+        BatchNorm(),
+        Conv(16, pad=1),
+        Conv(16, 5, pad=2, relu=True),
+        Affine(16),
+    ],
+    ids=lambda layer: type(layer).__name__,
+)
+def test_doubles_of_a_users_layer_are_numbers_like_others(before: Layer, in_order: bool) -> None:
+    model, found = fused(Chain(before, Double())), []
+    _, specs = model.shapes((8, 8, 16))
+    for dtype in (np.float32, np.float64):
+        parameters = Parameters(specs, dtype)
+        parameters.initialize(0)
+        x = np.random.default_rng(1).standard_normal((4, 8, 8, 16)).astype(dtype)
+        kernels = Cpu(dtype, in_order and dtype == np.float32)
+        y, backward = model.forward(x, parameters.values, Context(training=True, kernels=kernels, global_batch=4))
+        dx = backward(np.random.default_rng(2).standard_normal(y.shape).astype(dtype), parameters.grads, True)
+        found.append([y, dx, parameters.gradient])
+    for one, other in zip(*found, strict=True):
+        assert close(one, other, 1e-4)
 
 
 @pytest.mark.parametrize("size", [0, 5, BLOCK, 2 * BLOCK + 3])

@@ -67,7 +67,7 @@ def conv_backward(
     phases = list(_phases(w, stride, pad)) if wants_dx else []
     nothing, everything = np.zeros(C, np.float32), np.float32(-np.inf)
     floor = np.float32(0.0 if relu else np.nan)
-    x, y, dy = (np.ascontiguousarray(array) for array in (x, y, dy))
+    x, y, dy = (np.ascontiguousarray(array, np.float32) for array in (x, y, dy))
     seen, channels, taps, sums, inside = _channels(x, dw, pad)
     for images in _few_at_a_time(x, y, w):
         gated = empty(F // LINE, *dy[images].shape[:3], LINE)

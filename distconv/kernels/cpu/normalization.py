@@ -97,7 +97,7 @@ def norm_gradient(
     C, M, inverse = x.shape[-1], x.size // x.shape[-1], 1 / np.sqrt(variance + np.float32(epsilon))
     factor = gamma / np.sqrt(variance + np.float32(epsilon))  # the bits of norm_forward
     floor = np.float32(0.0 if relu and y is None else np.nan)
-    dy = np.ascontiguousarray(dy)
+    dy = np.ascontiguousarray(dy, np.float32)
     gated, values = (dy, NOTHING) if y is None or not relu else (empty(*dy.shape), y)
     channels = np.empty((5, C), np.float32)
     channels[:3] = mean, factor, beta
@@ -137,7 +137,7 @@ def _scaled(x: Array, mean: Array, factor: Array, offset: Array, relu: bool, bes
     """factor (x - mean) + offset, what lies beside, if anything, and, if asked, ReLU."""
     if _is_wide(x):
         y, floor = empty(*x.shape), np.float32(0.0 if relu else -np.inf)
-        other = NOTHING if beside is None else np.ascontiguousarray(beside)
+        other = NOTHING if beside is None else np.ascontiguousarray(beside, np.float32)
         _scale(x, rows_of(x), mean, factor, offset, floor, other, y)
         return y
     y = (x - mean) * factor + offset

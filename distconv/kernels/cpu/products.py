@@ -84,6 +84,7 @@ def matmul(a: Array, b: Array) -> Array:
 
     A BLAS adds up in an order that hangs on the processor, on its threads, and on M and N.
     """
+    a, b = (np.asarray(array, np.float32) for array in (a, b))
     (M, K), N = a.shape, b.shape[1]
     down, across = -(-M // ROWS) * ROWS, -(-N // LANES) * LANES
     if down > M:

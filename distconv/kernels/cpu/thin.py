@@ -32,7 +32,8 @@ def conv_backward(
 ) -> None:
     """The adjoint of conv_forward, as far as it concerns the filters: add to dw (3, 3, 1, F) and db (F,)."""
     padded = _padded(x, pad)
-    _backward(padded, np.ascontiguousarray(y), np.ascontiguousarray(dy), np.float32(0.0 if relu else np.nan), dw, db)
+    y, dy = (np.ascontiguousarray(array, np.float32) for array in (y, dy))
+    _backward(padded, y, dy, np.float32(0.0 if relu else np.nan), dw, db)
 
 
 def _padded(x: Array, pad: int) -> Array:

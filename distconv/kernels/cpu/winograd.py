@@ -127,7 +127,7 @@ def _run_backward(
     if not len(x):
         du[...] = 0  # else the first round overwrites it
     dx = empty(*(x.shape if wants_dx else (0, 0, 0, 0)))
-    x, y, dy, onto = (np.ascontiguousarray(array) for array in (x, y, dy, onto))
+    x, y, dy, onto = (np.ascontiguousarray(array, np.float32) for array in (x, y, dy, onto))
     loops.backward(
         x, y, winner, dy, turned, pad, bend, few, v, m, padded, blank, still, sums, du, db, dx, wants_dx, channels,
         rows_of(y), normed, onto
