@@ -143,6 +143,27 @@ def test_a_fused_model_is_the_model(dtype: type, tolerance: float, wants_dx: boo
         assert close(other, one, tolerance)
 
 
+class InPlace:
+    """A user's layer that writes to what it is given."""
+
+    def shapes(self, shape: Shape) -> tuple[Shape, Specs]:
+        return shape, {}
+
+    def forward(self, x: np.ndarray, params: Views, context: Context) -> tuple[np.ndarray, Backward]:
+        x *= 2
+        return x, lambda dy, grads, wants_dx: 2 * dy
+
+
+def test_a_shortcut_is_called_behind_the_body_as_in_evaluation() -> None:
+    residual, found = block(16, shortcut=InPlace()), []
+    for layer in (residual, ResidualNorm(residual)):
+        parameters = Parameters(layer.shapes((8, 8, 16))[1])
+        parameters.initialize(0)
+        x = np.random.default_rng(1).standard_normal((4, 8, 8, 16)).astype(np.float32)
+        found.append(layer.forward(x, parameters.values, Context(training=True))[0])
+    assert close(*found)
+
+
 class MyConvNorm(ConvNorm):
     """A user's own kind may compute something else."""
 

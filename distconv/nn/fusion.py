@@ -54,13 +54,13 @@ class ResidualNorm:
         if not context.training:
             return self.block.forward(x, params, context)
         shortcut, beside, shortcut_backward = self.block.shortcut, x, None
-        if shortcut is not None:
-            beside, shortcut_backward = shortcut.forward(x, params.get("shortcut", {}), context.within("shortcut"))
         y, backwards = x, []
         *first, (last_name, last) = _norms(self.block.body)
         for name, layer in first:
             y, layer_backward = layer.train(y, params["body"][name], context, layer.relu)
             backwards.append((name, layer_backward))
+        if shortcut is not None:  # behind all that reads x, as in evaluation: a user's may change it
+            beside, shortcut_backward = shortcut.forward(x, params.get("shortcut", {}), context.within("shortcut"))
         y, last_backward = last.train(y, params["body"][last_name], context, self.block.relu, beside)
 
         def backward(dy: Array, grads: Views, wants_dx: bool) -> Array | None:
