@@ -9,7 +9,9 @@ import numpy as np
 
 from distconv.comm.wire import WIRES
 from distconv.nn.blocks import Branches, Residual
+from distconv.nn.fusion import fused
 from distconv.nn.layers import Affine, Chain, Context, Conv, Dropout, MaxPool
+from distconv.nn.normalization import ConvNorm
 from distconv.nn.parameters import Parameters
 from distconv.run import agreement
 from distconv.run.spans import BUCKETS, MAIN, Spans, traced
@@ -32,6 +34,25 @@ def test_a_recorder_gives_back_what_it_intercepts() -> None:
     assert [name for name, *_ in spans.noted] == ["count", "count", "other"] and spans.left_out == 1
     spans.release()
     assert [dict(vars(owner)) for owner in (counter, wire)] == before and agreement.agree is agree
+
+
+def test_the_layers_of_a_block_that_is_fused_are_seen_and_compute_what_they_compute() -> None:
+    body = Chain(ConvNorm(4), ConvNorm(4, relu=False))
+    chain = fused(Chain(Residual(body), Residual(body, ConvNorm(4, 1, relu=False))))
+    spans, results = Spans(), []
+    for one in (chain, traced(chain, spans)):
+        parameters = Parameters(one.shapes((6, 6, 4))[1])
+        parameters.initialize(0)
+        x = np.random.default_rng(0).standard_normal((2, 6, 6, 4), np.float32)
+        y, backward = one.forward(x, parameters.values, Context(training=True))
+        dx = backward(y, parameters.grads, True)
+        results.append((y.tobytes(), parameters.gradient.tobytes(), dx.tobytes()))  # type: ignore[union-attr]
+    assert results[0] == results[1]
+    within = {"convnorm1", "convnorm2"}
+    for way in ("forward", "backward"):
+        seen = [name for name, its_way, *_ in spans.noted if its_way == way]
+        assert {name.removeprefix("residual1.body.") for name in seen if name.startswith("residual1.")} == within
+        assert {"residual2.body.convnorm1", "residual2.body.convnorm2", "residual2.shortcut"} <= set(seen)
 
 
 def test_a_model_that_is_traced_computes_what_it_computes() -> None:

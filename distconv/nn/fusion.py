@@ -42,6 +42,7 @@ class ResidualNorm:
     """
 
     block: Residual
+    norms: tuple[tuple[str, Any], ...]  # the ConvNorms of its body, or what stands for them
 
     @property
     def layers(self) -> Sequence[tuple[str, Layer]]:
@@ -55,16 +56,17 @@ class ResidualNorm:
             return self.block.forward(x, params, context)
         shortcut, beside, shortcut_backward = self.block.shortcut, x, None
         y, backwards = x, []
-        *first, (last_name, last) = _norms(self.block.body)
+        *first, (last_name, last) = self.norms
         for name, layer in first:
-            y, layer_backward = layer.train(y, params["body"][name], context, layer.relu)
+            y, layer_backward = layer.train(y, params["body"][name], context)
             backwards.append((name, layer_backward))
         if shortcut is not None:  # behind all that reads x, as in evaluation: a user's may change it
             beside, shortcut_backward = shortcut.forward(x, params.get("shortcut", {}), context.within("shortcut"))
-        y, last_backward = last.train(y, params["body"][last_name], context, self.block.relu, beside)
+        y, last_backward = last.train(y, params["body"][last_name], context, beside, self.block.relu)
 
         def backward(dy: Array, grads: Views, wants_dx: bool) -> Array | None:
             of_body = grads["body"]
+            dx: Array | None
             dx, dbeside = last_backward(dy, of_body[last_name], True, None)
             for i, (name, layer_backward) in reversed(list(enumerate(backwards))):
                 onto = dbeside if i == 0 and shortcut is None else None
@@ -86,8 +88,8 @@ def fused(model: Layer) -> Layer:
         before = layers[-1][1] if layers else None
         if layer == MaxPool() and type(before) is Conv:
             layers[-1] = layers[-1][0], ConvPool(before)
-        elif type(layer) is Residual and _norms(layer.body):
-            layers.append((name, ResidualNorm(layer)))
+        elif type(layer) is Residual and (norms := _norms(layer.body)):
+            layers.append((name, ResidualNorm(layer, norms)))
         else:
             layers.append((name, layer))
     return Chain.named(layers)
@@ -106,12 +108,12 @@ def with_inner(layer: Layer, change: Callable[[str, Layer], Layer]) -> Layer:
         shortcut = None if layer.shortcut is None else change("shortcut", layer.shortcut)
         return Residual(change("body", layer.body), shortcut, layer.relu)
     if type(layer) is ResidualNorm and layer.block.shortcut is not None:
-        return ResidualNorm(replace(layer.block, shortcut=change("shortcut", layer.block.shortcut)))
+        return replace(layer, block=replace(layer.block, shortcut=change("shortcut", layer.block.shortcut)))
     return layer
 
 
-def _norms(body: Layer) -> list[tuple[str, ConvNorm]]:
+def _norms(body: Layer) -> tuple[tuple[str, ConvNorm], ...]:
     """The layers of a body that a ResidualNorm may have, by name; none of any other."""
     layers = inner_layers(body) if type(body) is Chain else []
-    norms = [(name, layer) for name, layer in layers if type(layer) is ConvNorm]
-    return norms if len(layers) == len(norms) > 1 and not norms[-1][1].relu else []
+    norms = tuple((name, layer) for name, layer in layers if type(layer) is ConvNorm)
+    return norms if len(layers) == len(norms) > 1 and not norms[-1][1].relu else ()

@@ -95,16 +95,17 @@ class ConvNorm:
             )
             folded = kernels.scale_channels(w, factor, kernels.device.zeros(self.filters, x.dtype), False)
             return kernels.conv_forward(x, folded, offset, conv.stride, conv.margin, self.relu), kept_nothing
-        y, backward = self.train(x, params, context, self.relu)
+        y, backward = self.train(x, params, context)
         return y, lambda dy, grads, wants_dx: backward(dy, grads, wants_dx, None)[0]
 
     def train(
-        self, x: Array, params: Views, context: Context, relu: bool, beside: Array | None = None
+        self, x: Array, params: Views, context: Context, beside: Array | None = None, relu: bool = False
     ) -> tuple[Array, Callable[..., tuple[Array | None, Array]]]:
-        """The forward pass in training, with what lies beside, if anything, added before the ReLU.
+        """The forward pass in training; what lies beside, if anything, is added, and then relu says whether ReLU comes.
 
         Its backward pass takes, besides, what is to be added to dx, and returns dx and the gradient of what lay beside.
         """
+        relu = self.relu if beside is None else relu
         kernels, conv, norm, w = context.kernels, self._conv, self._norm, params["W"]
         of_norm = params["gamma"], params["beta"], norm.epsilon
         y, *batch, kernel_backward = kernels.conv_norm(x, w, *of_norm, conv.stride, conv.margin, relu, beside)

@@ -10,12 +10,13 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from distconv.kernels.interface import Array
-from distconv.nn.fusion import with_inner
+from distconv.nn.fusion import ResidualNorm, with_inner
 from distconv.nn.layers import Backward, Context, Layer
+from distconv.nn.normalization import ConvNorm
 from distconv.nn.parameters import Shape, Specs, Views
 
 MAIN, BUCKETS, DEVICE = 0, 1, 2  # the timelines of a rank: its first thread, the thread of its exchange, its GPU
@@ -101,6 +102,16 @@ class TracedLayer:
         return y, lambda dy, grads, wants_dx: self.spans.call(self.name, BACKWARD, backward, dy, grads, wants_dx)
 
 
+class TracedNorm(TracedLayer):
+    """A ConvNorm of a ResidualNorm."""
+
+    layer: ConvNorm
+
+    def train(self, *arguments: Any) -> tuple[Array, Callable[..., Any]]:
+        y, backward = self.spans.call(self.name, FORWARD, self.layer.train, *arguments)
+        return y, lambda *arguments: self.spans.call(self.name, BACKWARD, backward, *arguments)
+
+
 class TracedModel(TracedLayer):
     """A whole model: between its forward and its backward pass, a task computes its loss."""
 
@@ -125,4 +136,8 @@ def _within(layer: Layer, spans: Spans, path: str) -> Layer:
     def one(name: str, inner: Layer) -> Layer:
         return TracedLayer(path + name, _within(inner, spans, f"{path}{name}."), spans)
 
-    return with_inner(layer, one)
+    within = with_inner(layer, one)
+    if not isinstance(within, ResidualNorm):
+        return within
+    norms = ((name, TracedNorm(f"{path}body.{name}", norm, spans)) for name, norm in within.norms)
+    return replace(within, norms=tuple(norms))

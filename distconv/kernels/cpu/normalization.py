@@ -1,8 +1,9 @@
 """Batch normalisation on the CPU: in passes over pixels that lie in the first cache, for channels in multiples of 16.
 
 For other channels and types, NumPy does it in more passes. Statistics are those of all pixels of all images together.
-They are found in one pass: of a block of pixels around its first one, and then blocks are joined in float64 (Chan,
-Golub and LeVeque 1983), so large means cost no accuracy.
+They are found in one pass: of a block of pixels around the mean of those before, the first one's around its own; then
+blocks are joined in float64 (Chan, Golub and LeVeque 1983). So large means cost no accuracy: where the mean before is
+far from that of a block, their difference makes the variance as large.
 """
 
 from __future__ import annotations
@@ -175,28 +176,24 @@ def mean_and_variance(moments: Array, M: int) -> tuple[Array, Array]:
 
 @emitted
 def block_statistics(
-    builder: ir.IRBuilder, x: Pointer, at: Index, turns: Index, rest: Index, C: Index, c: Index, first: Pointer,
+    builder: ir.IRBuilder, x: Pointer, at: Index, turns: Index, rest: Index, C: Index, c: Index, around: Pointer,
     gaps: Pointer, squares: Pointer
 ) -> None:  # fmt: skip
-    """Of LANES channels of SIDE_BY_SIDE * turns + rest pixels: the first, and sums of gaps and of squares around it.
-
-    As one of the numbers, the first is never so far from their mean that a difference of sums would lose the variance.
-    """
-    start = (x + at).load()
-    total, around = ([Sum(zeros(builder)) for _ in range(SIDE_BY_SIDE)] for _ in range(2))
+    """Sums of gaps and of squares around a number, of LANES channels of SIDE_BY_SIDE * turns + rest pixels."""
+    start = (around + c).load()
+    firsts, seconds = ([Sum(zeros(builder)) for _ in range(SIDE_BY_SIDE)] for _ in range(2))
 
     def add(row: Index, i: int) -> None:
         gap = (x + at + C * row).load() - start
-        total[i].set(total[i].get() + gap)
-        around[i].set(gap.times(gap, around[i].get()))
+        firsts[i].set(firsts[i].get() + gap)
+        seconds[i].set(gap.times(gap, seconds[i].get()))
 
     with repeat(turns) as turn:
         for i in range(SIDE_BY_SIDE):
             add(turn * SIDE_BY_SIDE + i, i)
     with repeat(rest) as row:
         add(turns * SIDE_BY_SIDE + row, 0)
-    (first + c).store(start)
-    for place, sums in ((gaps, total), (squares, around)):
+    for place, sums in ((gaps, firsts), (squares, seconds)):
         (place + c).store((sums[0].get() + sums[1].get()) + (sums[2].get() + sums[3].get()))
 
 
@@ -269,9 +266,17 @@ def add_statistics(x: Array, first: int, stop: int, rows: int, moments: Array) -
     float32, contiguous, C a multiple of 16.
     """
     C = x.shape[-1]
-    block = np.empty((3, C), np.float32)
+    block, numbers = np.empty((3, C), np.float32), x.reshape(-1)
+    if stop > first == 0:
+        n = min(rows, stop)
+        for row in range(n):
+            for c in range(C):
+                moments[0, c] += numbers[row * C + c]
+        moments[0] /= n
     for start in range(first, stop, rows):
         n = min(rows, stop - start)
+        for c in range(C):
+            block[0, c] = moments[0, c]
         for c in range(0, C, LANES):
             turns, rest = n // SIDE_BY_SIDE, n % SIDE_BY_SIDE
             block_statistics(x, start * C + c, turns, rest, C, c, block[0], block[1], block[2])
