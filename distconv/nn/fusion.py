@@ -98,7 +98,7 @@ def fused(model: Layer) -> Layer:
 def with_inner(layer: Layer, change: Callable[[str, Layer], Layer]) -> Layer:
     """The same Chain or block, but with change(name, inner) for each layer within; any other layer as it is.
 
-    A user's own kind of these is another layer: it may compute something else. The body of a ResidualNorm is a whole.
+    A user's own kind of these is another layer: it may compute something else. Of a ResidualNorm, only its shortcut.
     """
     if type(layer) is Chain:
         return Chain.named((name, change(name, inner)) for name, inner in layer.layers)

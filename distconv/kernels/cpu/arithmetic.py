@@ -128,13 +128,13 @@ def conv_pool_backward(
 
 def _fast_road(x: Array, w: Array, stride: int, pad: int) -> Any:
     """The module of compiled kernels for such a convolution, or None. Numba is imported when it is first needed."""
-    K, _, C, F = w.shape
-    if not (x.dtype == w.dtype == np.float32 and F % 16 == 0):
-        return None
     if takes_winograd(x, w, stride, pad):
         from distconv.kernels.cpu import winograd
 
         return winograd
+    K, _, C, F = w.shape
+    if not (x.dtype == w.dtype == np.float32 and F % 16 == 0):
+        return None
     if K == 3 and stride == 1 and C == 1:
         from distconv.kernels.cpu import thin
 
