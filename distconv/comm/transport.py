@@ -48,6 +48,8 @@ class Messages:
         self.mine: Bytes = np.zeros(part_bytes, np.uint8)
         self.gathered: list[Bytes] = list(np.zeros((P, part_bytes), np.uint8))
         self.buffer_bytes = (2 * P - 1) * outgoing_bytes + (P + 1) * part_bytes  # what is its own is not sent
+        if P == 1:  # MPI would only copy
+            self.received, self.gathered, self.buffer_bytes = self.outgoing[0], [self.mine], outgoing_bytes
         self.lengths: list[int] | None = None  # of the parts, where some ranks have none
         if owners is not None and owners < P:
             self.lengths = [part_bytes] * owners + [0] * (P - owners)
@@ -58,6 +60,8 @@ class Messages:
     def scatter(self) -> None:
         if not self.outgoing:
             closed()
+        if self.comm.size == 1:
+            return
         outgoing: Any = self.outgoing[0].base
         received: Any = self.received
         if self.lengths is None:
@@ -68,6 +72,8 @@ class Messages:
         self._wait(call(outgoing, received))
 
     def gather(self) -> None:
+        if self.comm.size == 1:
+            return
         mine: Any = self.mine
         gathered: Any = self.gathered[0].base
         if self.lengths is None:
