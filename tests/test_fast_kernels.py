@@ -245,11 +245,24 @@ def test_pooling_is_that_of_numpy(shape: tuple[int, ...], window: tuple[int, int
     assert dx.dtype == np.float32
 
 
-def test_pooling_shows_what_is_not_a_number_where_it_comes_first() -> None:
-    x = np.zeros((1, 4, 4, 16), np.float32)
-    x[0, 0, 0] = np.nan
-    for window in ((2, 2, 0), (3, 2, 1)):
-        assert np.isnan(cpu.max_pool_forward(x, *window)[0][0, 0, 0]).all()
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("window", [(2, 2, 0), (3, 2, 1), (2, 1, 1)])
+def test_what_is_not_a_number_gets_lost_in_no_pool(window: tuple[int, int, int], dtype: type) -> None:
+    for place in np.ndindex(4, 4):
+        x = np.random.default_rng(0).standard_normal((1, 4, 4, 16)).astype(dtype)
+        x[0, place[0], place[1]] = np.nan
+        y, winner = cpu.max_pool_forward(x, *window)
+        expected = reference.max_pool_forward(x, *window)
+        np.testing.assert_array_equal(y, expected)
+        dx = cpu.max_pool_backward(np.ones_like(y), winner, *window, x.shape)
+        assert (dx[0, place[0], place[1]] == np.isnan(expected[0, ..., 0]).sum()).all()  # it won each of these
+
+
+def test_what_is_not_a_number_gets_lost_in_no_pool_behind_a_convolution() -> None:
+    x, w = np.zeros((1, 16, 16, 16), np.float32), np.zeros((3, 3, 16, 16), np.float32)
+    x[0, 6, 6, 0] = np.nan  # all windows of a convolution around it, from (5, 5) to (7, 7)
+    y, _ = cpu.conv_pool_forward(x, w, np.zeros(16, np.float32), 1, 1, True)
+    assert np.isnan(y[0, 2:4, 2:4]).all()
 
 
 @pytest.mark.parametrize(("H", "W", "C", "F", "pad"), [*NETWORK, *ODD, *REFUSED, (7, 13, 32, 16, 2), (6, 5, 16, 16, 1)])

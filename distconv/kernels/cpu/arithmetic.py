@@ -193,7 +193,8 @@ def _spread(length: int, stride: int, first: int, room: int) -> tuple[slice, sli
 def max_pool_forward(x: Array, K: int, stride: int, pad: int) -> tuple[Array, Array]:
     """Largest of each K x K window of x (N, H, W, C) -> y (N, OH, OW, C), and which of the K*K it was (uint8).
 
-    The first of equal elements counts. pad is below K, so that no window lies in the padding alone.
+    The first of equal elements counts, and what is not a number above all others: it must not get lost. pad is below
+    K, so that no window lies in the padding alone.
     """
     if _pools_fast(x.dtype, x.shape, K):
         from distconv.kernels.cpu import pooling
@@ -205,7 +206,7 @@ def max_pool_forward(x: Array, K: int, stride: int, pad: int) -> tuple[Array, Ar
         if best is None or winner is None:
             best, winner = window.copy(), np.zeros(window.shape, np.uint8 if K <= 16 else np.intp)
         else:
-            larger = window > best
+            larger = (window > best) | np.isnan(window)
             np.copyto(best, window, where=larger)
             np.copyto(winner, i, where=larger)
     assert best is not None and winner is not None

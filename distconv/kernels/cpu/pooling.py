@@ -19,7 +19,8 @@ Array = NDArray[Any]
 def max_pool_forward(x: Array, K: int, stride: int, pad: int) -> tuple[Array, Array]:
     """Largest of each window of x (N, H, W, C) -> y (N, OH, OW, C), and which of its K * K numbers (uint8, K <= 16).
 
-    C is a multiple of 16. The first of equal elements counts; rows and columns that fill no window are left out.
+    C is a multiple of 16. The first of equal elements counts, and the last that is not a number above all others; rows
+    and columns that fill no window are left out.
     """
     N, H, W, C = x.shape
     y = empty(N, output_size(H, K, stride, pad), output_size(W, K, stride, pad), C)
@@ -51,7 +52,7 @@ def pool_window(
     best, which = (x + at).load(), Bytes.all(builder, 0)
     for i in range(1, 4):
         value = (x + at + below * (i // 2) + C * (i % 2)).load()
-        larger = value.exceeds(best)
+        larger = value.wins(best)
         best, which = value.where(larger, best), Bytes.all(builder, i).where(larger, which)
     (y + to).store(best)
     which.store(winner + to)
@@ -76,7 +77,7 @@ def any_window(
     best, which = Sum((x + at).load()), Sum(Bytes.spread(first))
     with repeat(rows) as row, repeat(columns) as column:
         value, before = (x + at + below * row + C * column).load(), best.get()
-        larger = value.exceeds(before)
+        larger = value.wins(before)
         best.set(value.where(larger, before))
         which.set(Bytes.spread(first + K * row + column).where(larger, which.get()))
     (y + to).store(best.get())

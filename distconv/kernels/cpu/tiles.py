@@ -182,7 +182,7 @@ def pooled_tile(
             best, which = tile[2 * i][2 * j].get(), Bytes.all(builder, 0)
             for k in range(1, 4):
                 value = tile[2 * i + k // 2][2 * j + k % 2].get()
-                larger = value.exceeds(best)
+                larger = value.wins(best)
                 best, which = value.where(larger, best), Bytes.all(builder, k).where(larger, which)
             places[i][j].store(best)
             which.where(best.above(bend), Bytes.all(builder, SHUT)).store(winners[i][j])

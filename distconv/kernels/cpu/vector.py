@@ -76,6 +76,11 @@ class Vector(Value):
         """Mask of the elements that are larger than the other's; none where one of the two is not a number."""
         return self.builder.fcmp_ordered(">", self.value, other.value)
 
+    def wins(self, best: Vector) -> ir.Value:
+        """Mask of the elements that are larger than the best so far, or not a number, which then stays the best."""
+        unordered = self.builder.fcmp_unordered("uno", self.value, self.value)
+        return self.builder.or_(self.exceeds(best), unordered)
+
     def above(self, floor: Vector) -> ir.Value:
         """Mask of the elements that are larger than the floor's, or one of the two is not a number."""
         return self.builder.fcmp_unordered(">", self.value, floor.value)

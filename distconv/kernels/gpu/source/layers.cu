@@ -107,7 +107,8 @@ extern "C" __global__ void uniform(float *y, unsigned k0, unsigned k1, const uns
     y[i] = (words.word[place % 4] >> 8) * 0x1p-24f;
 }
 
-// y (n, OH, OW, C) = the largest of each K x K window of x (n, H, W, C); winner: which of the K K, the first of equals.
+// y (n, OH, OW, C) = the largest of each K x K window of x (n, H, W, C); winner: which of the K K, the first of equals,
+// and the last that is not a number, if any.
 extern "C" __global__ void max_pool_forward(const float *x, float *y, int *winner, int count, int H, int W, int C,
                                             int OH, int OW, int K, int stride, int pad) {
     int i = thread();
@@ -118,7 +119,7 @@ extern "C" __global__ void max_pool_forward(const float *x, float *y, int *winne
         int h = oh * stride - pad + tap / K, w = ow * stride - pad + tap % K;
         if (h < 0 || h >= H || w < 0 || w >= W) continue;
         float value = x[((n * H + h) * W + w) * C + c];
-        if (best < 0 || value > largest) largest = value, best = tap;
+        if (best < 0 || value > largest || value != value) largest = value, best = tap;
     }
     y[i] = largest;
     winner[i] = best;

@@ -108,7 +108,7 @@ __device__ __forceinline__ void write(const Results &to, int row, int column, Su
             int best = 0;
             for (int i = 1; i < 4; i++) {
                 float other = with_bias_and_relu(sum(i, c), BIAS ? to.bias[column + c] : 0);
-                if (other > results[c]) results[c] = other, best = i;
+                if (other > results[c] || other != other) results[c] = other, best = i;  // what is not a number stays
             }
             winners[c] = RELU && results[c] <= 0 ? NOBODY : best;
         }
