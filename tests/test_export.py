@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from distconv.nn.layers import Affine, Chain, Conv, Layer
 from distconv.nn.networks import build_network
-from distconv.nn.parameters import Parameters
+from distconv.nn.parameters import Parameters, Shape, Specs
 from distconv.run.checkpoint import find_checkpoints
 from distconv.run.layout import check, fill, places, to_file
 from tests import jobs
@@ -83,6 +84,28 @@ def test_every_network_comes_back_to_the_bit(name: str) -> None:
     assert check(arrays, wanted, Path("a.npz")) == []
     fill(second, arrays, wanted, Path("a.npz"))
     np.testing.assert_array_equal(second.vector, first.vector)
+
+
+class WithoutBias(Conv):
+    """A user's own kind: it has other parameters than the one that it is derived from."""
+
+    def shapes(self, input_shape: Shape) -> tuple[Shape, Specs]:
+        shape, specs = super().shapes(input_shape)
+        return shape, {"W": specs["W"]}
+
+
+class OwnChain(Chain):
+    def shapes(self, input_shape: Shape) -> tuple[Shape, Specs]:
+        shape, specs = super().shapes(input_shape)
+        return shape, {"mine": specs}
+
+
+@pytest.mark.parametrize(
+    "model", [Chain(WithoutBias(4), Affine(3)), OwnChain(Conv(4), Affine(3))], ids=["conv", "chain"]
+)
+def test_a_network_with_a_users_own_kind_of_a_layer_keeps_its_own_names(model: Layer) -> None:
+    parameters = Parameters(model.shapes((5, 5, 2))[1])
+    assert list(to_file(parameters, places(model, parameters, (5, 5, 2)))) == list(parameters.specs)
 
 
 def test_a_network_of_branches_keeps_its_own_names(tmp_path: Path) -> None:

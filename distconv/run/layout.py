@@ -62,8 +62,8 @@ def _numbered(model: Layer, specs: Mapping[str, Spec], input_shape: Shape) -> di
     """The source's places, of the convolutions and affine layers of a Chain, by our names."""
     found: dict[str, Place] = {}
     shape = input_shape
-    for name, layer in model.layers if isinstance(model, Chain) else ():
-        if isinstance(layer, Conv | Affine):
+    for name, layer in model.layers if type(model) is Chain else ():  # a user's own kind may have other parameters
+        if type(layer) in (Conv, Affine):
             k = len(found) // 2 + 1
             W, b = (specs[f"{name}.{which}"].shape for which in "Wb")
             split, axes = W, tuple(range(len(W)))
