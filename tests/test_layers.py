@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from dataclasses import dataclass, field
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -218,6 +219,14 @@ def test_dropout_keeps_its_share_in_training_and_scales_in_evaluation(ratio):
     np.testing.assert_allclose(Dropout(ratio).forward(x, {}, Context(training=False))[0], x * (1 - ratio), rtol=1e-15)
 
 
+@pytest.mark.parametrize("ratio", [np.float64(0.25), Fraction(1, 4)])
+def test_dropout_keeps_the_type_of_its_input_whatever_its_ratio_is(ratio):
+    x = images(2, 3, 4, 5).astype(np.float32)
+    for is_training in (True, False):
+        context = Context(training=is_training, samples=SAMPLES[:2])
+        assert Dropout(ratio).forward(x, {}, context)[0].dtype == np.float32
+
+
 def test_dropout_masks_belong_to_the_sample_whoever_holds_it():
     whole = mask(0.5, training())
     for part in ([0, 1], [2, 3, 4], [4, 0, 3]):
@@ -356,6 +365,8 @@ def test_two_layers_of_a_chain_never_share_a_name():
         (Conv(4, size=0), (8, 8, 1), r"Conv\(.*size=0.* at least 1"),
         (Dropout(1.5), (8,), r"Dropout\(ratio=1.5.* 0 to 1"),
         (Conv(4, size=4, pad="same"), (8, 8, 1), r"Conv\(.*size=4.* odd size"),
+        (Conv(4, size="3", pad="same"), (8, 8, 1), r"Conv\(.*size='3'.*size must be a whole number"),
+        (ConvNorm(4, size=None), (8, 8, 1), r"Conv.*size=None.*size must be a whole number"),
         (Conv(4, pad="valid"), (8, 8, 1), r"Conv\(.*pad='valid'.* whole number"),
         (AveragePool(9), (8, 8, 1), r"AveragePool\(size=9.* image of 8 x 8"),
         (GlobalAveragePool(), (8,), r"GlobalAveragePool\(\) needs images .* \(8,\)"),

@@ -152,7 +152,8 @@ class Conv:
         _check_whole(self, "filters", self.filters)
         check_switch(self, "relu", self.relu)
         K, F = self.size, self.filters
-        if self.pad == "same" and is_whole(K) and K % 2 == 0:
+        _check_whole(self, "size", K)  # before half of it is taken
+        if self.pad == "same" and K % 2 == 0:
             raise ValueError(f"{self}: same padding needs a window of odd size")
         output_shape = (*window_grid(self, H, W, K, self.stride, self.margin), F)
         deviation = he(K * K * C) if self.deviation is None else self.deviation
@@ -254,8 +255,8 @@ class Dropout:
     def forward(self, x: Array, params: Views, context: Context) -> tuple[Array, Backward]:
         if context.training:
             return context.drop(x, self.ratio), lambda dy, grads, wants_dx: context.drop(dy, self.ratio)
-        scale = context.kernels.scale
-        return scale(x, 1 - self.ratio), lambda dy, grads, wants_dx: scale(dy, 1 - self.ratio)
+        scale, kept = context.kernels.scale, 1 - float(self.ratio)  # a float64 of NumPy's would make float64 of x
+        return scale(x, kept), lambda dy, grads, wants_dx: scale(dy, kept)
 
 
 @dataclass(frozen=True, init=False)
