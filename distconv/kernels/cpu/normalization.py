@@ -28,16 +28,16 @@ NOTHING = np.empty(0, np.float32)
 def norm_forward(x: Array, gamma: Array, beta: Array, epsilon: float, relu: bool) -> tuple[Array, Array, Array]:
     """gamma (x - mean) / sqrt(variance + epsilon) + beta and, if asked, ReLU: x (..., C), gamma, beta (C,).
 
-    Returns y (..., C), and mean and variance (C,) of the numbers of each channel (biased).
+    Returns y (..., C), and mean and variance (C,) of the numbers of each channel (biased); those of no pixels are 0.
     """
     if _is_wide(x):
         moments = no_moments(x.shape[-1])
         add_statistics(x, 0, x.size // x.shape[-1], rows_of(x), moments)
         mean, variance = mean_and_variance(moments, x.size // x.shape[-1])
     else:
-        pixels = _pixels(x)
-        mean = pixels.mean(axis=0, dtype=np.float64).astype(x.dtype)
-        variance = np.square(pixels - mean).mean(axis=0, dtype=np.float64).astype(x.dtype)
+        pixels, M = _pixels(x), max(1, x.size // x.shape[-1])
+        mean = (pixels.sum(axis=0, dtype=np.float64) / M).astype(x.dtype)
+        variance = (np.square(pixels - mean).sum(axis=0, dtype=np.float64) / M).astype(x.dtype)
     return normalized(x, gamma, beta, mean, variance, epsilon, relu), mean, variance
 
 
@@ -64,7 +64,7 @@ def norm_backward(
         write_gradient(*found, 0, x.size // x.shape[-1], rows_of(x), dx)
         return dx
     C, dtype = x.shape[-1], x.dtype.type
-    M, inverse = x.size // C, 1 / np.sqrt(variance + dtype(epsilon))
+    M, inverse = max(1, x.size // C), 1 / np.sqrt(variance + dtype(epsilon))
     factor = gamma / np.sqrt(variance + dtype(epsilon))  # the bits of norm_forward
     gap = _pixels(x) - mean
     g, s = _pixels(dy) * (gap * factor + beta > 0) if relu else _pixels(dy), gap * inverse
