@@ -137,6 +137,16 @@ def test_running_statistics_go_a_tenth_of_the_way_to_those_of_the_parts_of_a_bat
         np.testing.assert_allclose(parameters.grads[name], way, rtol=1e-12)
 
 
+@pytest.mark.parametrize("C", [3, 16])
+@pytest.mark.parametrize("model", [BatchNorm(), ConvNorm(16)])
+@pytest.mark.filterwarnings("error")
+def test_no_samples_leave_running_statistics_where_they_are(model, C):
+    parameters, x = built(model, (4, 4, C)), np.zeros((0, 4, 4, C), np.float32)
+    y, backward = model.forward(x, parameters.values, Context(training=True, global_batch=3))
+    assert backward(np.zeros_like(y), parameters.grads, True).shape == x.shape
+    assert not parameters.gradient.any()
+
+
 def test_nobody_computes_a_gradient_for_what_is_not_trained():
     asked = []
 
@@ -286,6 +296,26 @@ def test_evaluation_keeps_no_activations_and_training_keeps_them_as_long_as_back
     assert all(output() is not None for output in watch.outputs)
     del kept
     assert [output() for output in watch.outputs] == [None, None]
+
+
+class InPlaceReLU(ReLU):
+    """A user's layer whose backward pass writes to its dy, as the textbook's does."""
+
+    def forward(self, x, params, context):
+        y = np.maximum(x, 0)
+
+        def backward(dy, grads, wants_dx):
+            dy[y <= 0] = 0
+            return dy
+
+        return y, backward
+
+
+@pytest.mark.parametrize("relu", [True, False])
+@pytest.mark.parametrize("shortcut", [None, InPlaceReLU(), Conv(2, 1)])
+def test_a_body_that_writes_to_its_dy_leaves_the_gradient_beside_it_alone(relu, shortcut):
+    inner = Residual(Chain(Conv(2, pad=1), InPlaceReLU()), shortcut, relu)
+    assert_gradients_are_the_slopes(Chain(Residual(inner, None, relu), Affine(2)), 3, 4, 4, 2)
 
 
 def test_a_pass_changes_neither_its_input_nor_the_parameters_nor_dy():

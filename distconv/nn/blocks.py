@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from distconv.errors import UsageError
 from distconv.kernels.interface import Array
-from distconv.nn.layers import Backward, Context, Layer, check_switch, is_layer, kind_of, shapes_of
+from distconv.nn.layers import Backward, Context, Layer, check_switch, is_layer, is_ours, kind_of, shapes_of
 from distconv.nn.parameters import Shape, Specs, Views
 
 
@@ -50,7 +50,9 @@ class Residual:
 
         def backward(dy: Array, grads: Views, wants_dx: bool) -> Array | None:
             dsum: Array = kernels.relu_backward(dy, y) if self.relu else dy
-            dx = body_backward(dsum, grads.get("body", {}), wants_dx)
+            # Many a user's backward pass writes to its dy, which is to be added beside, too.
+            dbody = dsum if is_ours(self.body) else dsum.copy()
+            dx = body_backward(dbody, grads.get("body", {}), wants_dx)
             dbeside: Array | None = dsum
             if shortcut_backward:
                 dbeside = shortcut_backward(dsum, grads.get("shortcut", {}), wants_dx)
