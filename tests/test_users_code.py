@@ -77,6 +77,8 @@ MODELS = {
     "no backward": ("forward(lambda x: (x, None))", "Bad.forward gave 2 values"),
     "another y": ("forward(lambda x: (x[:, :9], id))", "shape (2, 9), but floats of shape (2, 20)"),
     "integers": ("forward(lambda x: (x.astype(int), id))", "int64 of shape (2, 20), but floats"),
+    "half precision": ("forward(lambda x: (x.astype('e'), id))", "float16 of shape (2, 20), but floats"),
+    "x changed": ("forward(lambda x: (np.add(x, 2, out=x), id))", "Bad.forward changed its input"),
     "no dx": (BACKWARD.format("None"), "the backward pass of Bad gave a NoneType"),
     "another y beside": (
         BESIDE.format("Bad(None, lambda x: (x[:, :9], id))"),

@@ -28,7 +28,10 @@ class Checked:
 
     def forward(self, x: Array, params: Views, context: Context) -> tuple[Array, Backward]:
         kind, (declared, _) = type(self.layer).__name__, self.shapes(x.shape[1:])
+        before = x.copy()
         found: Any = self.layer.forward(x, params, context)
+        if not np.array_equal(x, before, equal_nan=True):
+            raise UsageError(f"{kind}.forward changed its input, which other layers still need: change a copy of it")
         if not isinstance(found, tuple) or len(found) != 2 or not callable(found[1]):
             raise UsageError(f"{kind}.forward gave {_shown(found)}, but (y, backward) was expected")
         y, layer_backward = found
@@ -50,8 +53,8 @@ def checked(model: Layer) -> Layer:
 
 
 def _check(who: str, found: Any, shape: Shape) -> None:
-    if not isinstance(found, np.ndarray) or found.shape != shape or found.dtype.kind != "f":
-        raise UsageError(f"{who} gave {_shown(found)}, but floats of shape {shape} were expected")
+    if not isinstance(found, np.ndarray) or found.shape != shape or found.dtype not in (np.float32, np.float64):
+        raise UsageError(f"{who} gave {_shown(found)}, but floats of shape {shape} were expected, of 32 or 64 bits")
 
 
 def _shown(found: Any) -> str:

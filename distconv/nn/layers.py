@@ -89,7 +89,7 @@ class Layer(Protocol):
         ...
 
     def forward(self, x: Array, params: Views, context: Context) -> tuple[Array, Backward]:
-        """y and its backward pass; x has shape (N, *input_shape)."""
+        """y and its backward pass; x has shape (N, *input_shape), and others read it, so it is not to be changed."""
         ...
 
 
