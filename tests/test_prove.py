@@ -51,6 +51,18 @@ def test_the_number_of_ranks_does_not_change_the_run_with_any_wire(tmp_path: Pat
         assert three["max_relative_difference"] == three["bound"] == 0 and three["shards"] == 8
 
 
+def test_a_gradient_of_nothing_but_rounding_breaks_no_bound(tmp_path: Path) -> None:
+    (tmp_path / "of_a_user.py").write_text(
+        "from distconv.nn.layers import Affine, Chain, Conv\n"
+        "from distconv.nn.normalization import BatchNorm\n"
+        "def network(classes): return Chain(Conv(16, stride=2), BatchNorm(True), Affine(classes))\n"
+    )
+    flags = "--ranks", "1,3", "--wires", "float32,float16", "--model", "of_a_user:network"
+    result = prove(*flags, "--json", PYTHONPATH=str(tmp_path))
+    assert result.returncode == 0, result.stdout
+    assert 0 < max(json.loads(line)["max_relative_difference"] for line in result.stdout.splitlines()) < 1e-3
+
+
 def test_a_model_that_depends_on_the_rank_is_found_out(tmp_path: Path) -> None:
     (tmp_path / "wrong.py").write_text(RANK_DEPENDENT)
     result = prove("--ranks", "1,2", "--wires", "float64", "--model", "wrong:network", PYTHONPATH=str(tmp_path))
