@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+from distconv.nn.layers import Affine
 from distconv.nn.networks import NETWORKS, build_network, usual_image_shape
 from distconv.nn.parameters import Parameters
-from distconv.nn.summary import parts, table
+from distconv.nn.summary import describe, parts, table
 from tests import jobs
 
 
@@ -46,6 +47,12 @@ def test_a_line_of_the_table_is_a_layer() -> None:
     ]  # 27 x 16 weights, 2 x 16 of norm
     assert ["residual4.shortcut", "16", "x", "16", "x", "32", "576", "0.26", "64.0"] in lines
     assert lines[-1][:2] == ["all", "272,474"]
+
+
+def test_a_model_of_one_small_layer_has_a_name_and_operations() -> None:
+    text = describe("mine:network", Affine(10), (28, 28, 1))
+    assert text.splitlines()[3].split() == ["affine", "10", "7,850", "0.02", "0.0"]
+    assert "a training step takes some 0.05." in text
 
 
 def test_the_command_describes_the_model_for_its_data_and_starts_nothing() -> None:

@@ -44,7 +44,9 @@ def parts(layer: Layer, input_shape: Shape, name: str = "") -> Iterator[Part]:
         w = specs.get("W")
         flops = 2 * math.prod(w.shape) * math.prod(shape[:-1]) if isinstance(w, Spec) else 0
         kept = FLOAT * math.prod(shape) * (2 if isinstance(layer, ConvNorm) else 1)
-        yield Part(name, layer, shape, count(specs, lambda spec: spec.trained), flops, kept)
+        yield Part(
+            name or type(layer).__name__.lower(), layer, shape, count(specs, lambda spec: spec.trained), flops, kept
+        )
 
 
 def drops_scores(model: Layer) -> bool:
@@ -74,7 +76,7 @@ def describe(name: str, model: Layer, input_shape: Shape) -> str:
     return (
         f"{name} on images of {' x '.join(map(str, input_shape))}, for each image:\n\n{table(model, input_shape)}\n\n"
         "MFLOP: of the matrix products of a forward pass, a product and a sum counted as two; a training step takes "
-        f"some {3 * flops / 1e6:,.0f}.\nkept: in float32, for the backward pass; an evaluation keeps nothing.\n"
+        f"some {3 * flops / 1e6:,.{0 if flops > 1e7 else 2}f}.\nkept: in float32, for the backward pass; an evaluation keeps nothing.\n"
         f"In memory besides: {FLOAT * count(model.shapes(input_shape)[1]) / 2**20:.1f} MiB of parameters, as "
         "much of gradients, and what the optimizer remembers (Adam: twice as much)."
     )
