@@ -18,6 +18,7 @@ import socket
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -52,6 +53,9 @@ def run_command(command: Callable[[Sequence[str]], int], argv: Sequence[str] | N
     """Run a command and exit with its code; a DistconvError becomes one sentence, said once for all ranks."""
     prepare_streams()
     prepare_to_leave()
+    # Of a run that diverges, a sentence tells; of what a user's own module computes, NumPy's warnings stay.
+    beyond = "(overflow|underflow|invalid value|divide by zero) encountered"
+    warnings.filterwarnings("ignore", beyond, RuntimeWarning, r"(distconv|numpy)\.")
     if not os.path.isabs(os.path.expanduser("~")):  # noqa: PTH111, PTH117 (pathlib raises where there is no home)
         os.environ["HOME"] = NO_HOME
     code = _run(command, sys.argv[1:] if argv is None else argv)

@@ -32,7 +32,7 @@ from distconv.run.log import RunLog
 from distconv.run.loop import EpochRecord, Record, StepRecord, StopRecord, logged
 from distconv.run.loop import train as records
 from distconv.run.memory import tell_memory
-from distconv.run.report.numbers import percent
+from distconv.run.report.numbers import loss, percent
 from distconv.run.run import Run
 from distconv.run.saver import Saver
 from distconv.run.stopping import StopRequest
@@ -122,7 +122,7 @@ def follow(records: Iterator[Record], run: Run, saver: Saver, out: Path, log: Ru
                 saver.save()
         elif isinstance(record, EpochRecord):
             log.say(
-                f"epoch {record.epoch}/{settings.epochs}: loss {record.train_loss:.4f}, {record.metric} "
+                f"epoch {record.epoch}/{settings.epochs}: loss {loss(record.train_loss)}, {record.metric} "
                 + "".join(f"{percent(score)} {SHOWN.get(part, part)}, " for part, score in record.scores.items())
                 + f"{record.images_per_second:,.0f} images/s"
             )

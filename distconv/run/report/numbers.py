@@ -28,6 +28,11 @@ def short(value: float) -> str:
     return f"{value:.3g}"
 
 
+def loss(value: float, digits: int = 4) -> str:
+    """A loss, with so many digits behind the point; one that has diverged may have thirty before it, but is short."""
+    return f"{value:.{digits}f}" if abs(value) < 1e6 else f"{value:.3g}"
+
+
 def milliseconds(value: float) -> str:
     return f"{value:.3g} ms"
 

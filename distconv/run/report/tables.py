@@ -15,7 +15,7 @@ import numpy as np
 from distconv.run.report.advice import noise_scale
 from distconv.run.report.charts import MOST_RANKS, SCORES
 from distconv.run.report.history import History
-from distconv.run.report.numbers import duration, in_bytes, milliseconds, percent, plural, short
+from distconv.run.report.numbers import duration, in_bytes, loss, milliseconds, percent, plural, short
 
 MOST_EPOCHS = 200  # rows of a table
 
@@ -107,8 +107,8 @@ def epochs_table(history: History) -> str:
     scores = {name: values for name, values in of_parts.items() if np.isfinite(values).any()}
     columns = history.per_epoch("epoch"), history.per_epoch("train_loss"), history.per_epoch("images_per_second")
     rows = [
-        [f"{epoch:.0f}", f"{loss:.4f}", *(percent(values[row]) for values in scores.values()), f"{speed:,.0f}"]
-        for row, (epoch, loss, speed) in enumerate(zip(*columns, strict=True))
+        [f"{epoch:.0f}", loss(mean), *(percent(values[row]) for values in scores.values()), f"{speed:,.0f}"]
+        for row, (epoch, mean, speed) in enumerate(zip(*columns, strict=True))
     ]
     left_out = f'<p class="soft">The last {MOST_EPOCHS} of {len(rows):,}.</p>' * (len(rows) > MOST_EPOCHS)
     shown = table(["epoch", "loss", *scores, "images/s"], rows[-MOST_EPOCHS:])
