@@ -268,7 +268,8 @@ class Config:
                 if isinstance(value, int) and abs(value) >= 2**64:
                     value = "with a number of more than 64 bits"  # Python shows no number of thousands of digits
                 shown = str(value)[:LONGEST_SHOWN]
-                raise UsageError(f"{flag(field.name)} {shown}: expected {expected}{nearest(value, expected)}")
+                meant = nearest(value, expected) if kind is str else ""  # for a number, the nearest text says nothing
+                raise UsageError(f"{flag(field.name)} {shown}: expected {expected}{meant}")
         if self.wire in EXACT and not self.shards:
             raise UsageError(f"--wire {self.wire} adds up shards: say how many by --shards, 8 say, or use float16")
 
