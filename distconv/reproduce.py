@@ -28,6 +28,7 @@ Metrics = Sequence[Mapping[str, Any]]
 def main(argv: Sequence[str]) -> int:
     flags = parse(argv)
     with start() as world:
+        from distconv.run.folder import members
         from distconv.run.log import RunLog, read_metrics
 
         log, settings, metrics = RunLog(world.rank == 0), Config(), []
@@ -35,7 +36,11 @@ def main(argv: Sequence[str]) -> int:
             if world.rank == 0:
                 metrics = read_metrics(flags.run / "metrics.jsonl")
                 if not of_each(metrics, "step", "train_loss"):
-                    raise MissingInputError(f"{flags.run} has no metrics.jsonl with steps: a run's folder was expected")
+                    of_it = members(flags.run)
+                    which = "" if of_it == [flags.run] else f", and this is an ensemble's: give {of_it[0]}, say"
+                    raise MissingInputError(
+                        f"{flags.run} has no metrics.jsonl with steps: a run's folder was expected{which}"
+                    )
                 if not (flags.run / "config.toml").is_file():
                     raise MissingInputError(f"{flags.run} has no config.toml: a run's folder was expected")
                 settings = Config(**read_toml(flags.run / "config.toml"))
@@ -78,14 +83,15 @@ def train_again(settings: Config, metrics: Metrics, world: World, log: RunLog, q
     from distconv.kernels.compiled import CACHE
     from distconv.run.build import build_run
     from distconv.run.first_weights import take_first_weights
-    from distconv.run.loading import load_dataset
+    from distconv.run.loading import load_dataset, named_by_a_run
     from distconv.run.loop import EpochRecord, StepRecord, train
     from distconv.run.training import check_settings
 
     with world.together():
         check_settings(settings, world)
     CACHE.say = log.say_aside
-    dataset, name = load_dataset(settings.data, world, log.say_aside, settings.limit_train, settings.validation)
+    with named_by_a_run(settings.data):
+        dataset, name = load_dataset(settings.data, world, log.say_aside, settings.limit_train, settings.validation)
     started = next((record for record in metrics if record.get("event") == "start"), {})
     if (sha256 := str(started.get("data_sha256", dataset.digest))) != dataset.digest:
         raise MismatchError(
@@ -100,7 +106,8 @@ def train_again(settings: Config, metrics: Metrics, world: World, log: RunLog, q
     losses, same, difference = of_each(metrics, "step", "train_loss"), 0, ""
     parameters, last = of_each(metrics, "epoch", "parameters_sha256"), max(losses)
     run = build_run(settings, dataset, world, log.say_aside)
-    take_first_weights(run, log.say_aside)
+    with named_by_a_run(settings.init):
+        take_first_weights(run, log.say_aside)
     for record in train(run, lambda: False):
         if isinstance(record, StepRecord):
             if not quiet:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 from pathlib import Path
 from typing import Any
@@ -58,7 +59,8 @@ def test_it_belongs_to_the_run_and_is_not_read_again(tmp_path: Path) -> None:
     assert train(2, *STILL, "--lr", "0.001", "--epochs", "2", "--init", weights, "--out", whole).returncode == 0
     other = tmp_path / "other.pkl"
     weights.rename(other)  # nobody needs it any more
-    more = train(2, *STILL, "--lr", "0.001", "--epochs", "2", "--init", weights, "--out", out)
+    spelled = os.path.relpath(weights, jobs.ROOT)  # the same file, as another folder calls it
+    more = train(2, *STILL, "--lr", "0.001", "--epochs", "2", "--init", spelled, "--out", out)
     assert more.returncode == 0 and "starting from" not in more.stdout, more.stderr
     assert parameters(out) == parameters(whole)
     for flags, words in ((("--init", other), f"init = {weights}, not {other}"), ((), f"init = {weights}, not none")):
@@ -145,3 +147,22 @@ def test_nobody_resumes_from_weights_alone(tmp_path: Path) -> None:
         result = train(2, *STILL, "--resume", given, "--out", tmp_path / "run")
         assert result.returncode == 2 and f"--init {given}" in result.stderr and result.stderr.count("\n") == 1
     assert not (tmp_path / "run").exists()
+
+
+def test_where_the_data_are_others_the_model_is_not_blamed_and_a_relative_path_is_told_of(tmp_path: Path) -> None:
+    images, labels = np.zeros((60, 9, 7), np.uint8), np.arange(60) % 3
+    np.savez(tmp_path / "own.npz", x_train=images, y_train=labels, x_test=images, y_test=labels)
+    own, new = tmp_path / "own", tmp_path / "new"
+    few = (*QUICK, "--model", "deepconvnet", "--lr", "0.01")
+    there = f"import os, runpy; os.chdir({str(tmp_path)!r}); runpy.run_module('distconv.train', run_name='__main__')"
+    result = jobs.run(0, "-c", there, *few, "--data", "own.npz", "--out", own, PYTHONPATH=str(jobs.ROOT))
+    assert result.returncode == 0, result.stderr
+
+    other = train(2, *few, "--data", "digits", "--init", own, "--out", new)
+    assert other.returncode == 78 and "--model" not in other.stderr and other.stderr.count("\n") == 1, other.stderr
+    assert "was trained on 3 classes of images of (9, 7, 1), but this run's data has 10 classes" in other.stderr
+
+    for ranks, command in ((0, "reproduce"), (2, "evaluate")):  # in another folder
+        lost = jobs.run(ranks, "-m", f"distconv.{command}", own)
+        assert lost.returncode == 66 and "own.npz is not a file" in lost.stderr
+        assert "the run names it from the folder where it was started: start this there, too" in lost.stderr

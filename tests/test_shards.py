@@ -114,6 +114,8 @@ def test_reproduce_compares_as_far_as_a_run_came_and_the_parameters_of_its_epoch
 def test_reproduce_refuses_what_is_no_run_and_other_data(runs: dict[int, Path], tmp_path: Path) -> None:
     nothing = reproduce(2, tmp_path)
     assert nothing.returncode == 66 and "a run's folder was expected" in nothing.stderr
+    several = reproduce(2, shutil.copytree(runs[1], tmp_path / "ensemble" / "member-0").parent)
+    assert several.returncode == 66 and f"give {tmp_path / 'ensemble' / 'member-0'}, say" in several.stderr
     other = shutil.copytree(runs[1], tmp_path / "other")
     config = (other / "config.toml").read_text().replace("limit_train = 115", "limit_train = 114")
     (other / "config.toml").write_text(config)
@@ -129,7 +131,7 @@ def test_reproduce_refuses_what_is_no_run_and_other_data(runs: dict[int, Path], 
     (other / "config.toml").write_text(config)
     unsharded = reproduce(2, other)
     assert unsharded.returncode == 78 and "its bits need as many ranks as it had, 1 and not 2" in unsharded.stderr
-    for result in (nothing, changed, many):
+    for result in (nothing, several, changed, many):
         assert result.stderr.count("\n") == 1 and result.stdout == ""
 
 

@@ -13,6 +13,7 @@ from distconv.errors import CannotCreateError, DownloadError, MissingInputError,
 from distconv.factory import call_factory, is_factory
 
 AUTO = "auto"
+NAMES = (AUTO, "mnist", cifar.NAME, "digits")  # which are no paths
 
 
 def prepare(name: str) -> tuple[str, str]:

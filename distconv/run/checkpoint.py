@@ -276,6 +276,8 @@ def check_same_run(checkpoint: Checkpoint, config: Config, data_digest: str) -> 
     have, want = dict(checkpoint.config), dataclasses.asdict(config)
     have["batch_size"] *= have.get("accumulate", 1)  # in how many parts a step is computed does not matter
     want["batch_size"] = config.step_size
+    # x and ./x are one file
+    have["init"], want["init"] = (init and os.path.abspath(init) for init in (have.get("init", ""), config.init))  # noqa: PTH100
     for name in MUST_MATCH:
         if (was := have.get(name, SINCE_LATER.get(name))) != want[name]:
             raise MismatchError(

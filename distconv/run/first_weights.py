@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from distconv.errors import MismatchError
 from distconv.nn.networks import build_network
 from distconv.nn.optimizers import EMA
-from distconv.run.loading import newest_of, open_file, tell_passed_over
+from distconv.run.loading import check_data, newest_of, open_file, tell_passed_over
 from distconv.run.run import Run
 
 
@@ -26,7 +27,12 @@ def take_first_weights(run: Run, say: Callable[[str], None]) -> None:
             model, _ = build_network(run.config.model, shape, run.data.classes, None)
             file = open_file(newest_of(Path(run.config.init), say), run.config.model)
             tell_passed_over(run.config.init, file.check(model, parameters, shape), say)
-            file.fill(parameters, model, shape)
+            try:
+                file.fill(parameters, model, shape)
+            except MismatchError:
+                if file.checkpoint:  # the data may be to blame, not the model
+                    check_data(file.checkpoint, run.data, "this run's data", True, file.checkpoint)
+                raise
             say(f"starting from the weights of {file.path}" + ", their average" * (file.slot == EMA))
     world.comm.Bcast(parameters.vector)
     if run.config.ema:

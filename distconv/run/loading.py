@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from distconv.comm.world import World
 from distconv.config import CLASSIFY
 from distconv.data.data import Data
 from distconv.data.dataset import Dataset
-from distconv.errors import MismatchError, StorageError, UsageError
+from distconv.errors import MismatchError, MissingInputError, StorageError, UsageError
 from distconv.kernels.compiled import CACHE
 from distconv.nn.layers import Layer
 from distconv.nn.networks import build_network
@@ -64,6 +65,17 @@ def load_dataset(
     advice = seeded if data.is_function(name) else "give all hosts the same files"
     world.agree("the data set", dataset.digest, advice)
     return dataset, name
+
+
+@contextlib.contextmanager
+def named_by_a_run(path: str) -> Iterator[None]:
+    """Within it, a path that a run was given is read. Where it leads nowhere, say from where it counts."""
+    try:
+        yield
+    except MissingInputError as error:
+        if path not in data.NAMES and not os.path.isabs(path):  # noqa: PTH117
+            error.args = (f"{error}; the run names it from the folder where it was started: start this there, too",)
+        raise
 
 
 @dataclass(frozen=True)
@@ -138,7 +150,9 @@ def open_models(
     checkpoints = [file.checkpoint for file in files if file.checkpoint]
     if checkpoints and not arguments.data:  # must be what the models were trained on
         parts = {part: checkpoints[0].config.get(part, 0) for part in ("limit_train", "validation")}
-        dataset, data_name = load_dataset(checkpoints[0].data["name"], world, say, **parts)
+        name = checkpoints[0].data["name"]
+        with named_by_a_run(name):
+            dataset, data_name = load_dataset(name, world, say, **parts)
     else:
         dataset, data_name = load_dataset(arguments.data or data.AUTO, world, say)
     with world.together():
@@ -223,7 +237,7 @@ def _classifies(file: SavedFile) -> bool:
     return file.checkpoint is None or file.checkpoint.config.get("task", CLASSIFY) == CLASSIFY
 
 
-def check_data(checkpoint: Checkpoint, dataset: Dataset, name: str, chosen: bool, first: Checkpoint) -> None:
+def check_data(checkpoint: Checkpoint, dataset: Data, name: str, chosen: bool, first: Checkpoint) -> None:
     """Raise MismatchError for a data set that the model cannot judge, or that nobody has chosen for it.
 
     chosen: the user has named this one. Else it is what the first checkpoint names, and must be what this one was
