@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 from pathlib import Path
 
@@ -62,7 +63,8 @@ def test_runs_that_are_stopped_all_go_on(tmp_path: Path) -> None:
     for rank in job.ranks():
         rank.send_signal(signal.SIGTERM)
     stopped = job.finish(30)
-    assert stopped.returncode == 75 and stopped.stdout.count("stopped on request") == 2, stopped.stdout
+    assert stopped.returncode == 75 and stopped.stdout.count("stopped on request after") == 2, stopped.stdout
+    assert re.findall("--out [^ \n]*", stopped.stdout) == [f"--out {out}"]  # with a member's, it would be another one
     assert jobs.run(2, *flags, "--out", out, seconds=60).returncode == 0
     assert jobs.run(1, *TRAIN, "--epochs", "20", "--seed", "1", "--out", tmp_path / "alone", seconds=60).returncode == 0
     assert sha(out / "member-1") == sha(tmp_path / "alone")

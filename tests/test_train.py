@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 import signal
 import subprocess
 from pathlib import Path
@@ -130,15 +132,16 @@ def test_a_signal_stops_all_ranks_with_a_checkpoint_and_the_run_goes_on_bit_for_
     whole: Path, tmp_path: Path, number: signal.Signals, everyone: bool
 ) -> None:
     out = tmp_path / "run"
-    job = jobs.Job(2, ("-m", "distconv.train", *QUICK, "--epochs", "3", "--out", out))
+    command = (*QUICK, "--epochs", "3", "--resume", "never", "--out", out)
+    job = jobs.Job(2, ("-m", "distconv.train", *command))
     interrupt(job, out, 7, number, everyone)
     stopped = job.finish(30)
     assert stopped.returncode == 75, stopped.stdout + stopped.stderr
     done = len(metrics(out, "step"))
     assert load_checkpoint(find_checkpoints(out / "checkpoints")[0]).position["step"] == done < 15
     assert not (out / "DONE").exists()
-    assert f"stopped on request after step {done}" in stopped.stdout
-    again = train(2, *QUICK, "--epochs", "3", "--out", out)
+    (advice,) = re.findall(f"stopped on request after step {done}; the same command with (.*) goes on", stopped.stdout)
+    again = train(2, *command, *shlex.split(advice))
     assert again.returncode == 0 and f"after step {done} of 15" in again.stdout
     assert parameters(out) == parameters(whole)
     assert metrics(out, "step") == metrics(whole, "step")

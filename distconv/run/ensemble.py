@@ -18,7 +18,7 @@ from distconv.errors import STOPPED, DistconvError, UsageError
 from distconv.run.folder import cannot_be_written, new_folder
 from distconv.run.log import RunLog
 from distconv.run.stopping import StopRequest
-from distconv.run.training import agree_on_settings, train
+from distconv.run.training import agree_on_settings, same_command, train
 
 FOR_EVER = 1e9  # seconds
 
@@ -57,8 +57,9 @@ def train_ensemble(settings: Config, world: World, stop: StopRequest) -> int:
         raise
     world.wait()
     code = int(max(world.comm.allgather(code)))
-    if code < STOPPED:
-        RunLog(world.rank == 0).say(f"together: python -m distconv.evaluate {shlex.quote(str(out))}")
+    together = f"together: python -m distconv.evaluate {shlex.quote(str(out))}"
+    stopped = f"stopped on request; {same_command(settings, out)} goes on with all members"
+    RunLog(world.rank == 0).say(together if code < STOPPED else stopped)
     return code
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import platform
+import shlex
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -129,13 +130,19 @@ def follow(records: Iterator[Record], run: Run, saver: Saver, out: Path, log: Ru
             saver.save()
         elif isinstance(record, StopRecord):
             there = "there" if saver.save() else "the last good checkpoint"
-            log.say(
-                f"stopped on request after step {record.step}; the same command with --out {out} goes on from {there}"
-            )
+            # An ensemble says it once, for all.
+            how = "" if log.prefix else f"; {same_command(settings, out)} goes on from {there}"
+            log.say(f"stopped on request after step {record.step}{how}")
             log.close()
             show_report(run, out, log)
             return errors.STOPPED
     return 0
+
+
+def same_command(settings: Config, out: Path) -> str:
+    """What to type so that a run goes on, for people."""
+    resume = "" if settings.resume == "auto" else " --resume auto"  # others are for a folder that is new
+    return f"the same command with --out {shlex.quote(str(out))}{resume}"
 
 
 def check_settings(settings: Config, world: World) -> None:
