@@ -45,6 +45,11 @@ def call_factory(name: str, *arguments: Any) -> Any:
 
     Raises UsageError where there is none or it does not take them; what it raises itself comes through.
     """
+    return load_taking(name, *arguments)(*arguments)
+
+
+def load_taking(name: str, *arguments: Any) -> Callable[..., Any]:
+    """The function that `package.module:function` names, which takes such arguments. Raises as call_factory does."""
     function = load_factory(name)
     try:
         inspect.signature(function).bind(*arguments)
@@ -53,4 +58,4 @@ def call_factory(name: str, *arguments: Any) -> Any:
     except TypeError as error:
         count = f"{len(arguments)} argument{'s' * (len(arguments) != 1)}"
         raise UsageError(f"{name} is called with {count}, which it does not take: {error}") from None
-    return function(*arguments)
+    return function

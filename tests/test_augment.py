@@ -153,6 +153,7 @@ def test_what_names_say() -> None:
         ("rotate=far", "rotate takes a number, but 'far' was given"),
         ("nothing.here:at_all", "there is no module nothing"),
         ("tests.files:at_all", "has no function at_all"),
+        ("tests.test_augment:colours", "is called with 2 arguments, which it does not take"),
     ],
 )
 def test_what_no_augmentation_is_named_so_is_one_sentence(text: str, words: str) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 from distconv.data.data import Data
 from distconv.errors import UsageError
-from distconv.factory import is_factory, load_factory
+from distconv.factory import is_factory, load_taking
 
 DRAWS = 10  # random numbers of an image; kernels/cpu/augmentation.py says what each is for
 
@@ -83,7 +83,7 @@ class Augmented:
 def named_augmentation(text: str) -> Callable[[Any, Any], Any]:
     """What --augment names: a preset, `rotate=15,flip=1`, or package.module:function. Raises UsageError."""
     if is_factory(text):
-        return load_factory(text)
+        return load_taking(text, None, None)  # x and the context
     amounts: dict[str, float] = {}
     for word in ",".join(PRESETS.get(word.strip(), word) for word in text.split(",")).split(","):
         name, _, amount = word.strip().partition("=")

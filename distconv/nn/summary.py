@@ -72,11 +72,12 @@ def table(model: Layer, input_shape: Shape) -> str:
 
 def describe(name: str, model: Layer, input_shape: Shape) -> str:
     """The table, and what its figures are."""
-    flops = sum(part.flops for part in parts(model, input_shape))
+    step = 3 * sum(part.flops for part in parts(model, input_shape)) / 1e6
     return (
         f"{name} on images of {' x '.join(map(str, input_shape))}, for each image:\n\n{table(model, input_shape)}\n\n"
         "MFLOP: of the matrix products of a forward pass, a product and a sum counted as two; a training step takes "
-        f"some {3 * flops / 1e6:,.{0 if flops > 1e7 else 2}f}.\nkept: in float32, for the backward pass; an evaluation keeps nothing.\n"
+        f"some {step:,.{0 if step > 30 else 2}f}.\n"
+        "kept: in float32, for the backward pass; an evaluation keeps nothing.\n"
         f"In memory besides: {FLOAT * count(model.shapes(input_shape)[1]) / 2**20:.1f} MiB of parameters, as "
         "much of gradients, and what the optimizer remembers (Adam: twice as much)."
     )
