@@ -114,7 +114,7 @@ class Allreduce:
     how: the exchange in words. A context manager.
 
     Raises TypeError or ValueError, on all ranks alike, for a wrong size, wire or exchange, or where ranks differ in
-    them; on this rank alone for what is no communicator.
+    them, and MemoryError where one has no room for so many numbers; on this rank alone for what is no communicator.
     """
 
     def __init__(self, comm: MPI.Comm, size: int, wire: str = "float16", exchange: str = "auto") -> None:
@@ -124,7 +124,7 @@ class Allreduce:
             check_settings(self._comm, size, wire, exchange)
             self.size = operator.index(size)
             self._exchange = select(self._comm, self.size, wire, exchange, CALL, overlaps=False)
-        except (TypeError, ValueError):  # on all ranks alike, as it takes all to free it
+        except (TypeError, ValueError, MemoryError):  # on all ranks alike, as it takes all to free it
             self._comm.Free()
             raise
         self.wire, self.how = self._exchange.wire, self._exchange.how
@@ -183,7 +183,7 @@ class Allreduce:
         if error is None or getattr(error, "everywhere", False):
             return self.close()
         how = f"has left its `with` block by {type(error).__name__}: {error}"
-        if not self._ended and self._comm.size > 1:
+        if not self._ended and self._comm.size > 1 and os.getpid() == self._process:
             # Should the others never call again, this rank waits for ever, and its traceback is never seen.
             _log.warning("Allreduce: rank %d %s; it waits for the others' next call", self._comm.rank, how)
         return self._leave(how)
@@ -193,12 +193,13 @@ class Allreduce:
         try:
             began, asleep = time.perf_counter(), self._exchange.waited
             problem, layout = None, 0
-            arrays: Sequence[Array] | None = vectors if isinstance(vectors, list | tuple) else None
+            arrays: list[Array] | None = None
             try:
-                if arrays is None:
-                    vector = check_vector(vectors, self.size, self.wire.dtype)
-                else:
+                if isinstance(vectors, list | tuple):
+                    arrays = check_arrays(vectors, self.size, self.wire.dtype)
                     vector, layout = self._gather(arrays), self._layout
+                else:
+                    vector = check_vector(vectors, self.size, self.wire.dtype)
             except Exception as error:  # whatever a user's sequence does
                 problem = type(error).__name__, str(error)
                 vector, act = np.zeros(self.size, self.wire.dtype), VOID
@@ -206,7 +207,7 @@ class Allreduce:
             busy = began - self._returned
             headers = self._travel(vector, layout << SHIFT | act, busy)
             if is_void(headers):
-                self._end(headers, act, problem or ("", _describe(act, vectors)))
+                self._end(headers, act, problem or ("", _describe(act, arrays)))
             if act == MEAN:
                 with np.errstate(under="ignore"):
                     vector /= self._comm.size
@@ -270,7 +271,7 @@ class Allreduce:
 
     def _gather(self, arrays: Sequence[Array]) -> Array:
         """The numbers of the arrays, behind one another."""
-        shapes = check_arrays(arrays, self.size, self.wire.dtype)
+        shapes = [array.shape for array in arrays]
         if shapes != self._shapes:
             self._shapes, self._layout = shapes, zlib.crc32(repr(shapes).encode()) + 1  # 0 is that of a vector
         if not self._gathered.size:
@@ -316,9 +317,9 @@ def is_void(headers: Headers) -> bool:
     return calls[0] & ACT >= VOID or calls.count(calls[0]) < len(calls)
 
 
-def _describe(act: int, vectors: Any) -> str:
-    """A call, for an error that tells of several."""
-    shapes = ", ".join(str(array.shape) for array in vectors) if isinstance(vectors, list | tuple) else ""
+def _describe(act: int, arrays: Sequence[Array] | None) -> str:
+    """A call, for an error that tells of several. arrays: of a list, or None."""
+    shapes = ", ".join(str(array.shape) for array in arrays or ())
     what = f"a list of shapes {shapes[:200]}{'...' * (len(shapes) > 200)}" if shapes else "a vector"
     return f"{'sum' if act == SUM else 'mean'}() of {what}"
 

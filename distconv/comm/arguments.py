@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from mpi4py import MPI
 
 EXCHANGES = ("auto", "flat", "two-level")
-KINDS: dict[str, type[Exception]] = {"TypeError": TypeError, "ValueError": ValueError}  # others become RuntimeError
+# Others become RuntimeError.
+KINDS: dict[str, type[Exception]] = {"TypeError": TypeError, "ValueError": ValueError, "MemoryError": MemoryError}
 
 
 def check_communicator(comm: Any) -> None:
@@ -37,11 +38,15 @@ def check_communicator(comm: Any) -> None:
 
 
 def check_settings(comm: MPI.Comm, size: Any, wire: Any, exchange: Any) -> None:
-    """Raise the same TypeError or ValueError on all ranks where one of them has a wrong setting, or another one."""
+    """Raise the same TypeError or ValueError on all ranks where one of them has a wrong setting, or another one.
+
+    MemoryError where one has no room for it: to find that out later would leave the others waiting.
+    """
     problem, settings = None, ("", "", "")
     try:
         settings = _own_settings(size, wire, exchange)
-    except (TypeError, ValueError) as error:
+        _look_for_room(operator.index(size), wire, comm.size)
+    except (TypeError, ValueError, MemoryError) as error:
         problem = type(error).__name__, str(error)
     everyone = comm.allgather((problem, *settings))
     if failure := first_failure([told[0] for told in everyone]):
@@ -57,7 +62,9 @@ def _own_settings(size: Any, wire: Any, exchange: Any) -> tuple[str, str, str]:
     try:
         number = operator.index(size)
     except TypeError:
-        raise TypeError(f"size must be a whole number, not {size!r}") from None
+        shown = repr(size) if isinstance(size, float) else _kind(size)
+        hint = " (is its .size meant?)" * hasattr(size, "size")
+        raise TypeError(f"size must be a whole number, not {shown}{hint}") from None
     if number < 1:
         raise ValueError(f"size must be at least 1, not {number}")
     for name, value, known in (("wire", wire, tuple(ALL_WIRES)), ("exchange", exchange, EXCHANGES)):
@@ -66,6 +73,16 @@ def _own_settings(size: Any, wire: Any, exchange: Any) -> tuple[str, str, str]:
         if value not in known:
             raise ValueError(f"{name} must be one of {', '.join(known)}, not {value!r}")
     return str(number), str(wire), str(exchange)
+
+
+def _look_for_room(size: int, wire: str, ranks: int) -> None:
+    """Raise MemoryError where this rank may not have the memory of its messages: from all, to all and what is read."""
+    needed = (3 if ranks > 1 else 1) * ALL_WIRES[wire].nbytes(size)
+    try:
+        np.empty(needed, np.uint8)  # is not touched, so it costs no time
+    except (MemoryError, ValueError):
+        sentence = f"size {size:,}: this process cannot have the {needed:,} bytes that its messages take"
+        raise MemoryError(sentence) from None
 
 
 def first_failure(problems: Sequence[tuple[str, str] | None]) -> Exception | None:
@@ -79,7 +96,11 @@ def first_failure(problems: Sequence[tuple[str, str] | None]) -> Exception | Non
 
 
 def check_vector(vector: Any, size: int, dtype: np.dtype[Any]) -> Array:
-    """Return a vector (size,) that can be summed in place; raise TypeError or ValueError for all else."""
+    """Return a vector (size,) that can be summed in place; raise TypeError or ValueError for all else.
+
+    What is returned is NumPy's own view of it: methods of a subclass, which may raise, must not run on one rank in the
+    middle of a call.
+    """
     if not isinstance(vector, np.ndarray):
         raise TypeError(f"a NumPy array is expected, or a list of arrays, not {_kind(vector)}: give its NumPy array")
     _check_array(vector, dtype, "the vector")
@@ -88,12 +109,12 @@ def check_vector(vector: Any, size: int, dtype: np.dtype[Any]) -> Array:
         raise ValueError(f"the vector has shape {vector.shape}, but ({size},) is expected: {advice}")
     if not vector.flags.c_contiguous:
         raise ValueError("the vector is not contiguous, but it is summed in place: give a contiguous copy")
-    return vector
+    return np.asarray(vector)
 
 
-def check_arrays(arrays: Sequence[Any], size: int, dtype: np.dtype[Any]) -> list[tuple[int, ...]]:
-    """The shapes of a list of arrays of `size` numbers together. Raises as check_vector does."""
-    spans = []
+def check_arrays(arrays: Sequence[Any], size: int, dtype: np.dtype[Any]) -> list[Array]:
+    """The arrays of a list that have `size` numbers together, as NumPy's own views. Raises as check_vector does."""
+    spans, views = [], []
     for number, array in enumerate(arrays):
         if not isinstance(array, np.ndarray):
             raise TypeError(f"array {number} of the list must be a NumPy array, not {_kind(array)}")
@@ -102,14 +123,15 @@ def check_arrays(arrays: Sequence[Any], size: int, dtype: np.dtype[Any]) -> list
             raise ValueError(f"array {number} of the list is not contiguous: give a contiguous copy")
         start = array.__array_interface__["data"][0]
         spans.append((start, start + array.nbytes, number))
-    total = sum(array.size for array in arrays)
+        views.append(np.asarray(array))
+    total = sum(view.size for view in views)
     if total != size:
         raise ValueError(f"the {len(spans)} arrays of the list have {total} numbers together, but size is {size}")
     spans = sorted(span for span in spans if span[0] < span[1])
     for (_, end, one), (start, _, other) in itertools.pairwise(spans):
         if start < end:
             raise ValueError(f"arrays {min(one, other)} and {max(one, other)} of the list share memory: give it once")
-    return [array.shape for array in arrays]
+    return views
 
 
 def _check_array(array: Array, dtype: np.dtype[Any], name: str) -> None:

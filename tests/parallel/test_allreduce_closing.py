@@ -58,6 +58,19 @@ def test_an_error_that_all_ranks_get_leaves_the_block_on_all(world: World) -> No
         allreduce.sum(np.zeros(SIZE, np.float32))
 
 
+def test_a_forked_process_that_fails_does_not_speak_as_a_rank(
+    world: World, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with distconv.Allreduce(world.comm, SIZE) as allreduce:
+        with monkeypatch.context() as patch, pytest.raises(KeyError):
+            patch.setattr(os, "getpid", lambda: -1)  # as in a child, which shares its parent's communicator
+            with allreduce:
+                raise KeyError("a worker's own")
+        assert not caplog.records
+        monkeypatch.setattr(allreduce, "_ended", "")  # a child's copy of it is not its parent's
+        assert_works(allreduce, world)
+
+
 def test_one_that_was_interrupted_does_not_go_on_out_of_step(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(*arguments: Any) -> Any:
         raise KeyboardInterrupt

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import resource
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,8 +13,8 @@ import pytest
 from mpi4py import MPI
 
 import distconv
+from distconv.comm import exact, transport
 from distconv.comm import exchange as exchanges
-from distconv.comm import transport
 from distconv.comm.world import World
 from tests.parallel.allreduce import SIZE, arrays, assert_works, contribution
 
@@ -91,6 +93,35 @@ def test_a_wrong_argument_raises_the_same_on_all_ranks_and_changes_nothing(
     assert_works(shared, world)
 
 
+class Stubborn(np.ndarray):
+    """Values that only go among their own kind, as arrays with physical units do."""
+
+    def __getitem__(self, key: Any) -> Any:
+        raise ZeroDivisionError("a method of one rank's array")
+
+    __setitem__ = __itruediv__ = __getitem__  # type: ignore[assignment]
+
+
+class ReadTwice(list):  # type: ignore[type-arg]
+    """A list that can be read once."""
+
+    def __iter__(self) -> Any:
+        items, self[:] = list(super().__iter__()), []
+        return iter(items)
+
+
+@pytest.mark.parametrize("form", ["a vector", "a list", "a list that can be read once"])
+def test_methods_of_a_users_own_class_end_no_call_on_one_rank_alone(
+    world: World, shared: distconv.Allreduce, form: str
+) -> None:
+    mine = contribution(world.rank)
+    own = mine.view(Stubborn) if world.rank == world.size - 1 else mine
+    shared.mean({"a vector": own, "a list": [own], "a list that can be read once": ReadTwice([own])}[form])
+    wanted = np.mean([contribution(rank) for rank in range(world.size)], axis=0)
+    np.testing.assert_allclose(mine, wanted, atol=4e-3)
+    assert_works(shared, world)
+
+
 @pytest.mark.parametrize("exchange", ["flat", "two-level", "messages"])
 @pytest.mark.parametrize(
     ("one", "others", "sentence"),
@@ -131,6 +162,9 @@ def test_ranks_that_make_different_calls_all_raise_and_change_nothing(
         ({"size": -5}, ValueError, "not -5"),
         ({"size": 10.0}, TypeError, "whole number, not 10.0"),
         ({"size": None}, TypeError, "not None"),
+        ({"size": np.zeros(999)}, TypeError, r"not a ndarray \(is its \.size meant\?\)$"),
+        ({"size": 10**14}, MemoryError, "size 100,000,000,000,000: .*bytes"),
+        ({"size": 2**63}, MemoryError, "bytes"),
         ({"wire": "float17"}, ValueError, "one of float16, .*'float17'"),
         ({"wire": None}, TypeError, "wire must be"),
         ({"exchange": "nccl"}, ValueError, "one of auto, flat, two-level"),
@@ -157,6 +191,25 @@ def test_ranks_that_disagree_about_a_setting_find_out_at_once(world: World, othe
         settings |= other
     with pytest.raises(ValueError, match=f"disagree about {next(iter(other))}: .* on rank 0, .* on rank"):
         distconv.Allreduce(world.comm, **settings)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("wire", ["float16", "int32"])
+@pytest.mark.parametrize("carrier", ["shared memory", "messages"])
+def test_where_one_rank_lacks_the_memory_all_hear_of_it(
+    world: World, wire: str, carrier: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if carrier == "messages":
+        monkeypatch.setattr(exchanges, "connect", transport.Messages)
+        monkeypatch.setattr(exact, "connect", transport.Messages)
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    if world.rank == world.size - 1:
+        mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (mapped + (256 << 20), before[1]))
+    try:
+        with pytest.raises(MemoryError, match="size 300,000,000: this process cannot have"):
+            distconv.Allreduce(world.comm, 300_000_000, wire)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
 
 
 def test_settings_that_say_the_same_are_the_same(world: World) -> None:
