@@ -179,6 +179,12 @@ def test_a_processor_that_casts_no_halves_trains(tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr
 
 
+@pytest.mark.parametrize("threads", ["0", "garbage"])
+def test_threads_that_numba_does_not_take_are_one_sentence(threads: str) -> None:
+    bench = ("-m", "distconv.bench", "step", "--batch-size", "1", "--repeats", "1")
+    assert_one_sentence(jobs.run(0, *bench, NUMBA_NUM_THREADS=threads), 2, f"NUMBA_NUM_THREADS={threads}")
+
+
 def test_without_a_compiler_it_is_one_sentence(tmp_path: Path) -> None:
     train = ("-m", "distconv.train", *QUICK, "--out", tmp_path / "run")
     assert_one_sentence(jobs.run(0, *train, NUMBA_DISABLE_JIT="1"), 2, "NUMBA_DISABLE_JIT is set")

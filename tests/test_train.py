@@ -202,10 +202,13 @@ def test_print_config_prints_a_file_that_config_reads(tmp_path: Path) -> None:
     assert again.stdout == printed.stdout and "epochs = 7\n" in again.stdout
 
 
-@pytest.mark.parametrize("odd", [pytest.param("settings", marks=pytest.mark.slow), "backend"])
+@pytest.mark.parametrize("odd", [pytest.param("settings", marks=pytest.mark.slow), "package"])
 def test_a_missed_target_is_exit_code_1_and_a_picture_that_cannot_be_drawn_is_not(tmp_path: Path, odd: str) -> None:
     (tmp_path / "matplotlibrc").write_text("text.usetex: True\n")  # needs LaTeX
-    environment = {"MATPLOTLIBRC": str(tmp_path)} if odd == "settings" else {"MPLBACKEND": "garbage"}
+    environment = {"MATPLOTLIBRC": str(tmp_path), "MPLBACKEND": "garbage"}
+    if odd == "package":
+        (tmp_path / "matplotlib.py").write_text("raise ImportError('built for another Python')\n")
+        environment = {"PYTHONPATH": f"{tmp_path}"}
     out = tmp_path / "run"
     result = train(1, *QUICK, "--epochs", "1", "--target-accuracy", "0.999", "--out", out, **environment)
     assert result.returncode == 1 and "target accuracy 99.90% was missed" in result.stdout and result.stderr == ""

@@ -58,6 +58,7 @@ def run_command(command: Callable[[Sequence[str]], int], argv: Sequence[str] | N
     warnings.filterwarnings("ignore", beyond, RuntimeWarning, r"(distconv|numpy)\.")
     if not os.path.isabs(os.path.expanduser("~")):  # noqa: PTH111, PTH117 (pathlib raises where there is no home)
         os.environ["HOME"] = NO_HOME
+    os.environ.pop("MPLBACKEND", None)  # pictures go into files, and a name that Matplotlib lacks would be an error
     code = _run(command, sys.argv[1:] if argv is None else argv)
     try:
         sys.stdout.flush()  # Python does so when it ends, when it is too late for a sentence
@@ -98,7 +99,7 @@ def start(failure: DistconvError | None = None, limit: float = LIMIT, absent: Ca
     launcher belongs to another library, and in a process alone where MPI cannot be had; a rank among others that cannot
     have it ends by a signal.
     """
-    told, failure = launched(), failure or compiler_is_off()
+    told, failure = launched(), failure or compiler_cannot_run()
     one_blas_thread()
     if reading_is_refused() or in_a_user_namespace():
         switch_off_cma()
@@ -147,11 +148,18 @@ def one_blas_thread() -> None:
             threadpoolctl.threadpool_limits(1)
 
 
-def compiler_is_off() -> UsageError | None:
-    """What to say where Numba is told not to compile, as people do who look for a mistake."""
-    if os.environ.get("NUMBA_DISABLE_JIT", "0") in ("", "0"):
-        return None
-    return UsageError("NUMBA_DISABLE_JIT is set, but distconv's kernels cannot run without being compiled: unset it")
+def compiler_cannot_run() -> UsageError | None:
+    """What to say where Numba is told not to compile, as people do who look for a mistake, or cannot start."""
+    if os.environ.get("NUMBA_DISABLE_JIT", "0") not in ("", "0"):
+        return UsageError(
+            "NUMBA_DISABLE_JIT is set, but distconv's kernels cannot run without being compiled: unset it"
+        )
+    threads = os.environ.get("NUMBA_NUM_THREADS", "1")
+    if not threads.isdecimal() or int(threads) < 1:
+        return UsageError(
+            f"NUMBA_NUM_THREADS={threads}: Numba takes a whole number from 1 on; unset it, as the kernels need no more"
+        )
+    return None
 
 
 def check_limits() -> None:
