@@ -215,8 +215,10 @@ def predict(argv: Sequence[str]) -> int:
     network, wires = predictor.Network(flags.latency_seconds, flags.bits_per_second), ("float32", "float16")
     common = flags.batch_size, flags.numbers, wires, network, flags.weak
     rows = list(predictor.ladder(seconds, flags.parameters, *common))
+    if not rows:
+        raise UsageError(f"--batch-size {flags.batch_size}: so many images do not give every rank one, see --weak")
     formula = predictor.FORMULA
-    if flags.noise_scale:
+    if flags.steps:
         rows = [predictor.with_goal(row, flags.noise_scale, flags.steps, flags.batch_size) for row in rows]
         formula += f"\n{predictor.GOAL_FORMULA}"
     what = f"{flags.batch_size} images {'a rank' if flags.weak else 'in all'}"
@@ -227,11 +229,9 @@ def predict(argv: Sequence[str]) -> int:
     else:
         print(f"{model}; one rank a host,\n{machine}\n\n{formula}\n")
         print(predictor.table(rows))
-        if not rows or rows[-1].ranks < flags.numbers[-1]:
+        if rows[-1].ranks < flags.numbers[-1]:
             print(f"more ranks than images: {flags.batch_size} images do not give every rank one; see --weak")
     if flags.png:
-        if not rows:
-            raise UsageError(f"--png {flags.png}: {flags.batch_size} images do not give every rank one, see --weak")
         from distconv.pictures.measurements import draw_prediction
         from distconv.pictures.style import draw_png
 

@@ -33,8 +33,8 @@ MODEL, MODEL_TEXT = 123_552, "123552"
 IDEAL = Network(latency=0.0, bandwidth=math.inf)
 
 
-def bench(ranks: int, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    return jobs.run(ranks, "-m", "distconv.bench", *arguments)
+def bench(ranks: int, *arguments: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    return jobs.run(ranks, "-m", "distconv.bench", *arguments, **environment)
 
 
 def rows_of(result: subprocess.CompletedProcess[str]) -> list[dict[str, object]]:
@@ -124,7 +124,7 @@ def test_the_ladder_leaves_out_ranks_without_an_image() -> None:
 def test_predict_prints_rows_or_a_table_with_its_formula(tmp_path: Path) -> None:
     arguments = ("predict", "--step-seconds-per-image", "0.8ms", "--weak", "--latency", "0", "--bandwidth", "100mbit")
     png = tmp_path / "prediction.png"
-    rows = rows_of(bench(0, *arguments, "--json", "--png", png))
+    rows = rows_of(bench(0, *arguments, "--json", "--png", png, MPLBACKEND="garbage"))
     assert matplotlib.image.imread(png).std() > 0.05
     assert [(one["ranks"], one["wire"]) for one in rows[:3]] == [(1, "float32"), (1, "float16"), (2, "float32")]
     assert rows[-1]["ranks"] == 4096
@@ -174,10 +174,13 @@ def test_predict_tells_steps_and_time_only_if_it_is_asked() -> None:
 
 
 def test_predict_says_that_it_has_nothing_to_predict(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["predict", "--step-seconds-per-image", "1ms", "--batch-size", "100", "--ranks", "200"]) == 0
+    flags = ["predict", "--step-seconds-per-image", "1ms", "--batch-size", "100"]
+    assert main([*flags, "--ranks", "100,200"]) == 0
     assert capsys.readouterr().out.splitlines()[-1].startswith("more ranks than images")
-    with pytest.raises(UsageError, match="100 images do not give every rank one"):
-        main(["predict", "--step-seconds-per-image", "1ms", "--ranks", "200", "--png", "none.png"])
+    for form in ([], ["--json"], ["--png", "none.png"]):
+        with pytest.raises(UsageError, match=r"--batch-size 100: .*do not give every rank one"):
+            main([*flags, "--ranks", "200", *form])
+        assert capsys.readouterr().out == ""
 
 
 def test_predict_reads_what_was_measured(tmp_path: Path) -> None:
@@ -249,6 +252,18 @@ def test_a_mistake_is_one_sentence_and_exit_code_2(ranks: int, arguments: tuple[
         ("predict", "--measured"),
         ("predict --step-seconds-per-image 1ms --latency 50", "--latency 50"),
         ("predict --step-seconds-per-image 1 --batch-size 0", "--batch-size 0"),
+        ("step --batch-size 10 99999999999", "--batch-size 99999999999: expected a whole number from 1 to 2147483647"),
+        ("predict --step-seconds-per-image=", "--step-seconds-per-image : expected a number above 0 with its unit"),
+        (
+            "predict --step-seconds-per-image 1e308",
+            "--step-seconds-per-image 1e308: expected a number above 0 up to 1e+30",
+        ),
+        ("predict --step-seconds-per-image 1 --parameters 1e15", "from 1 to 1000000000000"),
+        (
+            "predict --step-seconds-per-image 1 --noise-scale= --steps=",
+            "--noise-scale : expected a number above 0, 900 say",
+        ),
+        ("predict --step-seconds-per-image 1 --noise-scale 1e308 --steps 1", "--noise-scale 1e308"),
         ("predict --step-seconds-per-image 1 --noise-scale 900", "--steps"),
         ("predict --step-seconds-per-image 1 --steps 400", "--noise-scale"),
         ("predict --step-seconds-per-image 1 --steps 400 --noise-scale -1", "--noise-scale -1"),

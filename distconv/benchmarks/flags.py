@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from distconv.benchmarks import BITS_PER_SECOND, ELEMENTS, SECONDS, at_least_1, quantity, rank_list
+from distconv.benchmarks import BITS_PER_SECOND, ELEMENTS, MOST_NUMBERS, SECONDS, at_least_1, quantity, rank_list
 from distconv.command_line import Parser, check_file
 from distconv.config import DEVICES, EXACT, MODELS, PRECISIONS, WIRES
 from distconv.errors import UsageError
@@ -54,7 +54,8 @@ def step_flags(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--png", type=Path, metavar="FILE", help="draw where the time goes")
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
     flags = parser.parse_args(argv)
-    at_least_1("--batch-size", min(flags.batch_size or [1]))
+    for batch_size in flags.batch_size or []:
+        at_least_1("--batch-size", batch_size)
     at_least_1("--repeats", flags.repeats)
     check_file("--png", flags.png, ".png")
     return flags
@@ -93,7 +94,7 @@ def exchange_flags(argv: Sequence[str]) -> argparse.Namespace:
         if word
     ]
     for size in elements:
-        at_least_1("--elements", size)
+        at_least_1("--elements", size, MOST_NUMBERS)
     flags.wires, flags.elements = wires, elements
     flags.largest = quantity("--largest", flags.largest, ELEMENTS, "64Mi")
     flags.seconds = quantity("--seconds", flags.seconds, {"": 1, **SECONDS}, "30")
@@ -208,18 +209,20 @@ def predict_flags(argv: Sequence[str]) -> argparse.Namespace:
     flags.numbers = rank_list(flags.ranks)
     at_least_1("--batch-size", flags.batch_size)
     flags.parameters = int(quantity("--parameters", flags.parameters, ELEMENTS, "123552"))
-    at_least_1("--parameters", flags.parameters)
+    at_least_1("--parameters", flags.parameters, MOST_NUMBERS)
     flags.latency_seconds = 0.0 if flags.latency == "0" else quantity("--latency", flags.latency, SECONDS, "50us")
     flags.bits_per_second = quantity("--bandwidth", flags.bandwidth, BITS_PER_SECOND, "1gbit")
     per_image = flags.step_seconds_per_image
-    seconds = quantity("--step-seconds-per-image", per_image, {"": 1, **SECONDS}, "0.001") if per_image else 0.0
+    seconds = 0.0
+    if per_image is not None:
+        seconds = quantity("--step-seconds-per-image", per_image, {"": 1, **SECONDS}, "0.001")
     flags.step_seconds_per_image = seconds
     if (flags.noise_scale is None) != (flags.steps is None):
         raise UsageError(
             "--noise-scale and --steps go together: --noise-scale 900 --steps 400 says how long it takes to reach what "
             "400 steps of --batch-size images do"
         )
-    if flags.steps:
+    if flags.steps is not None:
         flags.noise_scale = quantity("--noise-scale", flags.noise_scale, {"": 1}, "900")
         flags.steps = quantity("--steps", flags.steps, {"": 1}, "400")
     check_file("--png", flags.png, ".png")

@@ -202,7 +202,9 @@ def measured_seconds_per_image(path: Path) -> float:
     try:
         lines = path.read_text().splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise MissingInputError(f"--measured {path} cannot be read: {error}") from None
+        raise MissingInputError(
+            f"--measured {path} cannot be read: {getattr(error, 'strerror', '') or error}"
+        ) from None
     for line in lines:
         try:
             row = json.loads(line)
