@@ -102,7 +102,7 @@ class Stubborn(np.ndarray):
     __setitem__ = __itruediv__ = __getitem__  # type: ignore[assignment]
 
 
-class ReadTwice(list):  # type: ignore[type-arg]
+class ReadOnce(list):  # type: ignore[type-arg]
     """A list that can be read once."""
 
     def __iter__(self) -> Any:
@@ -116,7 +116,7 @@ def test_methods_of_a_users_own_class_end_no_call_on_one_rank_alone(
 ) -> None:
     mine = contribution(world.rank)
     own = mine.view(Stubborn) if world.rank == world.size - 1 else mine
-    shared.mean({"a vector": own, "a list": [own], "a list that can be read once": ReadTwice([own])}[form])
+    shared.mean({"a vector": own, "a list": [own], "a list that can be read once": ReadOnce([own])}[form])
     wanted = np.mean([contribution(rank) for rank in range(world.size)], axis=0)
     np.testing.assert_allclose(mine, wanted, atol=4e-3)
     assert_works(shared, world)
