@@ -198,7 +198,6 @@ def largest_difference(run: Run, gradient: Array, reference: Array) -> float:
     import numpy as np
 
     least = SMALL * float(np.linalg.norm(reference)) or 1.0
-
     pairs = zip(run.parameters.named(gradient).values(), run.parameters.named(reference).values(), strict=True)
     return max(float(np.linalg.norm(g - r)) / max(least, float(np.linalg.norm(r))) for g, r in pairs)
 

@@ -60,7 +60,7 @@ class ResidualNorm:
         for name, layer in first:
             y, layer_backward = layer.train(y, params["body"][name], context)
             backwards.append((name, layer_backward))
-        if shortcut is not None:  # behind all that reads x, as in evaluation: a user's may change it
+        if shortcut is not None:  # in evaluation's order
             beside, shortcut_backward = shortcut.forward(x, params.get("shortcut", {}), context.within("shortcut"))
         y, last_backward = last.train(y, params["body"][last_name], context, beside, self.block.relu)
 
