@@ -115,6 +115,19 @@ def test_an_output_that_no_gradient_needs_is_not_kept(dtype: type) -> None:
     backward(np.ones(shape, dtype), parameters.grads, False)
 
 
+@pytest.mark.parametrize("momentum", [0.1, 0.7, 1])
+def test_running_statistics_go_momentum_of_the_way_to_those_of_the_convolution(momentum: float) -> None:
+    layer, x = ConvNorm(16, momentum=momentum), np.random.default_rng(0).standard_normal((3, 8, 8, 2))
+    parameters = Parameters(layer.shapes(x.shape[1:])[1], np.float64)
+    w = np.random.default_rng(1).standard_normal((3, 3, 2, 16))
+    parameters.values["W"][...], parameters.values["variance"][...] = w, 1
+    y, backward = layer.forward(x, parameters.values, Context(training=True, kernels=Cpu(np.float64), global_batch=3))
+    backward(np.ones_like(y), parameters.grads, False)
+    pixels = Cpu(np.float64).conv_forward(x, w, None, 1, 1, False).reshape(-1, 16)
+    np.testing.assert_allclose(parameters.grads["mean"], momentum * pixels.mean(axis=0), atol=1e-12)
+    np.testing.assert_allclose(parameters.grads["variance"], momentum * (pixels.var(axis=0, ddof=1) - 1), rtol=1e-12)
+
+
 def block(filters: int, **options: object) -> Residual:
     return Residual(Chain(ConvNorm(filters), ConvNorm(filters, relu=False)), **options)  # type: ignore[arg-type]
 

@@ -27,13 +27,17 @@ BATCH = 33  # does not divide among two ranks
 EXAMPLES = {  # by what is taken from each, and how short a run tells enough
     "running_means": ("--model", "--data=digits", "--epochs=2", "--limit-train=99"),
     "blocks": ("--model", "--data=digits", "--epochs=2", "--limit-train=99", "--shards=2"),
+    "batch_norm": ("--model", "--data=digits", "--epochs=2", "--limit-train=99", "--shards=2"),
     "siamese": ("--model", "--data", "--task", "--epochs=3", "--limit-train=66"),
     "schedule": ("--optimizer", "--data=digits", "--model=simpleconvnet", "--epochs=3", "--limit-train=66"),
     "segmentation": ("--model", "--data", "--task", "--epochs=3", "--limit-train=99", "--lr=0.01"),
     "gan": ("--model", "--data", "--task", "--optimizer", "--epochs=2", "--batch-size=479"),
     "q_learning": ("--model", "--data", "--task", "--epochs=4", "--lr=0.003"),
 }
-OF = {"--optimizer": {"schedule": "adamw", "gan": "in_turn"}}  # names that are not those of the flags
+OF = {
+    "--model": {"batch_norm": "small"},
+    "--optimizer": {"schedule": "adamw", "gan": "in_turn"},
+}  # names that are not those of the flags
 
 
 def flags(name: str) -> list[str]:

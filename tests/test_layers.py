@@ -408,6 +408,7 @@ def test_two_layers_of_a_chain_never_share_a_name():
         (BatchNorm(momentum=9), (8, 8, 4), r"BatchNorm\(.* momentum must lie in 0 to 1"),
         (Conv(8, 3, 1, 1, 32), (8, 8, 4), r"Conv\(.* relu is 32"),
         (ConvNorm(8, 3, 1, 1, 0.1), (8, 8, 4), r"relu is 0.1"),
+        (ConvNorm(8, momentum=9), (8, 8, 4), r"momentum must lie in 0 to 1"),
         (Affine(784, 10), (8, 8, 4), r"Affine\(.* relu is 10"),  # not inputs and outputs
         (Residual(Conv(4, 1), Conv(4, 1), Conv(4, 1)), (8, 8, 4), r"Residual\(.* relu is Conv\(.* True or False"),
         (Residual(Conv(4)), (8, 8, 4), r"body makes \(6, 6, 4\) of \(8, 8, 4\), .* give it a shortcut"),

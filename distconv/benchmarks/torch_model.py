@@ -35,10 +35,10 @@ def _translate(torch: Any, layer: Layer, shape: Shape) -> Any:
         inner = [_translate(torch, one, shape) for _, one in layer.layers]
         return _residual(torch, inner, layer.relu) if isinstance(layer, Residual) else _branches(torch, inner)
     if isinstance(layer, Conv | ConvNorm):
-        bias, margin = isinstance(layer, Conv), Conv(layer.filters, layer.size, pad=layer.pad).margin
-        modules.append(nn.Conv2d(shape[-1], layer.filters, layer.size, layer.stride, margin, bias=bias))
+        conv, bias = (layer, True) if isinstance(layer, Conv) else (layer.conv, False)
+        modules.append(nn.Conv2d(shape[-1], conv.filters, conv.size, conv.stride, conv.margin, bias=bias))
     if isinstance(layer, ConvNorm | BatchNorm):
-        norm, found = layer if isinstance(layer, BatchNorm) else BatchNorm(), layer.shapes(shape)[0]
+        norm, found = layer if isinstance(layer, BatchNorm) else layer.norm, layer.shapes(shape)[0]
         kind = nn.BatchNorm2d if len(found) == 3 else nn.BatchNorm1d
         modules.append(kind(found[-1], norm.epsilon, norm.momentum))
     elif isinstance(layer, MaxPool):

@@ -82,13 +82,14 @@ class ConvNorm:
     stride: int = 1
     pad: int | str = "same"
     relu: bool = True
+    momentum: float = 0.1  # BatchNorm's
 
     def shapes(self, input_shape: Shape) -> tuple[Shape, Specs]:
-        shape, specs = self._conv.shapes(input_shape)
-        return shape, {"W": specs["W"], **self._norm.shapes(shape)[1]}
+        shape, specs = self.conv.shapes(input_shape)
+        return shape, {"W": specs["W"], **self.norm.shapes(shape)[1]}
 
     def forward(self, x: Array, params: Views, context: Context) -> tuple[Array, Backward]:
-        kernels, conv, norm, w = context.kernels, self._conv, self._norm, params["W"]
+        kernels, conv, norm, w = context.kernels, self.conv, self.norm, params["W"]
         if not context.training:
             factor, offset = kernels.norm_factors(
                 params["gamma"], params["beta"], params["mean"], params["variance"], norm.epsilon
@@ -106,7 +107,7 @@ class ConvNorm:
         Its backward pass takes, besides, what is to be added to dx, and returns dx and the gradient of what lay beside.
         """
         relu = self.relu if beside is None else relu
-        kernels, conv, norm, w = context.kernels, self._conv, self._norm, params["W"]
+        kernels, conv, norm, w = context.kernels, self.conv, self.norm, params["W"]
         of_norm = params["gamma"], params["beta"], norm.epsilon
         y, *batch, kernel_backward = kernels.conv_norm(x, w, *of_norm, conv.stride, conv.margin, relu, beside)
         shape = y.shape  # which is all that is kept of y here
@@ -120,12 +121,12 @@ class ConvNorm:
         return y, backward
 
     @property
-    def _conv(self) -> Conv:
+    def conv(self) -> Conv:
         return Conv(self.filters, self.size, self.stride, self.pad)
 
     @property
-    def _norm(self) -> BatchNorm:
-        return BatchNorm(self.relu)
+    def norm(self) -> BatchNorm:
+        return BatchNorm(self.relu, momentum=self.momentum)
 
 
 @dataclass(frozen=True)
