@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
+
 from distconv.kernels.compiled import compiled
 
 
@@ -18,7 +20,13 @@ def warp(x: Any, numbers: Any, amounts: Any, y: Any) -> None:
     """
     rotate, shift, scale, crop, flip, brightness, erase = amounts
     N, H, W, C = x.shape
+    zero, one = x.dtype.type(0), x.dtype.type(1)
     middle_h, middle_w, half = (H - 1) / 2, (W - 1) / 2, erase * min(H, W) / 2
+    wide = W + 4
+    padded = np.zeros((C, (H + 4) * wide), x.dtype)  # with two pixels of 0 all around, none is asked whether it is in x
+    # Of each pixel of a row: the place in padded of the upper left of the four it comes from, and how far below that
+    # and to its right it comes from.
+    places, lows, rights = np.empty(W, np.uint32), np.empty(W, x.dtype), np.empty(W, x.dtype)
     for n in range(N):
         u = numbers[n]
         angle = (2 * u[0] - 1) * rotate * (math.pi / 180)
@@ -29,22 +37,27 @@ def warp(x: Any, numbers: Any, amounts: Any, y: Any) -> None:
         light = x.dtype.type(1 + (2 * u[7] - 1) * brightness)
         hole_h, hole_w = u[8] * H - 0.5, u[9] * W - 0.5
         cos, sin = math.cos(angle) / size, math.sin(angle) / size
+        for c in range(C):
+            for h in range(H):
+                for w in range(W):
+                    padded[c, (h + 2) * wide + w + 2] = x[n, h, w, c]
         for h in range(H):
-            for w in range(W):
-                # Where in x the middle of this pixel comes from.
-                from_h, from_w = h - middle_h - down, mirror * (w - middle_w) - across
+            from_h = h - middle_h - down
+            for w in range(W):  # where in x the middle of this pixel comes from
+                from_w = mirror * (w - middle_w) - across
                 h0, w0 = cos * from_h - sin * from_w + middle_h, sin * from_h + cos * from_w + middle_w
-                top, left = math.floor(h0), math.floor(w0)
-                low, right = x.dtype.type(h0 - top), x.dtype.type(w0 - left)
-                erased = abs(h - hole_h) < half and abs(w - hole_w) < half
-                for c in range(C):
-                    total = x.dtype.type(0)
-                    if not erased:
-                        for i in range(2):
-                            for j in range(2):
-                                at_h, at_w = int(top) + i, int(left) + j
-                                if 0 <= at_h < H and 0 <= at_w < W:
-                                    of_h = low if i else 1 - low
-                                    of_w = right if j else 1 - right
-                                    total += of_h * of_w * x[n, at_h, at_w, c]
-                    y[n, h, w, c] = light * total
+                top, left = np.floor(h0), np.floor(w0)
+                lows[w], rights[w] = x.dtype.type(h0 - top), x.dtype.type(w0 - left)
+                top, left = min(max(top + 2, 0.0), H + 2.0), min(max(left + 2, 0.0), W + 2.0)
+                places[w] = np.uint32(top * wide + left)
+            for c in range(C):
+                for w in range(W):
+                    i, low, right = places[w], lows[w], rights[w]
+                    j = i + np.uint32(wide)
+                    above = (one - right) * padded[c, i] + right * padded[c, i + np.uint32(1)]
+                    below = (one - right) * padded[c, j] + right * padded[c, j + np.uint32(1)]
+                    y[n, h, w, c] = light * ((one - low) * above + low * below)
+            if abs(h - hole_h) < half:
+                for w in range(W):
+                    if abs(w - hole_w) < half:
+                        y[n, h, w] = zero
