@@ -17,7 +17,7 @@ from distconv.data.shard import epoch_order
 from distconv.kernels.cpu.device import Cpu
 from distconv.nn.layers import Context
 from distconv.nn.networks import build_network
-from distconv.nn.parameters import Parameters
+from distconv.nn.parameters import Parameters, count
 from distconv.run.checkpoint import find_checkpoints, load_checkpoint
 from examples import gan, q_learning, schedule
 from tests import jobs
@@ -91,6 +91,12 @@ def test_an_example_trains_on_two_ranks_as_on_one(run_of: Any, name: str) -> Non
     assert len({record["train_loss"] for record in one}) == len(one) >= 6
     for sum_name in ("train_loss", "artist_loss") if name == "gan" else ("train_loss",):
         np.testing.assert_allclose([r[sum_name] for r in two], [r[sum_name] for r in one], rtol=1e-9)
+
+
+@pytest.mark.parametrize(("name", "parameters"), [("deep", 101_476), ("small", 29_178)])
+def test_networks_with_batch_norm_are_as_large_as_they_say(name: str, parameters: int) -> None:
+    _, specs = build_network(f"examples.batch_norm:{name}", (28, 28, 1), 10, (10,))
+    assert count(specs, lambda spec: spec.trained) == parameters
 
 
 def test_running_means_are_those_of_all_samples_of_all_ranks(run_of: Any) -> None:
