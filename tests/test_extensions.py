@@ -34,10 +34,8 @@ EXAMPLES = {  # by what is taken from each, and how short a run tells enough
     "gan": ("--model", "--data", "--task", "--optimizer", "--epochs=2", "--batch-size=479"),
     "q_learning": ("--model", "--data", "--task", "--epochs=4", "--lr=0.003"),
 }
-OF = {
-    "--model": {"batch_norm": "small"},
-    "--optimizer": {"schedule": "adamw", "gan": "in_turn"},
-}  # names that are not those of the flags
+# Names that are not those of the flags.
+OF = {"--model": {"batch_norm": "small"}, "--optimizer": {"schedule": "adamw", "gan": "in_turn"}}
 
 
 def flags(name: str) -> list[str]:

@@ -20,10 +20,10 @@ def warp(x: Any, numbers: Any, amounts: Any, y: Any) -> None:
     """
     rotate, shift, scale, crop, flip, brightness, erase = amounts
     N, H, W, C = x.shape
-    zero, one = x.dtype.type(0), x.dtype.type(1)
+    one = x.dtype.type(1)
     middle_h, middle_w, half = (H - 1) / 2, (W - 1) / 2, erase * min(H, W) / 2
     wide = W + 4
-    padded = np.zeros((C, (H + 4) * wide), x.dtype)  # with two pixels of 0 all around, none is asked whether it is in x
+    padded = np.zeros((C, (H + 4) * wide), x.dtype)  # an image with two pixels of 0 all around: no place is outside
     # Of each pixel of a row: the place in padded of the upper left of the four it comes from, and how far below that
     # and to its right it comes from.
     places, lows, rights = np.empty(W, np.uint32), np.empty(W, x.dtype), np.empty(W, x.dtype)
@@ -60,4 +60,4 @@ def warp(x: Any, numbers: Any, amounts: Any, y: Any) -> None:
             if abs(h - hole_h) < half:
                 for w in range(W):
                     if abs(w - hole_w) < half:
-                        y[n, h, w] = zero
+                        y[n, h, w] = 0
