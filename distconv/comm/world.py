@@ -21,7 +21,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 from distconv.errors import HUNG, DistconvError, MismatchError
 from distconv.monitor.heartbeat import Heartbeat
@@ -32,9 +32,7 @@ from distconv.process.launched import GRACE, launched, listed
 from distconv.process.malloc import zeroed_memory
 from distconv.process.voice import claim, write
 
-if TYPE_CHECKING:
-    pass
-
+SHORTEST_PAUSE, LONGEST_PAUSE = 50e-6, 0.005  # seconds, between two looks whether the others have come
 BLAS_THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "BLIS_NUM_THREADS")
 
 
@@ -68,7 +66,7 @@ class World:
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
-        """Run a part; a DistconvError of any rank in it is raised on all of them, once.
+        """Run a part; a DistconvError of any rank in it is raised on all of them, once. Who is done first sleeps.
 
         The part may hold a collective where all ranks come to it, or none does.
         """
@@ -77,7 +75,7 @@ class World:
             yield
         except DistconvError as caught:
             error = caught
-        for rank, failure in enumerate(self.comm.allgather(error)):
+        for rank, failure in enumerate(self._gathered(error)):
             if failure is not None:
                 if self.size > 1 and rank > 0:
                     failure.args = (f"rank {rank}: {failure}",)
@@ -85,15 +83,23 @@ class World:
 
     def agree(self, what: str, value: str, advice: str, error: type[DistconvError] = MismatchError) -> None:
         """Raise on all ranks if value is not the same on each of them; says what differs, where, and the advice."""
-        values = self.comm.allgather(value)
+        values = self._gathered(value)
         if len(set(values)) > 1:
             raise error(f"ranks disagree about {what}: {odd_ones(values)} ({advice})").on_all_ranks()
 
     def wait(self, on_host: bool = False) -> None:
         """A barrier for all ranks, or those of this host, that leaves the cores to those that still work."""
         request = (self.local if on_host else self.comm).Ibarrier()
+        pause = SHORTEST_PAUSE
         while not request.Test():
-            time.sleep(0.005)
+            time.sleep(pause)
+            pause = min(2 * pause, LONGEST_PAUSE)
+
+    def _gathered(self, value: Any) -> list[Any]:
+        """What each rank gives. MPI's own collectives hold a core as long as they wait for the last one."""
+        self.wait()
+        found: list[Any] = self.comm.allgather(value)
+        return found
 
     def __enter__(self) -> World:
         return self

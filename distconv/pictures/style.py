@@ -108,5 +108,6 @@ def by_powers(axis: Axis, form: str = "{x:g}") -> None:
 
 def save(figure: Figure, path: Path) -> None:
     """Write a PNG. Raises OSError."""
-    FigureCanvasAgg(figure)
-    figure.savefig(path, format="png", dpi=DPI)
+    figure.dpi = DPI
+    canvas: Any = FigureCanvasAgg(figure)
+    canvas.print_png(path)  # Figure.savefig would lay it out and draw it twice

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import threading
+import time
+from collections.abc import Iterator
 
 import pytest
 
@@ -26,6 +29,23 @@ def test_ranks_that_disagree_are_named_on_all(world: World) -> None:
     if world.size > 1:
         with pytest.raises(MismatchError, match=f"the seed: rank {world.size - 1} differs from rank 0"):
             world.agree("the seed", str(world.rank == world.size - 1), "start all ranks alike")
+
+
+def test_ranks_that_wait_for_one_that_works_leave_it_the_cores(world: World) -> None:
+    """That they sleep shows in the time for which they had a core; the last one works for a second."""
+    for meet in (lambda: world.together(), lambda: agreeing(world)):
+        world.comm.Barrier()
+        began = time.process_time()
+        with meet():
+            while world.rank == world.size - 1 and time.process_time() - began < 1:
+                pass
+        assert world.rank == world.size - 1 or time.process_time() - began < 0.5
+
+
+@contextlib.contextmanager
+def agreeing(world: World) -> Iterator[None]:
+    yield
+    world.agree("the seed", "7", "start all ranks alike")
 
 
 def test_one_host_is_one_host(world: World) -> None:
