@@ -1,6 +1,6 @@
 """Kill a supervised run at random moments, and see whether it ends as if nothing had happened.
 
-test_soak.py does so some twenty times; `python -m tests.soak --kills 200` as often as you like, with the MPI at hand.
+test_soak.py does so ten times; `python -m tests.soak --kills 200` as often as you like, with the MPI at hand.
 """
 
 from __future__ import annotations

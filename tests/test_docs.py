@@ -54,7 +54,7 @@ EXEMPT = (
     (r"--against torch", "needs PyTorch; tests/test_bench_step.py"),
     (r"table\.py|to_wandb\.py|to_mlflow\.py", "needs what distconv does without; run beside stand-ins below"),
 )  # fmt: skip
-VERBATIM = ("tutorial.md", "ko.md")  # whose commands are to be copied, and are small by themselves
+VERBATIM = ("tutorial.md",)  # whose commands are to be copied, and are small by themselves
 SMALLER = (  # a pattern and what stands for it, one after the other
     (r"--data mnist\b", "--data digits"),  # MNIST may not be at hand
     (r"show mnist", "show digits"),
@@ -72,7 +72,6 @@ SMALLER = (  # a pattern and what stands for it, one after the other
     (r"(distconv[. ]bench exchange).*", r"\1 --elements 123552 --seconds 2"),
     (r"(distconv[. ]bench step)( --model mine:network)?.*", r"\1\2 --batch-size 100"),
     (r"(distconv[. ]prove)(?: --model resnet20)?(( --model \S+)?( --data \S+)?).*", r"\1\2 --ranks 2 --wires float16"),
-    (r"(distconv[. ]prove) --ranks 2 --wires float16", r"\1 --ranks 1,2,4 --wires float32,float16"),
 )
 
 

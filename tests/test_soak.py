@@ -11,6 +11,6 @@ from tests.soak import soak
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_twenty_kills_at_random_moments_change_nothing(tmp_path: Path) -> None:
-    killed = soak(kills=20, seed=0, folder=tmp_path)
-    assert sum(killed.values()) == 20
+def test_kills_at_random_moments_change_nothing(tmp_path: Path) -> None:
+    killed = soak(kills=10, seed=0, folder=tmp_path)
+    assert sum(killed.values()) == 10
