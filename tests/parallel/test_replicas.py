@@ -92,7 +92,7 @@ def test_what_has_no_checksum_is_compared_before_it_is_saved(
     with pytest.raises(ReplicasDifferError, match=odd_one(world, odd)):
         for record in loop.train(run, never, lambda: next(wants)):
             if isinstance(record, loop.StepRecord) and record.step == 2 and world.rank == odd:
-                flip(run, slot, index, bit)
+                flip(run, slot, index, max(bit, 12))  # two updates may round a lower one away
     assert run.step == 4
 
 
