@@ -64,6 +64,12 @@ class World:
         processes = self._neighbours()
         self.watch = Watch(self.whereabouts, self.heartbeat, judge, processes, self._lost, self._hung, end_job)
 
+    def gathered(self, value: Any) -> list[Any]:
+        """What each rank gives. A rank sleeps until the last has come; MPI's own collectives would hold its core."""
+        self.wait()
+        found: list[Any] = self.comm.allgather(value)
+        return found
+
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
         """Run a part; a DistconvError of any rank in it is raised on all of them, once. Who is done first sleeps.
@@ -75,7 +81,7 @@ class World:
             yield
         except DistconvError as caught:
             error = caught
-        for rank, failure in enumerate(self._gathered(error)):
+        for rank, failure in enumerate(self.gathered(error)):
             if failure is not None:
                 if self.size > 1 and rank > 0:
                     failure.args = (f"rank {rank}: {failure}",)
@@ -83,7 +89,7 @@ class World:
 
     def agree(self, what: str, value: str, advice: str, error: type[DistconvError] = MismatchError) -> None:
         """Raise on all ranks if value is not the same on each of them; says what differs, where, and the advice."""
-        values = self._gathered(value)
+        values = self.gathered(value)
         if len(set(values)) > 1:
             raise error(f"ranks disagree about {what}: {odd_ones(values)} ({advice})").on_all_ranks()
 
@@ -94,12 +100,6 @@ class World:
         while not request.Test():
             time.sleep(pause)
             pause = min(2 * pause, LONGEST_PAUSE)
-
-    def _gathered(self, value: Any) -> list[Any]:
-        """What each rank gives. MPI's own collectives hold a core as long as they wait for the last one."""
-        self.wait()
-        found: list[Any] = self.comm.allgather(value)
-        return found
 
     def __enter__(self) -> World:
         return self

@@ -55,8 +55,7 @@ def train_ensemble(settings: Config, world: World, stop: StopRequest) -> int:
     except DistconvError as error:
         error.everywhere = False  # the other groups do not know of it
         raise
-    world.wait()
-    code = int(max(world.comm.allgather(code)))
+    code = int(max(world.gathered(code)))
     together = f"together: python -m distconv.evaluate {shlex.quote(str(out))}"
     stopped = f"stopped on request; {same_command(settings, out)} goes on with all members"
     RunLog(world.rank == 0).say(together if code < STOPPED else stopped)
