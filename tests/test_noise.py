@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 
 from distconv.data.shard import split
 from distconv.kernels.cpu.updates import norm, squared_norm
-from distconv.run.noise import advice, estimate, over_a_run, relative_steps, scale_of
+from distconv.run.noise import advice, estimate, over_a_run, relative_steps, scale_of, steps_of_a_look
 
 SIZES = ([50, 50], [13, 12, 13, 12, 13, 12, 13, 12], [90, 0, 9, 1])
 
@@ -63,10 +64,39 @@ def test_a_step_that_cannot_tell_gives_nan(squares: list[float], samples: list[i
     assert np.isnan(estimate(np.array(squares), np.array(samples), whole)).all()
 
 
+def summed(looks: np.ndarray) -> np.ndarray:
+    """looks (n, 2): estimates of S and |G|² -> what `scale_of` takes."""
+    with_one = np.hstack([np.ones((len(looks), 1)), looks])
+    return with_one.T @ with_one
+
+
 def test_the_scale_is_the_quotient_or_says_why_there_is_none() -> None:
-    assert scale_of(9.0, 0.01) == pytest.approx(900)
-    assert math.isnan(scale_of(0.0, 0.0)) and math.isnan(scale_of(math.nan, 1.0))
-    assert scale_of(9.0, -0.1) == math.inf
+    assert scale_of(summed(np.array([[8.0, 0.011], [10.0, 0.009]])))[0] == pytest.approx(900)
+    assert np.isnan(scale_of(np.zeros((3, 3)))).all()
+    assert np.isnan(scale_of(summed(np.zeros((5, 2))))).all()
+    unseen, error = scale_of(summed(np.array([[9.0, -0.1], [9.0, 0.05]])))
+    assert unseen == math.inf and math.isnan(error)
+    one, error = scale_of(summed(np.array([[9.0, 0.01]])))
+    assert one == pytest.approx(900) and math.isnan(error)
+
+
+@pytest.mark.parametrize("sizes", SIZES)
+def test_the_error_is_how_far_the_scales_of_many_runs_are_apart(sizes: list[int]) -> None:
+    rng, n, B = np.random.default_rng(0), 50, sum(sizes)
+    G, deviation, runs, looks = rng.standard_normal(n) / 3, rng.random(n) * 3, 300, 40
+
+    def run() -> tuple[float, float]:
+        steps = [G + deviation * rng.standard_normal((B, n)) for _ in range(looks)]
+        return scale_of(summed(np.array([estimate(*contributions(step, sizes)) for step in steps])))
+
+    scales, errors = np.transpose([run() for _ in range(runs)])
+    truth = float(deviation @ deviation) / float(G @ G)
+    assert scales.std() / truth < 0.3  # a small error, as the formula is one of first order
+    assert np.median(errors) == pytest.approx(scales.std() / truth, rel=0.2)
+
+
+def epochs(scales: Sequence[float | None], errors: Sequence[float | None]) -> list[dict[str, float | None]]:
+    return [{"noise_scale": s, "noise_scale_error": e} for s, e in zip(scales, errors, strict=True)]
 
 
 @given(st.lists(st.floats(0, 1e6), min_size=1, max_size=20), st.integers(1, 5000), st.integers(1, 5000))
@@ -74,13 +104,38 @@ def test_that_of_a_run_gives_the_steps_of_all_its_epochs(scales: list[float], ba
     # Each epoch's way, in steps without noise, and how many steps of the other batch size that is.
     steps = sum((1 + scale / other) / (1 + scale / batch_size) for scale in scales)
     wanted = steps / len(scales)
-    assert relative_steps(over_a_run(scales, batch_size), other, batch_size) == pytest.approx(wanted, rel=1e-6)
+    found, _ = over_a_run(epochs(scales, [0.1] * len(scales)), batch_size)
+    assert relative_steps(found, other, batch_size) == pytest.approx(wanted, rel=1e-6)
 
 
-def test_epochs_that_saw_nothing_do_not_count_and_those_that_got_nowhere_do() -> None:
-    assert over_a_run([math.nan, 300.0], 100) == pytest.approx(300)
-    assert over_a_run([300.0, math.inf], 100) == pytest.approx(700)  # 1/4 of a step for every two
-    assert math.isnan(over_a_run([math.nan], 100)) and over_a_run([math.inf], 100) == math.inf
+@given(st.lists(st.tuples(st.floats(1, 1e6), st.floats(0, 1)), min_size=1, max_size=9), st.integers(1, 5000))
+def test_the_error_of_a_run_is_that_of_its_epochs_carried_on(known: list[tuple[float, float]], batch_size: int) -> None:
+    scales, errors = np.transpose(known)
+    scale, error = over_a_run(epochs(scales.tolist(), errors.tolist()), batch_size)
+    moved = []  # how far the run's moves, in shares of it, as each epoch's moves by a thousandth of its error
+    for epoch in range(len(known)):
+        others = scales.copy()
+        others[epoch] *= 1 + errors[epoch] / 1000
+        moved.append((over_a_run(epochs(others.tolist(), errors.tolist()), batch_size)[0] / scale - 1) * 1000)
+    assert error == pytest.approx(math.hypot(*moved), rel=0.01, abs=1e-6)
+
+
+def test_epochs_that_were_not_told_do_not_count_and_those_that_got_nowhere_do() -> None:
+    known = {"noise_scale": 300.0, "noise_scale_error": 0.1}
+    assert over_a_run([{}, known], 100) == pytest.approx((300, 0.1))
+    scale, error = over_a_run([known, {"noise_scale": None, "noise_scale_error": None}], 100)
+    assert scale == pytest.approx(700)  # 1/4 of a step for every two
+    assert error == pytest.approx(0.1 * (1 / 4) * (3 / 4) / (1 / 4) * 800 / 700)
+    for nothing in ([], [{}], [{"noise_scale": None}]):
+        assert np.isnan(over_a_run(nothing, 100)).all()
+    assert np.isnan(over_a_run([known], 0)).all()
+    before = over_a_run([{"noise_scale": 300.0}], 100)  # as versions wrote it that knew no error
+    assert before[0] == pytest.approx(300) and math.isnan(before[1])
+
+
+@pytest.mark.parametrize(("samples", "steps"), [(1000, 1), (100, 1), (50, 2), (12.5, 8), (0.5, 200)])
+def test_small_contributions_are_looked_at_in_fewer_steps(samples: float, steps: int) -> None:
+    assert steps_of_a_look(samples) == steps
 
 
 def test_small_batches_halve_the_steps_and_large_ones_save_none() -> None:
@@ -90,13 +145,14 @@ def test_small_batches_halve_the_steps_and_large_ones_save_none() -> None:
 
 
 def test_the_advice_weighs_a_larger_batch_against_the_same() -> None:
-    text = advice(903.3, 100, 2, step_seconds=0.05, compute_seconds=0.04)
+    text = advice(903.3, 0.07, 100, 2, step_seconds=0.05, compute_seconds=0.04)
     assert text.startswith(
-        "gradient noise scale 900 images: batches of 200 would need 45% fewer steps than of 100 (91%"
+        "gradient noise scale 900 images (± 7%): batches of 200 would need 45% fewer steps than of 100 (91%"
     )
     assert text.endswith("then 4 ranks would be up to 1.82 times as fast as 2, with the same batch 1.67 times")
     for unknown in (math.nan, math.inf, -3.0, 0.0):
-        assert advice(unknown, 100, 2, 0.05, 0.04) == ""
+        assert advice(unknown, 0.1, 100, 2, 0.05, 0.04) == ""
+    assert advice(900, math.nan, 100, 2, 0.05, 0.04).startswith("gradient noise scale 900 images: batches")
 
 
 # squared_norm

@@ -59,6 +59,10 @@ def _is_count(value: Any) -> bool:
     return type(value) is int and 0 <= value < 2**63
 
 
+def _is_finite(value: Any) -> bool:
+    return type(value) is float and math.isfinite(value)
+
+
 def _is_text(value: Any) -> bool:
     return type(value) is str and value != ""
 
@@ -68,9 +72,9 @@ DESCRIBED: Mapping[str, Mapping[str, Callable[[Any], bool]]] = {
     "position": {
         **dict.fromkeys(("step", "epoch", "cursor", "samples", "skipped", "best_epoch"), _is_count),
         **dict.fromkeys(
-            ("loss_sum", "first_loss", "best_score", "noise", "signal"),
-            lambda value: type(value) is float and not math.isnan(value),
+            ("loss_sum", "first_loss", "best_score"), lambda value: type(value) is float and not math.isnan(value)
         ),
+        "noise_sums": lambda value: type(value) is list and len(value) == 9 and all(map(_is_finite, value)),
     },
     "config": dict.fromkeys(MUST_MATCH, lambda value: value is not None),
     "data": {
@@ -85,8 +89,7 @@ SINCE_LATER = {
     "first_loss": 0.0,
     "best_score": -math.inf,
     "best_epoch": 0,
-    "noise": 0.0,
-    "signal": 0.0,
+    "noise_sums": [0.0] * 9,
     "validation": 0,
     "task": CLASSIFY,
     "ema": 0.0,

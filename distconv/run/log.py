@@ -30,6 +30,7 @@ READ_AGAIN = (
     "learning_rate",
     "images_per_second",
     "noise_scale",
+    "noise_scale_error",
     "compute_seconds",
     "exchange_seconds",
     "wait_seconds",
@@ -239,15 +240,14 @@ def describe_noise(metrics: Sequence[Mapping[str, Any]], batch_size: int, ranks:
 
     batch_size: the images of a step, which are no more than there are.
     """
-    found = [record.get("noise_scale") for record in metrics if record.get("event") == "epoch"]
+    scale, error = over_a_run([record for record in metrics if record.get("event") == "epoch"], batch_size)
     steps = steps_alike(metrics)
-    if not any(found) or not steps:
+    if not steps:
         return ""
-    known = [math.inf if scale is None else scale for scale in found]  # JSON has no infinity
     speed, computing = (
         statistics.median(step.get(key) or 0.0 for step in steps) for key in ("images_per_second", "compute_seconds")
     )
-    return advice(over_a_run(known, batch_size), batch_size, ranks, batch_size / speed if speed else 0.0, computing)
+    return advice(scale, error, batch_size, ranks, batch_size / speed if speed else 0.0, computing)
 
 
 def on_a_terminal() -> bool:

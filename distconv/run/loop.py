@@ -64,7 +64,8 @@ class EpochRecord:
     the average of the weights, where one is kept, are named ema_test and so on.
 
     The wire's health is that of a gradient at the epoch's end: see WireHealth. noise_scale: of the gradients of the
-    epoch, in samples; see noise.py. busy_seconds: of each rank, the mean time of a step between two exchanges.
+    epoch, in samples; noise_scale_error: its standard error, as a share of it; see noise.py. busy_seconds: of each
+    rank, the mean time of a step between two exchanges.
     """
 
     event: ClassVar[str] = "epoch"
@@ -78,6 +79,7 @@ class EpochRecord:
     flushed_share: float
     wire_error: float
     noise_scale: float
+    noise_scale_error: float
     busy_seconds: list[float]
     parameters_sha256: str
 
@@ -234,9 +236,10 @@ def _note_noise(run: Run, headers: Headers, global_batch: int) -> None:
     else:
         squares, samples = headers["squares"][:, 0], headers["samples"]
     noise, signal = estimate(squares, samples, run.replica.square)
-    if math.isfinite(noise + signal):
-        run.noise += noise
-        run.signal += signal
+    with np.errstate(over="ignore"):
+        products = np.outer((1, noise, signal), (1, noise, signal))
+    if np.isfinite(products).all():
+        run.noise_sums += products
 
 
 def _loss_of_the_start(run: Run) -> float:
@@ -272,8 +275,8 @@ def _end_of_epoch(run: Run, epoch: int, images_per_second: float) -> EpochRecord
     if best > run.best_score:
         run.best_score, run.best_epoch = best, epoch + 1
     train_loss = run.loss_sum / run.samples if run.samples else float("nan")
-    noise_scale = scale_of(run.noise, run.signal)
-    run.loss_sum, run.samples, run.noise, run.signal = 0.0, 0, 0.0, 0.0
+    noise_scale, noise_scale_error = scale_of(run.noise_sums)
+    run.loss_sum, run.samples, run.noise_sums[...] = 0.0, 0, 0.0
     _probe_the_wire(run, epoch)
     agreement.agree(run)  # at last, as what follows is saved
     health = run.probe.health
@@ -288,6 +291,7 @@ def _end_of_epoch(run: Run, epoch: int, images_per_second: float) -> EpochRecord
         health.flushed_share,
         health.wire_error,
         noise_scale,
+        noise_scale_error,
         run.take_busy(),
         run.parameters.digest(),
     )

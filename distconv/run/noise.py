@@ -9,12 +9,22 @@ twice the size needs half the steps, far above it as many as before.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
+
+SAMPLES_OF_A_LOOK = 100
+
+
+def steps_of_a_look(samples: float) -> int:
+    """In every which step to look, where a contribution is the gradient of so many samples.
+
+    Norms take as long for few samples as for many. So they stay below 0.5 % of a step of deepconvnet.
+    """
+    return max(1, math.ceil(SAMPLES_OF_A_LOOK / samples))
 
 
 def estimate(
@@ -41,27 +51,44 @@ def estimate(
     return noise, squared_norm_of_sum - noise / B
 
 
-def scale_of(noise: float, signal: float) -> float:
-    """The noise scale S / |G|² in samples, from sums of estimates over the same steps.
+def scale_of(sums: NDArray[np.float64]) -> tuple[float, float]:
+    """The noise scale S / |G|² in samples, and its standard error as a share of it.
 
-    nan where there were none, inf where the noise leaves nothing to be seen of G.
+    sums (3, 3): the sum, over the steps that were looked at, of the products of (1, S, |G|²), as estimated from one,
+    with each other. The scale is nan where there were none, inf where the noise leaves nothing to be seen of G. The
+    error is that of a ratio of means, to first order (the delta method); nan where it is not known.
     """
-    if math.isnan(noise + signal) or noise == signal == 0:
-        return math.nan
-    return noise / signal if signal > 0 else math.inf
+    count, noise, signal = sums[0].tolist()
+    if noise == signal == 0:
+        return math.nan, math.nan
+    if signal <= 0:
+        return math.inf, math.nan
+    if count < 2 or noise <= 0:
+        return noise / signal, math.nan
+    # The mean square of how far S / mean S and |G|² / mean |G|² of a step are apart.
+    apart = count * (sums[1, 1] / noise**2 - 2 * sums[1, 2] / (noise * signal) + sums[2, 2] / signal**2)
+    return noise / signal, math.sqrt(max(0.0, apart) / (count - 1))
 
 
-def over_a_run(noise_scales: Sequence[float], batch_size: int) -> float:
+def over_a_run(epochs: Iterable[Mapping[str, Any]], batch_size: int) -> tuple[float, float]:
     """The noise scale that, if it had been the same all the time, would have made a run as long as it was.
 
-    noise_scales (E,): of its epochs; those that are nan do not count. It grows many times over while a model learns, so
-    that of the last epoch would promise too much of larger batches. A step gets as far as 1 / (1 + noise scale / batch
-    size) steps without noise, of which the run has taken the sum.
+    And its standard error, as a share of it. epochs: their records, as metrics.jsonl has them, where null is infinity;
+    both are nan if none has a number. The scale grows many times over while a model learns, so that of the last epoch
+    would promise too much of larger batches. A step gets as far as 1 / (1 + scale / batch size) steps without noise, of
+    which the run has taken the sum.
     """
-    steps = [1 / (1 + scale / batch_size) for scale in noise_scales if scale >= 0]
-    if not steps:
-        return math.nan
-    return batch_size * (len(steps) / sum(steps) - 1) if any(steps) else math.inf
+    told = [epoch for epoch in epochs if "noise_scale" in epoch]
+    seen = [epoch for epoch in told if epoch["noise_scale"] is not None]
+    if not seen or not batch_size:
+        return math.nan, math.nan
+    steps = [1 / (1 + epoch["noise_scale"] / batch_size) for epoch in seen]
+    way = sum(steps)
+    scale = batch_size * (len(told) / way - 1)
+    # The error of such a step is step (1 - step) times that of the scale; how far one is from 0 is not known.
+    errors = [math.nan if (error := epoch.get("noise_scale_error")) is None else error for epoch in seen]
+    error = math.hypot(*(step * (1 - step) * error for step, error in zip(steps, errors, strict=True)))
+    return scale, error * batch_size * len(told) / (way**2 * scale) if scale else math.nan
 
 
 def relative_steps(noise_scale: float, batch_size: float, reference: float) -> float:
@@ -72,19 +99,23 @@ def relative_steps(noise_scale: float, batch_size: float, reference: float) -> f
     return (1 + noise_scale / batch_size) / (1 + noise_scale / reference)
 
 
-def advice(noise_scale: float, batch_size: int, ranks: int, step_seconds: float, compute_seconds: float) -> str:
+def advice(
+    noise_scale: float, error: float, batch_size: int, ranks: int, step_seconds: float, compute_seconds: float
+) -> str:
     """What twice the batch and twice the ranks would bring, for people; nothing where the noise scale is not known.
 
-    step_seconds, compute_seconds: of a whole step and of its gradient on these ranks. What the step does besides is
-    taken to last no longer on twice the ranks, which is the best that can be.
+    error: of the noise scale, as a share of it; may be nan. step_seconds, compute_seconds: of a whole step and of its
+    gradient on these ranks. What the step does besides is taken to last no longer on twice the ranks, which is the best
+    that can be.
     """
     if not 0 < noise_scale < math.inf or not 0 < compute_seconds <= step_seconds:
         return ""
     steps = relative_steps(noise_scale, 2 * batch_size, batch_size)
     with_the_same_batch = step_seconds / (step_seconds - compute_seconds / 2)
+    known_to = "" if math.isnan(error) else f" (± {error:.0%})"
     return (
-        f"gradient noise scale {float(f'{noise_scale:.2g}'):,.15g} images: batches of {2 * batch_size:,} would need "
-        f"{1 - steps:.0%} fewer steps than of {batch_size:,} ({0.5 / steps:.0%} efficiency), if the learning rate "
-        f"suits them; then {2 * ranks} ranks would be up to {1 / steps:.2f} times as fast as {ranks}, with the same "
-        f"batch {with_the_same_batch:.2f} times"
+        f"gradient noise scale {float(f'{noise_scale:.2g}'):,.15g} images{known_to}: batches of {2 * batch_size:,} "
+        f"would need {1 - steps:.0%} fewer steps than of {batch_size:,} ({0.5 / steps:.0%} efficiency), if the "
+        f"learning rate suits them; then {2 * ranks} ranks would be up to {1 / steps:.2f} times as fast as {ranks}, "
+        f"with the same batch {with_the_same_batch:.2f} times"
     )

@@ -26,11 +26,11 @@ from distconv.nn.fusion import fused
 from distconv.nn.layers import Chain, Context, Layer
 from distconv.nn.optimizers import EMA, Optimizer
 from distconv.nn.parameters import Parameters
+from distconv.run.noise import steps_of_a_look
 from distconv.tasks.classify import Classification
 from distconv.tasks.task import Task
 
 Samples = NDArray[np.int64]
-STEPS_OF_A_LOOK = 2  # at the noise; one in every step would cost 0.8 % of it
 
 
 class Replica:
@@ -83,7 +83,9 @@ class Replica:
         decays = optimizer.weight_decay and not optimizer.layerwise
         self.decaying = parameters.runs(lambda spec: spec.trained and spec.decay) if decays else []
         # Squared norms of gradients and of their sum tell the noise; of a single gradient, they are the same.
-        self.notes_squares = (shards.count if settings.is_exact else shards.size) > 1 and not exchange.overlaps
+        contributions = shards.count if settings.is_exact else shards.size
+        self.notes_squares = contributions > 1 and not exchange.overlaps
+        self.steps_of_a_look = steps_of_a_look(settings.step_size / contributions)
         self.looks, self.square = False, math.nan  # whether this step takes them, and that of the sum
         self.begun: dict[int, Any] = {}  # steps whose results nobody has waited for yet, by their number
 
@@ -109,7 +111,7 @@ class Replica:
         """Sum the gradient over the ranks; see Exchange."""
         own, _ = self.mailbox.bad_at(step)
         header["bad_at"] = -1 if own == FINITE else own
-        self.looks = self.notes_squares and step % STEPS_OF_A_LOOK == 0
+        self.looks = self.notes_squares and step % self.steps_of_a_look == 0
         if self.looks:
             header["squares"][: len(self.rows)] = [self._square(row) for row in self.rows]
         return self.exchange.travel(header)

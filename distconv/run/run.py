@@ -21,7 +21,7 @@ from distconv.run.measure import measure
 from distconv.run.replica import Replica
 from distconv.tasks.task import Task
 
-SINCE_LATER = ("first_loss", "best_score", "best_epoch", "noise", "signal")  # which older checkpoints do not have
+SINCE_LATER = ("first_loss", "best_score", "best_epoch")  # which older checkpoints do not have
 
 
 @dataclass
@@ -38,8 +38,8 @@ class Run:
     step: int = 0  # steps done since the first epoch began
     loss_sum: float = 0.0  # over the samples of this epoch so far, skipped steps left out
     samples: int = 0  # in loss_sum
-    noise: float = 0.0  # sums of what the steps of this epoch so far tell of the gradient's noise; see noise.py
-    signal: float = 0.0
+    # What the steps of this epoch so far tell of the gradient's noise; see scale_of.
+    noise_sums: NDArray[np.float64] = field(default_factory=lambda: np.zeros((3, 3)))
     skipped: int = 0  # steps in a row whose gradient was not finite
     first_loss: float = 0.0  # of the run's first step; 0 before it
     best_score: float = -math.inf  # on the validation set
@@ -97,7 +97,7 @@ class Run:
         cursor = batch * self.config.step_size
         names = ("step", "loss_sum", "samples", "skipped", *SINCE_LATER)
         moving = {name: getattr(self, name) for name in names}
-        return {**moving, "epoch": epoch, "cursor": cursor}
+        return {**moving, "epoch": epoch, "cursor": cursor, "noise_sums": self.noise_sums.ravel().tolist()}
 
     def vectors(self) -> dict[str, Array]:
         """The state, which checkpoints hold and all ranks share: parameters, optimizer's vectors, average, by slot."""
@@ -113,6 +113,7 @@ class Run:
         self.samples, self.skipped = position["samples"], position["skipped"]
         for name in SINCE_LATER:
             setattr(self, name, position.get(name, getattr(self, name)))
+        self.noise_sums[...] = np.reshape(position.get("noise_sums", np.zeros(9)), (3, 3))
         for slot, vector in self.vectors().items():
             vector[...] = vectors[slot]
         self.replica.push()

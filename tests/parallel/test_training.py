@@ -238,28 +238,32 @@ def test_layerwise_optimizers_make_the_same_step_on_all_ranks(world: World, opti
 
 def test_the_noise_scale_is_that_of_the_paper_over_the_steps_of_an_epoch(world: World) -> None:
     """McCandlish et al. 2018 (arXiv 1812.06162), appendix A.1, for shares of one size."""
-    settings = dataclasses.replace(SETTINGS, wire="float64", batch_size=24, limit_train=96, epochs=2)
-    run, again, noise, signal = make_run(world, settings), make_run(world, settings), 0.0, 0.0
-    B, b, before = 24, 24 // world.size, run.parameters.vector.copy()
+    settings = dataclasses.replace(SETTINGS, wire="float64", batch_size=96, limit_train=960, epochs=2)
+    run, again = make_run(world, settings), make_run(world, settings)
+    B, b, before = 96, 96 // world.size, run.parameters.vector.copy()
+    every, looks = {1: 2, 2: 3, 3: 4, 4: 5}[world.size], []  # a look at each 100 samples of a rank
     for record in loop.train(run, never):
         if isinstance(record, loop.EpochRecord):
             if world.size == 1:
                 assert np.isnan(record.noise_scale)
             else:
+                noise, signal = np.mean(looks, axis=0)
                 assert record.noise_scale == pytest.approx(noise / signal if signal > 0 else np.inf, rel=1e-6)
                 assert noise > 0
-            noise, signal = 0.0, 0.0
+                apart = np.array(looks) @ [1 / noise, -1 / signal]
+                error = apart.std(ddof=1) / np.sqrt(len(looks))
+                assert record.noise_scale_error == pytest.approx(error if signal > 0 else np.nan, rel=1e-6, nan_ok=True)
+            looks = []
             continue
         again.parameters.vector[...] = before
-        epoch, batch = divmod(record.step - 1, 4)
-        order = epoch_order(settings.seed, epoch, 96)
+        epoch, batch = divmod(record.step - 1, 10)
+        order = epoch_order(settings.seed, epoch, 960)
         mine = order[batch * B : (batch + 1) * B][split(B, world.size, world.rank)]
         share = again.replica.share(record.step - 1, mine, B).copy()
         before = run.parameters.vector.copy()
         g = world.comm.allreduce(share)
         small = np.mean(world.comm.allgather(float(share @ share) * (B / b) ** 2))
         large = float(g @ g)
-        if b < B and record.step % 2:  # the first and every other one
-            noise += (small - large) / (1 / b - 1 / B)
-            signal += (B * large - b * small) / (B - b)
-    assert run.step == 8
+        if b < B and (record.step - 1) % every == 0:
+            looks.append(((small - large) / (1 / b - 1 / B), (B * large - b * small) / (B - b)))
+    assert run.step == 20

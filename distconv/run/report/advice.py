@@ -136,7 +136,8 @@ def on_time(history: History) -> str:
         share = INT8.get(str(history.start.get("wire")), "") if hosts > 1 else ""
         how = f"--wire int8 sends {share} as much" if share else "a larger --batch-size exchanges less often"
         return f"{exchange / step:.0%} of a step is exchange: {how}, if the accuracy stays."
-    scale, larger = noise_scale(history), 2 * history.batch_size
+    scale, _ = over_a_run(history.epochs, history.batch_size)
+    larger = 2 * history.batch_size
     saved = 1 - relative_steps(scale, larger, history.batch_size) if 0 < scale < math.inf and larger else 0.0
     if saved > WORTH_IT:
         return (
@@ -162,11 +163,3 @@ def _slow_rank(history: History) -> str:
         f"Rank {slow}{where} is busy {busy[slow] / others - 1:.0%} longer in a step than the others, and all wait for "
         "it: see what else runs there."
     )
-
-
-def noise_scale(history: History) -> float:
-    """Of the whole run, in images; NaN where it is not known."""
-    scales = [math.inf if epoch["noise_scale"] is None else epoch["noise_scale"] for epoch in history.epochs
-              if "noise_scale" in epoch]  # fmt: skip
-    known = any(epoch.get("noise_scale") for epoch in history.epochs)
-    return over_a_run(scales, history.batch_size) if known and history.batch_size else math.nan

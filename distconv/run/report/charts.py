@@ -86,8 +86,11 @@ def noise_chart(history: History) -> str:
     scales = history.per_epoch("noise_scale")
     if not np.isfinite(scales).any():
         return ""
+    epochs, error = history.per_epoch("epoch"), scales * history.per_epoch("noise_scale_error")
     lines = [
-        Line("noise scale", history.per_epoch("epoch"), scales, "--train", dots=True),
+        Line("noise scale", epochs, scales, "--train", dots=True),
+        Line("plus its error", epochs, scales + error, "--train", "2 3"),
+        Line("minus its error", epochs, scales - error, "--train", "2 3"),
         Line("batch size", [0, x_limits(history)[1]], [history.batch_size] * 2, "--rest", "6 3"),
     ]
     note = (

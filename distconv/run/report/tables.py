@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from distconv.run.report.advice import noise_scale
+from distconv.run.noise import over_a_run
 from distconv.run.report.charts import MOST_RANKS, SCORES
 from distconv.run.report.history import History
 from distconv.run.report.numbers import duration, in_bytes, loss, milliseconds, percent, plural, short
@@ -41,8 +41,10 @@ def tiles(history: History) -> str:
         entries.append(("sent in a step", in_bytes(sent), f"by rank 0, {history.start.get('wire')}; {alone}"))
     starts = plural(len(history.stretches), "start")
     entries.append(("time", duration(history.seconds), f"goodput {history.goodput:.0%}, {starts}"))
-    if (scale := noise_scale(history)) > 0:
-        entries.append(("noise scale", short(scale), f"images, over the run; batch {history.batch_size:,}"))
+    scale, error = over_a_run(history.epochs, history.batch_size)
+    if scale > 0:
+        known_to = "" if math.isnan(error) else f" ± {error:.0%}"
+        entries.append(("noise scale", short(scale) + known_to, f"images, over the run; batch {history.batch_size:,}"))
     if memory := peak or history.start.get("memory_bytes"):
         entries.append(("memory", in_bytes(memory), "of rank 0, peak" if peak else "of rank 0, expected"))
     shown = "".join(
