@@ -165,11 +165,13 @@ def scaling(argv: Sequence[str]) -> int:
     starter = job_starter(flags.mpirun)
     end_on_sigterm()
     settings(1)  # raises for a value that cannot be before anything is started
-    from distconv.benchmarks.scaling import climb, table
+    from distconv.benchmarks.scaling import climb, table, with_goal
     from distconv.run.log import RunLog
 
     arguments = ["-m", "distconv.bench", "scaling", *argv, "--worker"]
     rungs = climb(starter, flags.numbers, batch_size, flags.wire, arguments, RunLog(True).say_aside)
+    if flags.goal_steps:
+        rungs = [with_goal(rung, flags.noise_scale, flags.goal_steps, flags.batch_size) for rung in rungs]
     what = (
         f"weak scaling, batch {flags.batch_size} a rank" if flags.weak else f"strong scaling, batch {flags.batch_size}"
     )
@@ -218,8 +220,8 @@ def predict(argv: Sequence[str]) -> int:
     if not rows:
         raise UsageError(f"--batch-size {flags.batch_size}: so many images do not give every rank one, see --weak")
     formula = predictor.FORMULA
-    if flags.steps:
-        rows = [predictor.with_goal(row, flags.noise_scale, flags.steps, flags.batch_size) for row in rows]
+    if flags.goal_steps:
+        rows = [predictor.with_goal(row, flags.noise_scale, flags.goal_steps, flags.batch_size) for row in rows]
         formula += f"\n{predictor.GOAL_FORMULA}"
     what = f"{flags.batch_size} images {'a rank' if flags.weak else 'in all'}"
     model = f"{flags.parameters:,} parameters, {what}, {1e3 * seconds:.4g} ms an image on one rank"

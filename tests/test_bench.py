@@ -26,6 +26,7 @@ from distconv.benchmarks.predict import (
     with_goal,
 )
 from distconv.benchmarks.scaling import Rung, table
+from distconv.benchmarks.scaling import with_goal as scaling_goal
 from distconv.errors import BadDataError, CannotCreateError, MissingInputError, UsageError
 from tests import jobs
 
@@ -160,7 +161,7 @@ def test_the_batch_that_was_measured_takes_the_steps_that_were_measured(N: float
 
 def test_predict_tells_steps_and_time_only_if_it_is_asked() -> None:
     arguments = ("predict", "--step-seconds-per-image", "1ms", "--weak", "--ranks", "1,3", "--bandwidth", "100mbit")
-    asked = (*arguments, "--noise-scale", "900", "--steps", "400")
+    asked = (*arguments, "--noise-scale", "900", "--goal-steps", "400")
     plain, more = rows_of(bench(0, *arguments, "--json")), rows_of(bench(0, *asked, "--json"))
     for one, other in zip(plain, more, strict=True):
         assert set(other) - set(one) == {"steps", "training_seconds"} and one.items() <= other.items()
@@ -206,7 +207,8 @@ def test_predict_reads_what_was_measured(tmp_path: Path) -> None:
 def test_scaling_runs_its_own_jobs_and_draws(tmp_path: Path) -> None:
     png = tmp_path / "scaling.png"
     arguments = ("scaling", "--ranks", "2,1", "--steps", "2", "--batch-size", "10", "--weak")
-    rows = rows_of(bench(0, *arguments, "--model", "simpleconvnet", "--png", png, "--json"))
+    goal = ("--noise-scale", "30", "--goal-steps", "400")
+    rows = rows_of(bench(0, *arguments, *goal, "--model", "simpleconvnet", "--png", png, "--json"))
     assert [(one["ranks"], one["batch_size"]) for one in rows] == [(1, 10), (2, 20)]
     one, two = rows
     assert one["speedup"] == one["efficiency"] == pytest.approx(1)
@@ -216,6 +218,8 @@ def test_scaling_runs_its_own_jobs_and_draws(tmp_path: Path) -> None:
         assert rung["images_per_second"] == pytest.approx(rung["batch_size"] / rung["step_seconds"])
         assert 0 < rung["compute_seconds"] <= rung["step_seconds"] and 0 <= rung["slowest_rank"] < rung["ranks"]
         assert rung["exchange_seconds"] >= 0 and rung["wait_seconds"] >= 0
+        assert rung["training_seconds"] == pytest.approx(rung["steps"] * rung["step_seconds"])
+    assert [rung["steps"] for rung in rows] == [400, 250]  # (1 + 30/10) x 100 = 400, (1 + 30/20) x 100 = 250
     assert matplotlib.image.imread(png).std() > 0.05
 
 
@@ -226,6 +230,9 @@ def test_scaling_prints_a_table_that_names_oversubscription() -> None:
     assert "images/s" in head and "slowest rank" in head
     assert first.split() == ["1", "100", "900", "1.00", "100%", "100.00", "90.00", "5.00", "2.00", "0"]
     assert "oversubscribed" in second and second.split()[9] == "17"
+    head, first, second = table([scaling_goal(rung, 900, 400, 50) for rung in (few, many)]).splitlines()
+    assert head.split()[-2:] == ["steps", "time"] and first.split()[-3:] == ["211", "21.1", "s"]  # 400 x 10/19
+    assert second.split()[10:13] == ["211", "42.2", "s"]
 
 
 # mistakes
@@ -249,6 +256,8 @@ def test_a_mistake_is_one_sentence_and_exit_code_2(ranks: int, arguments: tuple[
         ("exchange --repeats 0", "--repeats 0"),
         ("scaling --ranks 1,8 --batch-size 4", "--batch-size 4 with 8 ranks"),
         ("scaling --wire float17", "--wire float17"),
+        ("scaling --noise-scale 900", "--goal-steps"),
+        ("scaling --noise-scale 900 --goal-steps many", "--goal-steps many"),
         ("predict", "--measured"),
         ("predict --step-seconds-per-image 1ms --latency 50", "--latency 50"),
         ("predict --step-seconds-per-image 1 --batch-size 0", "--batch-size 0"),
@@ -260,13 +269,13 @@ def test_a_mistake_is_one_sentence_and_exit_code_2(ranks: int, arguments: tuple[
         ),
         ("predict --step-seconds-per-image 1 --parameters 1e15", "from 1 to 1000000000000"),
         (
-            "predict --step-seconds-per-image 1 --noise-scale= --steps=",
+            "predict --step-seconds-per-image 1 --noise-scale= --goal-steps=",
             "--noise-scale : expected a number above 0, 900 say",
         ),
-        ("predict --step-seconds-per-image 1 --noise-scale 1e308 --steps 1", "--noise-scale 1e308"),
-        ("predict --step-seconds-per-image 1 --noise-scale 900", "--steps"),
-        ("predict --step-seconds-per-image 1 --steps 400", "--noise-scale"),
-        ("predict --step-seconds-per-image 1 --steps 400 --noise-scale -1", "--noise-scale -1"),
+        ("predict --step-seconds-per-image 1 --noise-scale 1e308 --goal-steps 1", "--noise-scale 1e308"),
+        ("predict --step-seconds-per-image 1 --noise-scale 900", "--goal-steps"),
+        ("predict --step-seconds-per-image 1 --goal-steps 400", "--noise-scale"),
+        ("predict --step-seconds-per-image 1 --goal-steps 400 --noise-scale -1", "--noise-scale -1"),
     ],
 )
 def test_a_mistake_is_seen_before_anything_starts(line: str, named: str) -> None:

@@ -112,12 +112,15 @@ def scaling_flags(argv: Sequence[str]) -> argparse.Namespace:
         epilog="examples:\n"
         "  python -m distconv.bench scaling\n"
         "  python -m distconv.bench scaling --ranks 1,2,4,8 --weak --batch-size 50 --png weak.png\n"
-        "  python -m distconv.bench scaling --ranks 1 --json > one.json    # for bench predict --measured",
+        "  python -m distconv.bench scaling --ranks 1 --json > one.json    # for bench predict --measured\n"
+        "  # how long until an accuracy is reached that took 400 steps of 100 images, if each rank adds 100\n"
+        "  python -m distconv.bench scaling --weak --noise-scale 900 --goal-steps 400",
     )
     parser.add_argument("--ranks", default="1,2,4", metavar="P,...", help="numbers of ranks (default: 1,2,4)")
     parser.add_argument("--batch-size", type=int, default=100, metavar="B", help="images a step (default: 100)")
     parser.add_argument("--weak", action="store_true", help="B images for each rank, not for all of them together")
     parser.add_argument("--steps", type=int, default=30, metavar="N", help="measured in each job (default: 30)")
+    add_goal(parser)
     parser.add_argument("--data", default="digits", help="as in distconv.train (default: digits)")
     parser.add_argument("--model", default="deepconvnet", help=f"{', '.join(MODELS)}, or your own")
     parser.add_argument("--wire", default="float16", help=f"of {', '.join(FLOATS)} (default: float16)")
@@ -129,6 +132,7 @@ def scaling_flags(argv: Sequence[str]) -> argparse.Namespace:
     flags = parser.parse_args(argv)
     flags.numbers = rank_list(flags.ranks)
     at_least_1("--steps", flags.steps)
+    read_goal(flags)
     at_least_1("--batch-size", flags.batch_size)
     if not flags.weak and flags.batch_size < max(flags.numbers):
         raise UsageError(
@@ -136,6 +140,25 @@ def scaling_flags(argv: Sequence[str]) -> argparse.Namespace:
             f"--batch-size {max(flags.numbers)} or more, or --weak"
         )
     return flags
+
+
+def add_goal(parser: Parser) -> None:
+    """For whom steps are not enough to know: how many it takes to an accuracy."""
+    parser.add_argument(
+        "--noise-scale", metavar="N", help="of the gradient, in images: predict steps and time to an accuracy too"
+    )
+    parser.add_argument("--goal-steps", metavar="S", help="that it takes with batches of --batch-size")
+
+
+def read_goal(flags: argparse.Namespace) -> None:
+    if (flags.noise_scale is None) != (flags.goal_steps is None):
+        raise UsageError(
+            "--noise-scale and --goal-steps go together: --noise-scale 900 --goal-steps 400 says how long it takes to "
+            "reach what 400 steps of --batch-size images do"
+        )
+    if flags.goal_steps is not None:
+        flags.noise_scale = quantity("--noise-scale", flags.noise_scale, {"": 1}, "900")
+        flags.goal_steps = quantity("--goal-steps", flags.goal_steps, {"": 1}, "400")
 
 
 def accuracy_flags(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -187,7 +210,8 @@ def predict_flags(argv: Sequence[str]) -> argparse.Namespace:
         "  python -m distconv.bench scaling --ranks 1 --json > one.json\n"
         "  python -m distconv.bench predict --measured one.json --bandwidth 100mbit --png prediction.png\n"
         "  # how long until an accuracy is reached that took 400 steps of 100 images, if each rank adds 100\n"
-        "  python -m distconv.bench predict --measured one.json --weak --noise-scale 900 --steps 400 --ranks 1,4,16,64",
+        "  python -m distconv.bench predict --measured one.json --weak --noise-scale 900 --goal-steps 400 "
+        "--ranks 1,4,16,64",
     )
     speed = parser.add_mutually_exclusive_group(required=True)
     speed.add_argument("--step-seconds-per-image", metavar="S", help="of one rank's whole step, exchange left out")
@@ -199,10 +223,7 @@ def predict_flags(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--bandwidth", default="1gbit", metavar="RATE", help="of a host, each way (default: 1gbit)")
     ladder_of_ranks = ",".join(str(1 << power) for power in range(13))
     parser.add_argument("--ranks", default=ladder_of_ranks, metavar="P,...", help="(default: 1,2,4,...,4096)")
-    parser.add_argument(
-        "--noise-scale", metavar="N", help="of the gradient, in images: predict steps and time to an accuracy too"
-    )
-    parser.add_argument("--steps", metavar="S", help="that it takes with batches of --batch-size")
+    add_goal(parser)
     parser.add_argument("--png", type=Path, metavar="FILE", help="draw it there too")
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
     flags = parser.parse_args(argv)
@@ -217,13 +238,6 @@ def predict_flags(argv: Sequence[str]) -> argparse.Namespace:
     if per_image is not None:
         seconds = quantity("--step-seconds-per-image", per_image, {"": 1, **SECONDS}, "0.001")
     flags.step_seconds_per_image = seconds
-    if (flags.noise_scale is None) != (flags.steps is None):
-        raise UsageError(
-            "--noise-scale and --steps go together: --noise-scale 900 --steps 400 says how long it takes to reach what "
-            "400 steps of --batch-size images do"
-        )
-    if flags.steps is not None:
-        flags.noise_scale = quantity("--noise-scale", flags.noise_scale, {"": 1}, "900")
-        flags.steps = quantity("--steps", flags.steps, {"": 1}, "400")
+    read_goal(flags)
     check_file("--png", flags.png, ".png")
     return flags

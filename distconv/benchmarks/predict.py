@@ -17,7 +17,7 @@ from distconv.comm.exchange import HEADER, owners, part_size
 from distconv.comm.transport import SECONDS_BETWEEN_LOOKS
 from distconv.comm.wire import WIRES
 from distconv.errors import BadDataError, MissingInputError
-from distconv.run.noise import relative_steps
+from distconv.run.noise import steps_needed
 
 BACKWARD = 2 / 3  # of the time of a gradient: a product for dx, one for dw, and one in the forward pass
 LOOK = SECONDS_BETWEEN_LOOKS / 2  # that what has come lies there, on average, before the thread of buckets sees it
@@ -168,7 +168,7 @@ def ladder(
 
 def with_goal(row: Prediction, noise_scale: float, steps: float, batch_size: int) -> Goal:
     """steps: that batches of batch_size take to the wanted accuracy. noise_scale: in images."""
-    needed = math.ceil(round(steps * relative_steps(noise_scale, row.batch_size, batch_size), 6))  # 400.0000001 is 400
+    needed = steps_needed(steps, noise_scale, row.batch_size, batch_size)
     return Goal(**vars(row), steps=needed, training_seconds=needed * row.batch_size / row.images_per_second)
 
 

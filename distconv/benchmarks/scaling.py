@@ -21,6 +21,7 @@ from distconv.errors import DistconvError, UsageError
 from distconv.run.build import build_run
 from distconv.run.loading import load_dataset
 from distconv.run.loop import StepRecord, train
+from distconv.run.noise import steps_needed
 from distconv.supervise.launcher import rows, run_job
 
 WARM_UP = 5  # steps of each job that do not count
@@ -61,6 +62,14 @@ class Rung:
     wait_seconds: float
     slowest_rank: int
     oversubscribed: bool
+
+
+@dataclass(frozen=True)
+class RungToGoal(Rung):
+    """The same, and how long the training takes to the wanted accuracy."""
+
+    steps: int
+    training_seconds: float
 
 
 def work(settings: Config, steps: int, world: World) -> list[Step]:
@@ -118,11 +127,19 @@ def climb(
     return [_rung(P, batch_size(P), wire, steps[P], base) for P in numbers]
 
 
+def with_goal(rung: Rung, noise_scale: float, steps: float, batch_size: int) -> RungToGoal:
+    """steps: that batches of batch_size take to the wanted accuracy. noise_scale: in images."""
+    needed = steps_needed(steps, noise_scale, rung.batch_size, batch_size)
+    return RungToGoal(**vars(rung), steps=needed, training_seconds=needed * rung.step_seconds)
+
+
 def table(rungs: Sequence[Rung]) -> str:
-    """For people: a line for each number of ranks, its parts of a step in ms."""
+    """For people: a line for each number of ranks, its parts of a step in ms; with a goal, steps and time too."""
+    has_goal = any(isinstance(rung, RungToGoal) for rung in rungs)
     lines = [
         f"{'ranks':>6}{'batch':>7}{'images/s':>11}{'speed-up':>10}{'efficiency':>12}"
         f"{'step':>9}{'compute':>9}{'wire':>9}{'wait ms':>9}{'slowest rank':>14}"
+        + (f"{'steps':>12}{'time':>12}" if has_goal else "")
     ]
     for rung in rungs:
         parts = (rung.step_seconds, rung.compute_seconds, rung.exchange_seconds, rung.wait_seconds)
@@ -131,6 +148,7 @@ def table(rungs: Sequence[Rung]) -> str:
             f"{rung.efficiency:>12.0%}"
             + "".join(f"{1e3 * part:>9.2f}" for part in parts)
             + f"{rung.slowest_rank:>14}"
+            + (f"{rung.steps:>12,}{rung.training_seconds:>10,.4g} s" if isinstance(rung, RungToGoal) else "")
             + (f"   more ranks than cores ({rung.hosts * cores()}): oversubscribed" if rung.oversubscribed else "")
         )
     return "\n".join(lines)

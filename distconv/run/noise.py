@@ -99,6 +99,12 @@ def relative_steps(noise_scale: float, batch_size: float, reference: float) -> f
     return (1 + noise_scale / batch_size) / (1 + noise_scale / reference)
 
 
+def steps_needed(steps: float, noise_scale: float, batch_size: int, reference: int) -> int:
+    """How many steps of batch_size bring a model as far as so many `steps` of the reference size."""
+    more = steps * relative_steps(noise_scale, batch_size, reference)
+    return math.ceil(round(more, 6))  # 400.0000001 is 400
+
+
 def advice(
     noise_scale: float, error: float, batch_size: int, ranks: int, step_seconds: float, compute_seconds: float
 ) -> str:
