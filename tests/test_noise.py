@@ -133,9 +133,12 @@ def test_epochs_that_were_not_told_do_not_count_and_those_that_got_nowhere_do() 
     assert before[0] == pytest.approx(300) and math.isnan(before[1])
 
 
-@pytest.mark.parametrize(("samples", "steps"), [(1000, 1), (100, 1), (50, 2), (12.5, 8), (0.5, 200)])
-def test_small_contributions_are_looked_at_in_fewer_steps(samples: float, steps: int) -> None:
-    assert steps_of_a_look(samples) == steps
+@pytest.mark.parametrize(
+    ("samples", "steps_of_an_epoch", "every"),
+    [(1000, 600, 1), (100, 600, 1), (50, 600, 2), (12.5, 600, 8), (0.5, 600, 60), (12.5, 29, 2), (12.5, 3, 1)],
+)
+def test_small_contributions_are_looked_at_in_fewer_steps(samples: float, steps_of_an_epoch: int, every: int) -> None:
+    assert steps_of_a_look(samples, steps_of_an_epoch) == every
 
 
 def test_small_batches_halve_the_steps_and_large_ones_save_none() -> None:

@@ -17,14 +17,15 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 SAMPLES_OF_A_LOOK = 100
+LOOKS_OF_AN_EPOCH = 10  # or all of its steps, if it has fewer
 
 
-def steps_of_a_look(samples: float) -> int:
-    """In every which step to look, where a contribution is the gradient of so many samples.
+def steps_of_a_look(samples: float, steps: int) -> int:
+    """In every which step to look at the norms, where a contribution has so many samples, and an epoch so many steps.
 
     Norms take as long for few samples as for many. So they stay below 0.5 % of a step of deepconvnet.
     """
-    return max(1, math.ceil(SAMPLES_OF_A_LOOK / samples))
+    return max(1, min(math.ceil(SAMPLES_OF_A_LOOK / samples), steps // LOOKS_OF_AN_EPOCH))
 
 
 def estimate(
@@ -66,7 +67,7 @@ def scale_of(sums: NDArray[np.float64]) -> tuple[float, float]:
     if count < 2 or noise <= 0:
         return noise / signal, math.nan
     # The mean square of how far S / mean S and |G|² / mean |G|² of a step are apart.
-    apart = count * (sums[1, 1] / noise**2 - 2 * sums[1, 2] / (noise * signal) + sums[2, 2] / signal**2)
+    apart = count * (sums[1, 1] / noise / noise - 2 * sums[1, 2] / noise / signal + sums[2, 2] / signal / signal)
     return noise / signal, math.sqrt(max(0.0, apart) / (count - 1))
 
 

@@ -19,7 +19,7 @@ from distconv.comm.exchange import Headers, step_header
 from distconv.comm.on_cpu import DeviceExchange
 from distconv.config import Config
 from distconv.data.data import Data
-from distconv.data.shard import Shards, split
+from distconv.data.shard import Shards, batches, split
 from distconv.errors import DistconvError
 from distconv.kernels.interface import FINITE, Agreed, Array, Kernels
 from distconv.nn.fusion import fused
@@ -85,7 +85,8 @@ class Replica:
         # Squared norms of gradients and of their sum tell the noise; of a single gradient, they are the same.
         contributions = shards.count if settings.is_exact else shards.size
         self.notes_squares = contributions > 1 and not exchange.overlaps
-        self.steps_of_a_look = steps_of_a_look(settings.step_size / contributions)
+        steps = batches(data.size("train"), settings.step_size)
+        self.steps_of_a_look = steps_of_a_look(settings.step_size / contributions, steps)
         self.looks, self.square = False, math.nan  # whether this step takes them, and that of the sum
         self.begun: dict[int, Any] = {}  # steps whose results nobody has waited for yet, by their number
 
