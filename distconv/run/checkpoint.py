@@ -35,6 +35,7 @@ from distconv.nn.layerwise import ALL_OPTIMIZERS
 from distconv.nn.optimizers import EMA
 from distconv.nn.parameters import Parameters, digest
 from distconv.run.array_files import not_ours
+from distconv.run.noise import MOMENTS
 from distconv.run.tensorfile import OtherProgramsFileError, TensorFile, write_tensors
 
 FORMAT = "distconv-1"
@@ -74,7 +75,7 @@ DESCRIBED: Mapping[str, Mapping[str, Callable[[Any], bool]]] = {
         **dict.fromkeys(
             ("loss_sum", "first_loss", "best_score"), lambda value: type(value) is float and not math.isnan(value)
         ),
-        "noise_sums": lambda value: type(value) is list and len(value) == 9 and all(map(_is_finite, value)),
+        "noise_sums": lambda value: type(value) is list and len(value) == MOMENTS and all(map(_is_finite, value)),
     },
     "config": dict.fromkeys(MUST_MATCH, lambda value: value is not None),
     "data": {
@@ -89,7 +90,7 @@ SINCE_LATER = {
     "first_loss": 0.0,
     "best_score": -math.inf,
     "best_epoch": 0,
-    "noise_sums": [0.0] * 9,
+    "noise_sums": [0.0] * MOMENTS,
     "validation": 0,
     "task": CLASSIFY,
     "ema": 0.0,

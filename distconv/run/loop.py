@@ -22,7 +22,7 @@ from distconv.errors import DistconvError, DivergedError
 from distconv.nn.optimizers import EMA
 from distconv.nn.parameters import Parameters
 from distconv.run import agreement
-from distconv.run.noise import estimate, scale_of
+from distconv.run.noise import MOMENTS, estimate, moments, scale_of
 from distconv.run.run import Run
 
 MOST_SKIPPED = 10  # steps in a row without a finite gradient
@@ -236,10 +236,9 @@ def _note_noise(run: Run, headers: Headers, global_batch: int) -> None:
     else:
         squares, samples = headers["squares"][:, 0], headers["samples"]
     noise, signal = estimate(squares, samples, run.replica.square)
-    with np.errstate(over="ignore"):
-        products = np.outer((1, noise, signal), (1, noise, signal))
-    if np.isfinite(products).all():
-        run.noise_sums += products
+    found = moments(noise, signal)
+    if all(map(math.isfinite, found)):
+        run.noise_sums = [total + one for total, one in zip(run.noise_sums, found, strict=True)]
 
 
 def _loss_of_the_start(run: Run) -> float:
@@ -276,7 +275,7 @@ def _end_of_epoch(run: Run, epoch: int, images_per_second: float) -> EpochRecord
         run.best_score, run.best_epoch = best, epoch + 1
     train_loss = run.loss_sum / run.samples if run.samples else float("nan")
     noise_scale, noise_scale_error = scale_of(run.noise_sums)
-    run.loss_sum, run.samples, run.noise_sums[...] = 0.0, 0, 0.0
+    run.loss_sum, run.samples, run.noise_sums = 0.0, 0, [0.0] * MOMENTS
     _probe_the_wire(run, epoch)
     agreement.agree(run)  # at last, as what follows is saved
     health = run.probe.health

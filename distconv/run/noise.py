@@ -9,13 +9,14 @@ twice the size needs half the steps, far above it as many as before.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+MOMENTS = 6
 SAMPLES_OF_A_LOOK = 100
 LOOKS_OF_AN_EPOCH = 10  # or all of its steps, if it has fewer
 
@@ -52,23 +53,27 @@ def estimate(
     return noise, squared_norm_of_sum - noise / B
 
 
-def scale_of(sums: NDArray[np.float64]) -> tuple[float, float]:
+def moments(noise: float, signal: float) -> tuple[float, ...]:
+    """What is summed over the steps that are looked at, of the estimates of S and |G|² from one: MOMENTS numbers."""
+    return 1.0, noise, signal, noise * noise, noise * signal, signal * signal
+
+
+def scale_of(sums: Sequence[float]) -> tuple[float, float]:
     """The noise scale S / |G|² in samples, and its standard error as a share of it.
 
-    sums (3, 3): the sum, over the steps that were looked at, of the products of (1, S, |G|²), as estimated from one,
-    with each other. The scale is nan where there were none, inf where the noise leaves nothing to be seen of G. The
-    error is that of a ratio of means, to first order (the delta method); nan where it is not known.
+    sums (MOMENTS,): of `moments`. The scale is nan where there are none, inf where the noise leaves nothing to be seen
+    of G. The error is that of a ratio of means, to first order (the delta method); nan where it is not known.
     """
-    count, noise, signal = sums[0].tolist()
+    count, noise, signal, noise_squared, both, signal_squared = sums
     if noise == signal == 0:
         return math.nan, math.nan
     if signal <= 0:
         return math.inf, math.nan
     if count < 2 or noise <= 0:
         return noise / signal, math.nan
-    # The mean square of how far S / mean S and |G|² / mean |G|² of a step are apart.
-    apart = count * (sums[1, 1] / noise / noise - 2 * sums[1, 2] / noise / signal + sums[2, 2] / signal / signal)
-    return noise / signal, math.sqrt(max(0.0, apart) / (count - 1))
+    # Times the count, the mean square of how far S / mean S and |G|² / mean |G|² of a step are apart.
+    apart = noise_squared / noise / noise - 2 * both / noise / signal + signal_squared / signal / signal
+    return noise / signal, math.sqrt(max(0.0, apart) * count / (count - 1))
 
 
 def over_a_run(epochs: Iterable[Mapping[str, Any]], batch_size: int) -> tuple[float, float]:

@@ -18,10 +18,11 @@ from distconv.data.shard import Shards, batches
 from distconv.kernels.interface import Array
 from distconv.nn.parameters import Parameters, digest
 from distconv.run.measure import measure
+from distconv.run.noise import MOMENTS
 from distconv.run.replica import Replica
 from distconv.tasks.task import Task
 
-SINCE_LATER = ("first_loss", "best_score", "best_epoch")  # which older checkpoints do not have
+SINCE_LATER = ("first_loss", "best_score", "best_epoch", "noise_sums")  # which older checkpoints do not have
 
 
 @dataclass
@@ -39,7 +40,7 @@ class Run:
     loss_sum: float = 0.0  # over the samples of this epoch so far, skipped steps left out
     samples: int = 0  # in loss_sum
     # What the steps of this epoch so far tell of the gradient's noise; see scale_of.
-    noise_sums: NDArray[np.float64] = field(default_factory=lambda: np.zeros((3, 3)))
+    noise_sums: list[float] = field(default_factory=lambda: [0.0] * MOMENTS)
     skipped: int = 0  # steps in a row whose gradient was not finite
     first_loss: float = 0.0  # of the run's first step; 0 before it
     best_score: float = -math.inf  # on the validation set
@@ -97,7 +98,7 @@ class Run:
         cursor = batch * self.config.step_size
         names = ("step", "loss_sum", "samples", "skipped", *SINCE_LATER)
         moving = {name: getattr(self, name) for name in names}
-        return {**moving, "epoch": epoch, "cursor": cursor, "noise_sums": self.noise_sums.ravel().tolist()}
+        return {**moving, "epoch": epoch, "cursor": cursor}
 
     def vectors(self) -> dict[str, Array]:
         """The state, which checkpoints hold and all ranks share: parameters, optimizer's vectors, average, by slot."""
@@ -113,7 +114,6 @@ class Run:
         self.samples, self.skipped = position["samples"], position["skipped"]
         for name in SINCE_LATER:
             setattr(self, name, position.get(name, getattr(self, name)))
-        self.noise_sums[...] = np.reshape(position.get("noise_sums", np.zeros(9)), (3, 3))
         for slot, vector in self.vectors().items():
             vector[...] = vectors[slot]
         self.replica.push()
