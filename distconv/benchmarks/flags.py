@@ -143,7 +143,7 @@ def scaling_flags(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def add_goal(parser: Parser) -> None:
-    """For whom steps are not enough to know: how many it takes to an accuracy."""
+    """The flags that turn a speed into the time to an accuracy."""
     parser.add_argument(
         "--noise-scale", metavar="N", help="of the gradient, in images: predict steps and time to an accuracy too"
     )
