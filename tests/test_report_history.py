@@ -251,6 +251,18 @@ def test_averaged_weights_are_what_a_run_is_judged_by(tmp_path: Path) -> None:
     assert read_history(write(tmp_path, start(), epoch(1, 0.8, 0.8, **scores), final)).score == 0.95
 
 
+def test_how_well_the_noise_scale_is_known_is_told_and_drawn(tmp_path: Path) -> None:
+    errors = (0.1, 0.2)
+    known = [epoch(n, 0.9, 0.9, noise_scale=300.0, noise_scale_error=error) for n, error in enumerate(errors, start=1)]
+    text = text_of(page([read_history(write(tmp_path / "known", start(), step(10), *known))]))
+    # Of two epochs alike, the error of the mean is half of the root of 0.1 and 0.2 squared.
+    assert "300 ± 11%" in text
+    assert re.search(r"plus its error\s+360\s+minus its error\s+240", text)
+    before = [epoch(n, 0.9, 0.9, noise_scale=300.0) for n in (1, 2)]  # as versions wrote it that knew no error
+    text = text_of(page([read_history(write(tmp_path / "before", start(), step(10), *before))]))
+    assert "300" in text and "±" not in text and "its error" not in text
+
+
 def test_each_score_of_an_epoch_is_drawn_and_stands_in_the_table(tmp_path: Path) -> None:
     # That of averaged weights on the validation set is what --patience goes by.
     scores = {"validation_accuracy": 0.61, "ema_test_accuracy": 0.62, "ema_validation_accuracy": 0.63}

@@ -24,7 +24,8 @@ LOOKS_OF_AN_EPOCH = 10  # or all of its steps, if it has fewer
 def steps_of_a_look(samples: float, steps: int) -> int:
     """In every which step to look at the norms, where a contribution has so many samples, and an epoch so many steps.
 
-    Norms take as long for few samples as for many. So they stay below 0.5 % of a step of deepconvnet.
+    Norms take as long for few samples as for many. With one look for so many samples, they take at most 0.3 % of a step
+    of deepconvnet.
     """
     return max(1, min(math.ceil(SAMPLES_OF_A_LOOK / samples), steps // LOOKS_OF_AN_EPOCH))
 
