@@ -80,8 +80,9 @@ def read_settings(argv: Sequence[str]) -> tuple[Config, str]:
         "--config", type=Path, metavar="FILE", help="TOML file with settings; wins over a recipe, and flags over it"
     )
     instead = {"print_config": "print the settings as TOML and stop", "describe": "print the layers and stop"}
+    one = parser.add_mutually_exclusive_group()
     for name, what in instead.items():
-        parser.add_argument(flag(name), action="store_true", help=what)
+        one.add_argument(flag(name), action="store_true", help=what)
     flags: Mapping[str, Any] = vars(parser.parse_args(argv))
     settings = read_toml(RECIPES[flags["recipe"]]) if flags["recipe"] else {}
     settings |= read_toml(flags["config"]) if flags["config"] else {}

@@ -74,8 +74,8 @@ OTHERS = {
     "model.onnx": (b"\x08\x07\x12\x07pytorch", "ONNX"),
     "model.pt": (b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.\x80\x02", "PyTorch"),
     "x.npy": (b"\x93NUMPY\x01\x00", "a single array"),
-    "notes.txt": (b"Dear diary", "not a pickle of arrays"),
-    "empty.pkl": (b"", "not a pickle of arrays"),
+    "notes.txt": (b"Dear diary", "nor a pickle of arrays"),
+    "empty.pkl": (b"", "nor a pickle of arrays"),
 }
 ARCHIVES = {
     "new.pt": (("new/data.pkl", "new/data/0"), "PyTorch"),

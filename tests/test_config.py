@@ -256,6 +256,11 @@ def test_print_config_prints_a_file_that_gives_the_same_settings(
     assert not Path("somewhere").exists()
 
 
+def test_what_is_printed_in_place_of_training_is_one_thing(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(UsageError, match="--describe: not allowed with argument --print-config"):
+        parse("--print-config", "--describe")
+
+
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_is_what_its_file_says_and_can_be_changed(name: str, tmp_path: Path) -> None:
     found = parse("--recipe", name)

@@ -117,7 +117,7 @@ def test_channels_are_found_where_the_shape_leaves_no_doubt_and_asked_for_elsewh
         ({"classes": 3}, "train: label number 0 is 3; .* 0 to 2"),
         ({"classes": "four"}, "classes is 'four'"),
         ({"classes": [4, 4]}, r"classes has shape \(2,\)"),
-        ({"y_train": np.zeros(6, int), "y_test": np.zeros(4, int)}, "classes is 1"),
+        ({"y_train": np.zeros(6, int), "y_test": np.zeros(4, int)}, "no label is above 0, but two classes"),
         ({"class_names": np.array(["a", "b", "c"])}, "label number 0 is 3; .* 0 to 2"),
         ({"class_names": np.array(["a", "b"]), "classes": 4}, "class_names is 2 names, but a tuple of 4"),
         ({"class_names": np.array([b"a", b"b", b"c", b"d"])}, r"class_names is .S1 of shape \(4,\), but a row of text"),

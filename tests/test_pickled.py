@@ -198,7 +198,7 @@ def test_a_pickle_changes_nothing_for_the_next_one(tmp_path: Path, name: str) ->
     ids=lambda content: f"{content[:20]!r}-{len(content)}",
 )
 def test_a_file_that_is_no_whole_pickle_of_arrays_is_refused(tmp_path: Path, content: bytes) -> None:
-    with pytest.raises(BadDataError, match=r"params\.pkl is not a pickle of arrays: \w.*; nothing of it was run$"):
+    with pytest.raises(BadDataError, match=r"params\.pkl is neither an .* of arrays: \w.*; nothing of it was run$"):
         read(tmp_path, content)
 
 

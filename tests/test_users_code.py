@@ -142,6 +142,18 @@ def test_on_all_ranks_it_is_one_sentence_and_leaves_no_folder(tmp_path: Path, ca
     assert not (tmp_path / "run").exists()
 
 
+def test_a_model_that_fails_in_evaluation_alone_is_known_before_the_first_step(tmp_path: Path) -> None:
+    code = """
+class Eager(Bad):
+    def forward(self, x, params, context):
+        return (x if context.training else x[:, :9]), lambda dy, grads, wants_dx: dy
+def network(classes): return Chain(Affine(20), Eager(), Affine(10))
+"""
+    result = train(tmp_path, code, "--model", "of_a_user:network")
+    assert_one_sentence(result, 2, "Eager.forward gave float32 of shape (1, 9), but floats of shape (1, 20)")
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_model_that_works_passes_all_looks(module: Any) -> None:
     names = "{'W-1': Spec((), np.float32(0.5)), 'inner': {'0': Spec((np.int64(3),))}, 'more': {}}"
     module(f"def network(classes): return Chain(Conv(np.int64(2)), Dropout(1), shapes(lambda s: (s, {names})))")

@@ -91,13 +91,19 @@ def _check_dimensions(path: Path, arrays: Mapping[str, NDArray[Any]], name: str,
 
 
 def _classes(path: Path, arrays: Mapping[str, NDArray[Any]], parts: list[str]) -> Any:
-    """How many classes there are. What is no such number, or no label, Dataset refuses."""
+    """How many classes there are. What is no such number, or no label, Dataset refuses. Raises BadDataError."""
     if "classes" in arrays:
         return _single(path, "classes", arrays["classes"])
     if "class_names" in arrays:
         return arrays["class_names"].size
     labels = (arrays[f"y_{part}"] for part in parts)
-    return 1 + max((int(array.max()) for array in labels if array.size and array.dtype.kind in "uib"), default=1)
+    largest = max((int(array.max()) for array in labels if array.size and array.dtype.kind in "uib"), default=1)
+    if largest < 1:
+        raise BadDataError(
+            f"{path}: no label is above {largest}, but two classes at least were expected; if there are more, say how "
+            "many in an array classes"
+        )
+    return 1 + largest
 
 
 def _class_names(path: Path, arrays: Mapping[str, NDArray[Any]]) -> tuple[str, ...] | None:

@@ -53,5 +53,8 @@ def compare(step: int, digests: Sequence[object], changed: Sequence[object]) -> 
 
 
 def _refuse(what: str) -> NoReturn:
-    advice = "the same command goes on from the last good checkpoint; if it comes back, suspect the hardware"
+    advice = (
+        "the same command with this --out and --resume auto goes on from the last good checkpoint; if it comes back, "
+        "suspect the hardware"
+    )
     raise ReplicasDifferError(f"{what}; {advice}").on_all_ranks()

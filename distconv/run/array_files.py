@@ -71,7 +71,8 @@ def require_file(path: Path) -> None:
         there = path.exists()
     except (OSError, ValueError):  # in a folder that may not be entered, or no name that a file can have
         there = False
-    raise MissingInputError(f"{path} {'is not a file' if there else 'does not exist'}: {EXPECTED}{_meant(path)}")
+    found = "is not a file" if there else "does not exist"
+    raise MissingInputError(f"{path} {found}: {EXPECTED}{'' if there else _meant(path)}")
 
 
 def empty_folder(folder: Path) -> MissingInputError:

@@ -275,10 +275,9 @@ def compile_kernels(run: Run) -> None:
             batch = run.data.batch("train", samples, context)
             sums = run.task.gradient(model, replica.values, replica.grads, batch, context)
             check_sums("gradient", sums, len(run.task.sums))
-            if not isinstance(run.task, Classification):  # an epoch's end would be late to learn what is wrong
-                at_rest = Context(training=False, samples=np.arange(1), kernels=replica.kernels)
-                batch = run.data.batch("test", at_rest.samples, at_rest)
-                check_sums("evaluate", run.task.evaluate(model, replica.values, batch, at_rest), 2)
+            at_rest = Context(training=False, samples=np.arange(1), kernels=replica.kernels)
+            batch = run.data.batch("test", at_rest.samples, at_rest)  # an epoch's end would be late to learn of faults
+            check_sums("evaluate", run.task.evaluate(model, replica.values, batch, at_rest), 2)
             value, gradient, *state = np.zeros((2 + len(replica.slots), 1), replica.vector.dtype)
             replica.optimizer.step(value, gradient, replica.optimizer.numbers(1), *state)
             replica.checksum()

@@ -20,7 +20,8 @@ def read_pickle(path: Path) -> FileArrays:
     try:
         content = load(program)
     except Exception as error:  # a broken pickle can raise nearly anything
-        raise BadDataError(f"{path} is not a pickle of arrays: {str(error)[:200]}; nothing of it was run") from None
+        why = f"{str(error)[:200]}; nothing of it was run"
+        raise BadDataError(f"{path} is neither an .npz nor a pickle of arrays: {why}") from None
     if not isinstance(content, dict):
         kind = "ndarray" if isinstance(content, PickledArray) else type(content).__name__
         raise BadDataError(f"{path} holds a {kind}, but a dict of arrays 'W1', 'b1', ... was expected")
