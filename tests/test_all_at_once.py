@@ -17,6 +17,7 @@ from distconv.run import checkpoint as files
 from distconv.run.checkpoint import check_same_run, find_checkpoints, load_checkpoint
 from tests import jobs
 from tests.test_checkpoint import CONFIG, DATA, SPECS, position, write
+from tests.test_forged import forged, good_about
 from tests.test_train import metrics, parameters
 
 FLAGS = (
@@ -79,9 +80,11 @@ def test_a_run_that_goes_on_in_the_middle_of_an_epoch_is_the_same_to_the_bit(
 
 
 def test_a_file_from_before_there_was_an_average_or_a_schedule_is_of_a_run_without(tmp_path: Path) -> None:
-    checkpoint = load_checkpoint(write(tmp_path, 1))
+    about, path = good_about(), tmp_path / "step-0000000005.safetensors"
     for name in ("ema", *files.CHANGES[1:]):
-        del checkpoint.config[name]
+        del about["config"][name]
+    path.write_bytes(forged(about))
+    checkpoint = load_checkpoint(path)
     assert check_same_run(checkpoint, CONFIG, DATA["digest"]) == []
     found = check_same_run(checkpoint, Config(schedule="cosine"), DATA["digest"])
     assert found == ["schedule is now cosine, was constant"]

@@ -48,7 +48,7 @@ def averaged(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def probabilities(run: Path) -> np.ndarray:
     """What the newest model of a run gives for each test digit -> (360, 10): softmax by hand, a digit at a time."""
     checkpoint = load_checkpoint(find_checkpoints(run / "checkpoints")[0])
-    model, specs = build_network(checkpoint.config["model"], (28, 28, 1), 10, (10,))
+    model, specs = build_network(checkpoint.config.model, (28, 28, 1), 10, (10,))
     parameters = Parameters(specs)
     for name, view in parameters.named(parameters.vector).items():
         view[...] = checkpoint.tensors[f"value/{name}"]

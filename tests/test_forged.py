@@ -76,7 +76,7 @@ def use(path: Path) -> None:
         checkpoint.fill(parameters.by_slot(run.vectors()))
         run.restore(dict(checkpoint.position), run.vectors())
         f"{run.step:,} {run.loss_sum / (run.samples or 1):.4f}"
-    Parameters(build_network(checkpoint.config["model"], (28, 28, 1), 10, (10,))[1])
+    Parameters(build_network(checkpoint.config.model, (28, 28, 1), 10, (10,))[1])
 
 
 def test_a_file_forged_by_the_rules_is_read(tmp_path: Path) -> None:
@@ -104,7 +104,7 @@ REFUSED = {
         f"no {part}.{name}": lambda part=part, name=name: forged(without(part, name))
         for part, names in (
             ("position", set(position(1))),
-            ("config", set(files.MUST_MATCH) - set(files.SINCE_LATER)),
+            ("config", set(files.DESCRIBED["config"])),
             ("data", set(DATA)),
         )
         for name in sorted(names)

@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from distconv.config import CLASSIFY, Config
+from distconv.config import Config
 from distconv.errors import (
     BadDataError,
     MismatchError,
@@ -77,7 +77,9 @@ DESCRIBED: Mapping[str, Mapping[str, Callable[[Any], bool]]] = {
         ),
         "noise_sums": lambda value: type(value) is list and len(value) == MOMENTS and all(map(_is_finite, value)),
     },
-    "config": dict.fromkeys(MUST_MATCH, lambda value: value is not None),
+    "config": dict.fromkeys(
+        ("model", "batch_size", "optimizer", "seed", "limit_train"), lambda value: value is not None
+    ),
     "data": {
         "name": _is_text,
         "digest": _is_text,
@@ -85,27 +87,20 @@ DESCRIBED: Mapping[str, Mapping[str, Callable[[Any], bool]]] = {
         "image_shape": lambda value: isinstance(value, list) and value != [] and all(map(_is_count, value)),
     },
 }
-# What older files lack, and what holds for them.
-SINCE_LATER = {
-    "first_loss": 0.0,
-    "best_score": -math.inf,
-    "best_epoch": 0,
-    "noise_sums": [0.0] * MOMENTS,
-    "validation": 0,
-    "task": CLASSIFY,
-    "ema": 0.0,
-    "init": "",
+# What older files lack in a part, and what holds for them. A setting that they lack was as it is by default.
+SINCE_LATER: Mapping[str, Mapping[str, Any]] = {
+    "position": {"first_loss": 0.0, "best_score": -math.inf, "best_epoch": 0, "noise_sums": [0.0] * MOMENTS}
 }
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a file holds. position: step, epoch, cursor (samples of the epoch that are done), loss_sum, skipped."""
+    """What a file holds. position: as Run.position gives it; what an older file lacks is filled in."""
 
     path: Path
     tensors: TensorFile
     position: Mapping[str, Any]
-    config: Mapping[str, Any]
+    config: Config
     data: Mapping[str, Any]  # name, digest, classes, image_shape
 
     def fill(self, views: Mapping[str, Array]) -> None:
@@ -225,26 +220,28 @@ def _read_about(text: str, names: Iterable[str], state: str, finite: bool, path:
             raise MismatchError(f"{path} has the format {str(about['format'])[:40]!r}; this version reads {FORMAT}")
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise BadDataError(f"{path} is no checkpoint: its description cannot be read ({error})") from None
+    parts: dict[str, Any] = {}
     for part, fields in DESCRIBED.items():
         given = about.get(part)
+        parts[part] = {**SINCE_LATER.get(part, {}), **given} if isinstance(given, dict) else {}
         for name, valid in fields.items():
-            if not isinstance(given, dict) or not valid(given.get(name, SINCE_LATER.get(name))):
+            if not valid(parts[part].get(name)):
                 raise BadDataError(
                     f"{path} cannot be used, as its {part} has no {name} that can be: use an earlier one"
                 )
-    config = about["config"]
+    known = {field.name for field in dataclasses.fields(Config)}
     try:
-        Config(**{field.name: config[field.name] for field in dataclasses.fields(Config) if field.name in config})
+        config = Config(**{name: value for name, value in parts["config"].items() if name in known})
     except UsageError as error:
         raise BadDataError(f"{path} cannot be used, as it was made with {str(error)[:200]}") from None
-    found, optimizer = set(map(_slot, names)), config["optimizer"]
-    slots = {"value", *(ALL_OPTIMIZERS[optimizer].slots if optimizer in ALL_OPTIMIZERS else found)}
-    slots |= {EMA} if config.get("ema") else set()
+    found = {name.split("/")[0] for name in names}
+    slots = {"value", *(ALL_OPTIMIZERS[config.optimizer].slots if config.optimizer in ALL_OPTIMIZERS else found)}
+    slots |= {EMA} if config.ema else set()
     if slots != found or not finite:
         raise BadDataError(f"{path} cannot be used, as it is not {', '.join(sorted(slots))} of finite numbers")
     if about.get("state_sha256", state) != state:  # older files have none
         raise BadDataError(f"{path} does not hold the state that its ranks had agreed on: use an earlier one")
-    return {part: about[part] for part in DESCRIBED}
+    return {**parts, "config": config}
 
 
 def find_checkpoints(folder: Path) -> list[Path]:
@@ -277,15 +274,14 @@ def newest_good(folder: Path) -> tuple[Checkpoint | None, list[str]]:
 
 def check_same_run(checkpoint: Checkpoint, config: Config, data_digest: str) -> list[str]:
     """Raise MismatchError where going on would not be the same run; return a line for each setting that may differ."""
-    have, want = dict(checkpoint.config), dataclasses.asdict(config)
-    have["batch_size"] *= have.get("accumulate", 1)  # in how many parts a step is computed does not matter
-    want["batch_size"] = config.step_size
-    # x and ./x are one file
-    have["init"], want["init"] = (init and os.path.abspath(init) for init in (have.get("init", ""), config.init))  # noqa: PTH100
+    have, want = dataclasses.asdict(checkpoint.config), dataclasses.asdict(config)
+    for settings, of in ((have, checkpoint.config), (want, config)):
+        settings["batch_size"] = of.step_size  # in how many parts a step is computed does not matter
+        settings["init"] = of.init and os.path.abspath(of.init)  # noqa: PTH100 (x and ./x are one file)
     for name in MUST_MATCH:
-        if (was := have.get(name, SINCE_LATER.get(name))) != want[name]:
+        if have[name] != want[name]:
             raise MismatchError(
-                f"{checkpoint.path} was made with {name} = {_shown(was)}, not {_shown(want[name])}: "
+                f"{checkpoint.path} was made with {name} = {_shown(have[name])}, not {_shown(want[name])}: "
                 f"give the same, or start afresh in another --out"
             )
     if checkpoint.data["digest"] != data_digest:
@@ -294,11 +290,7 @@ def check_same_run(checkpoint: Checkpoint, config: Config, data_digest: str) -> 
             f"{checkpoint.data['digest'][:12]}..., not {data_digest[:12]}...: give the same by --data, or another --out"
         )
     may_differ = (*CHANGES, "wire", "shards", "precision", "epochs", "eval_samples")
-    return [
-        f"{name} is now {want[name]}, was {was}"
-        for name in may_differ
-        if (was := have.get(name, getattr(Config, name))) != want[name]  # older files lack what was as it is by default
-    ]
+    return [f"{name} is now {want[name]}, was {have[name]}" for name in may_differ if have[name] != want[name]]
 
 
 def _shown(value: Any) -> str:
@@ -319,11 +311,6 @@ def _digests(text: str, tensors: TensorFile) -> tuple[str, str, bool]:
             sha.update(piece.data)
         finite &= bool(np.isfinite(piece).all())
     return whole.hexdigest(), state.hexdigest(), finite
-
-
-def _slot(name: str) -> str:
-    """value/conv1.W -> value"""
-    return name.partition("/")[0]
 
 
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

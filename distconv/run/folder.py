@@ -218,14 +218,14 @@ def _finished(out: Path, settings: Config) -> Mapping[str, Any] | None:
     found, _ = newest_good(out / "checkpoints")
     if found is None or found.position["step"] != last[0].get("step") or not _is_over(found, settings):
         return None
-    if settings.data != found.config["data"]:
+    if settings.data != found.config.data:
         return None  # it may be the same under another name, which only the data can tell
     _refuse_vain_changes(found, settings)
     return last[0]
 
 
 def _is_over(found: Checkpoint, settings: Config) -> bool:
-    epoch, best = found.position["epoch"], found.position.get("best_epoch", 0)
+    epoch, best = found.position["epoch"], found.position["best_epoch"]
     return settings.epochs <= epoch or settings.is_out_of_patience(epoch, best)
 
 
@@ -241,7 +241,7 @@ def _refuse_vain_changes(found: Checkpoint, settings: Config) -> None:
     done = (found.position["epoch"], found.position["cursor"])
     if done < (settings.epochs, 0):
         return
-    of_that_length = dataclasses.replace(settings, epochs=found.config["epochs"])
+    of_that_length = dataclasses.replace(settings, epochs=found.config.epochs)
     changes = check_same_run(found, of_that_length, found.data["digest"])
     if done > (settings.epochs, 0):
         changes.append(f"epochs is now {settings.epochs}, after {done[0]}")

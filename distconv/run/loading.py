@@ -149,14 +149,13 @@ def open_models(
         tell_average(given, file, say)
     checkpoints = [file.checkpoint for file in files if file.checkpoint]
     if checkpoints and not arguments.data:  # must be what the models were trained on
-        parts = {part: checkpoints[0].config.get(part, 0) for part in ("limit_train", "validation")}
-        name = checkpoints[0].data["name"]
+        name, trained = checkpoints[0].data["name"], checkpoints[0].config
         with named_by_a_run(name):
-            dataset, data_name = load_dataset(name, world, say, **parts)
+            dataset, data_name = load_dataset(name, world, say, trained.limit_train, trained.validation)
     else:
         dataset, data_name = load_dataset(arguments.data or data.AUTO, world, say)
     with world.together():
-        others = [file for file in files if not _classifies(file)]
+        others = [file for file in files if file.checkpoint and file.checkpoint.config.task != CLASSIFY]
         if others or not isinstance(dataset, Dataset):
             path = (others or files)[0].path
             raise UsageError(f"{path} has not learned to classify images of a Dataset: nothing to show here")
@@ -217,13 +216,13 @@ def open_file(path: Path, network: str | None, weights: str | None = None) -> Sa
     require_file(path)
     checkpoint = load_checkpoint(path) if path.suffix == CHECKPOINT_ENDING else None
     arrays = {} if checkpoint else read_arrays(path)
-    has_average = bool(checkpoint and checkpoint.config.get("ema"))
+    has_average = bool(checkpoint and checkpoint.config.ema)
     if weights == "averaged" and not has_average:
         raise UsageError(
             f"{path} holds no average of the weights, which --weights averaged asks for: a run with --ema keeps one; "
             "leave --weights out"
         )
-    name = network or (checkpoint.config["model"] if checkpoint else "deepconvnet")
+    name = network or (checkpoint.config.model if checkpoint else "deepconvnet")
     return SavedFile(path, name, EMA if has_average and weights != "raw" else "value", checkpoint, arrays)
 
 
@@ -231,10 +230,6 @@ def tell_average(given: Path, file: SavedFile, say: Callable[[str], None]) -> No
     """Say where weights are averages, as they are by default."""
     if file.slot == EMA:
         say(f"{given}: the average of the weights (--weights raw takes those of the last step)")
-
-
-def _classifies(file: SavedFile) -> bool:
-    return file.checkpoint is None or file.checkpoint.config.get("task", CLASSIFY) == CLASSIFY
 
 
 def check_data(checkpoint: Checkpoint, dataset: Data, name: str, chosen: bool, first: Checkpoint) -> None:

@@ -22,7 +22,8 @@ from distconv.run.noise import MOMENTS
 from distconv.run.replica import Replica
 from distconv.tasks.task import Task
 
-SINCE_LATER = ("first_loss", "best_score", "best_epoch", "noise_sums")  # which older checkpoints do not have
+# The fields of a Run that a checkpoint holds.
+POSITION = ("step", "loss_sum", "samples", "skipped", "first_loss", "best_score", "best_epoch", "noise_sums")
 
 
 @dataclass
@@ -94,11 +95,10 @@ class Run:
         return means
 
     def position(self) -> dict[str, Any]:
+        """What a checkpoint holds of it; cursor: samples of the epoch that are done."""
         epoch, batch = divmod(self.step, self.steps_per_epoch)
         cursor = batch * self.config.step_size
-        names = ("step", "loss_sum", "samples", "skipped", *SINCE_LATER)
-        moving = {name: getattr(self, name) for name in names}
-        return {**moving, "epoch": epoch, "cursor": cursor}
+        return {**{name: getattr(self, name) for name in POSITION}, "epoch": epoch, "cursor": cursor}
 
     def vectors(self) -> dict[str, Array]:
         """The state, which checkpoints hold and all ranks share: parameters, optimizer's vectors, average, by slot."""
@@ -110,10 +110,8 @@ class Run:
 
     def restore(self, position: dict[str, Any], vectors: dict[str, Any]) -> None:
         """Go to the position of a checkpoint."""
-        self.step, self.loss_sum = position["step"], position["loss_sum"]
-        self.samples, self.skipped = position["samples"], position["skipped"]
-        for name in SINCE_LATER:
-            setattr(self, name, position.get(name, getattr(self, name)))
+        for name in POSITION:
+            setattr(self, name, position[name])
         for slot, vector in self.vectors().items():
             vector[...] = vectors[slot]
         self.replica.push()
