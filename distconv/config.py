@@ -41,7 +41,7 @@ def _is_unicode(text: str) -> bool:
     return True
 
 
-def _setting(default: Any, text: str, valid: Callable[[Any], bool], expected: str) -> Any:
+def _setting(default: Any, text: str, valid: Callable[[Any], bool] = lambda v: True, expected: str = "text") -> Any:
     return dataclasses.field(default=default, metadata={"help": text, "valid": valid, "expected": expected})
 
 
@@ -142,8 +142,6 @@ class Config:
         "",
         "change training images at random: mnist, cifar, a list as rotate=15,shift=0.1,scale=0.1 (also crop, flip, "
         "brightness, erase), or package.module:function",
-        lambda v: True,
-        "",
     )
     wire: str = _one_of(
         WIRES,
@@ -200,12 +198,11 @@ class Config:
         "stop after so many epochs in a row without a better score on the validation set; 0: never. The state of the "
         "epoch that was best on such a set is kept in best.safetensors",
     )
-    out: str = _setting("", "folder for everything the run writes (default: runs/<time>-<model>)", lambda v: True, "")
+    out: str = _setting("", "folder for everything the run writes (default: runs/<time>-<model>)")
     tensorboard: bool = _setting(
         False,
         "write the run's metrics for TensorBoard, too, into OUT/tensorboard; needs tensorboardX",
-        lambda v: True,
-        "true or false",
+        expected="true or false",
     )
     resume: str = _setting(
         "auto",
@@ -218,8 +215,6 @@ class Config:
         "",
         "start a new run from the weights in a file: a checkpoint or a run's folder (of a run with --ema, the "
         "average), or a pickle or .npz of arrays; a run that goes on has its own",
-        lambda v: True,
-        "",
     )
     checkpoint_seconds: float = _setting(
         1.0,
@@ -232,8 +227,6 @@ class Config:
         "",
         "write where the time of each rank goes into this file, in Chrome's trace event format, for ui.perfetto.dev; "
         "the run stays the same",
-        lambda v: True,
-        "",
     )
     trace_steps: int = _setting(
         5,
@@ -264,7 +257,7 @@ class Config:
                 object.__setattr__(self, field.name, value)
             is_text = not isinstance(value, str) or _is_unicode(value)
             if type(value) is not kind or not is_text or not field.metadata["valid"](value):
-                expected = (field.metadata["expected"] or "text") + ", in UTF-8" * (not is_text)
+                expected = field.metadata["expected"] + ", in UTF-8" * (not is_text)
                 if isinstance(value, int) and abs(value) >= 2**64:
                     value = "with a number of more than 64 bits"  # Python shows no number of thousands of digits
                 shown = str(value)[:LONGEST_SHOWN]
