@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,7 +23,7 @@ def main(argv: Sequence[str]) -> int:
     with start() as world:
         from distconv.pictures.answers import draw_confusion
         from distconv.pictures.style import draw_on_one_rank
-        from distconv.run.answers import judge, on_what, short_names
+        from distconv.run.answers import describe, judge, on_what, short_names
         from distconv.run.loading import open_models, runs_of
         from distconv.run.log import RunLog
 
@@ -42,11 +42,12 @@ def main(argv: Sequence[str]) -> int:
             last[precision] = name, answers  # in the end those of the ensemble, if there is one
         name, answers = last[precisions[0]]
         right = f"{answers.correct / total:.2%} of {total:,} test images right in {precisions[0]}"
-        text, wanted = f"{name}: {right}", arguments.confusion
         class_names = dataset.class_names
-        as_lines = errors_as_json(answers, wanted, class_names), errors_as_text(answers, text, class_names)
-        for line in as_lines[0 if arguments.json else 1]:
-            log.say(line)
+        if not arguments.json:
+            log.say("\n".join(["", f"{name}: {right}", "", *describe(answers, class_names)]))
+        elif arguments.confusion:
+            errors = {"confusion": answers.confusion().tolist(), "calibration_error": answers.calibration_error()}
+            log.say(json.dumps({**errors, "class_names": class_names} if class_names else errors))
         if arguments.png:
             file = "" if several else name if len(name) <= LONGEST_NAME else f"...{name[-LONGEST_NAME:]}"
             title, names = f"{on_what(models, dataset)}\n{right}", short_names(class_names)
@@ -106,20 +107,6 @@ def as_json(name: str, precision: str, answers: Answers) -> str:
     total, correct = len(answers.labels), answers.correct
     row = {"precision": precision, "test_accuracy": correct / total, "correct": correct, "total": total}
     return json.dumps({"model": name, **row} if name else row)
-
-
-def errors_as_text(answers: Answers, title: str, class_names: Sequence[str] | None) -> Iterator[str]:
-    """Where the answers are wrong, for people."""
-    from distconv.run.answers import describe
-
-    yield from ("", title, "", *describe(answers, class_names))
-
-
-def errors_as_json(answers: Answers, wanted: bool, class_names: Sequence[str] | None) -> Iterator[str]:
-    """The same for programs, where they want it."""
-    if wanted:
-        errors = {"confusion": answers.confusion().tolist(), "calibration_error": answers.calibration_error()}
-        yield json.dumps({**errors, "class_names": class_names} if class_names else errors)
 
 
 if __name__ == "__main__":
