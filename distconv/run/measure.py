@@ -1,4 +1,4 @@
-"""What a model gives on a part of the data, without dropout: the ranks share the work, and all know the result."""
+"""What a model gives without dropout: the ranks share the work."""
 
 from __future__ import annotations
 
@@ -8,11 +8,10 @@ import numpy as np
 
 from distconv.comm.world import World
 from distconv.data.data import Data
-from distconv.data.shard import Shards, split
+from distconv.data.shard import split
 from distconv.kernels.interface import Array, Kernels
 from distconv.nn.layers import Context, Layer
 from distconv.nn.parameters import Views
-from distconv.tasks.task import Task
 
 
 def scores(
@@ -25,7 +24,7 @@ def scores(
     """
     found = []
     share = split(data.size("test"), world.size, world.rank)
-    for context in _contexts(share, kernels, world):
+    for context in contexts(share, kernels, world):
         x, _ = data.batch("test", context.samples, context)
         found.append(kernels.device.download(model.forward(x, values, context)[0]))
         if done:
@@ -33,27 +32,7 @@ def scores(
     return np.concatenate(found) if found else np.empty((0, data.classes), np.float32)
 
 
-def measure(
-    task: Task, data: Data, part: str, model: Layer, values: Views, kernels: Kernels, world: World, shards: Shards,
-    most: int = 0
-) -> tuple[float, float]:  # fmt: skip
-    """The two sums of Task.evaluate over the first `most` samples of a part (0: all), each once; collective.
-
-    Those of the shards are added up in their order, so all ranks have the same bits.
-    """
-    size, found = data.size(part), []
-    count = min(most or size, size)
-    start = shards.part(count).start
-    for shard in shards.parts(count):
-        sums = np.zeros(2)
-        for context in _contexts(slice(start + shard.start, start + shard.stop), kernels, world):
-            sums += task.evaluate(model, values, data.batch(part, context.samples, context), context)
-        found.append(sums)
-    score, weight = np.concatenate(world.comm.allgather(found)).cumsum(axis=0)[-1]
-    return float(score), float(weight)
-
-
-def _contexts(mine: slice, kernels: Kernels, world: World) -> Iterator[Context]:
+def contexts(mine: slice, kernels: Kernels, world: World) -> Iterator[Context]:
     """One for each batch of these samples."""
     for start in range(mine.start, mine.stop, kernels.evaluation_batch):
         world.at("evaluate")

@@ -17,7 +17,7 @@ from distconv.data.data import Data
 from distconv.data.shard import Shards, batches
 from distconv.kernels.interface import Array
 from distconv.nn.parameters import Parameters, digest
-from distconv.run.measure import measure
+from distconv.run.measure import contexts
 from distconv.run.noise import MOMENTS
 from distconv.run.replica import Replica
 from distconv.tasks.task import Task
@@ -74,14 +74,23 @@ class Run:
         return self.config.is_out_of_patience(self.step // self.steps_per_epoch, self.best_epoch)
 
     def measure(self, part: str, most: int = 0, averaged: bool = False) -> tuple[float, float]:
-        """The two sums of the task's metric over the first `most` samples of a part (0: all); collective.
+        """The two sums of Task.evaluate over the first `most` samples of a part (0: all), each once; collective.
 
-        averaged: of the average of the weights, see Replica.
+        Those of the shards are added up in their order, so all ranks have the same bits. averaged: of the average of
+        the weights, see Replica.
         """
-        replica = self.replica
+        replica, size = self.replica, self.data.size(part)
         values = replica.averages if averaged else replica.values
-        kernels, shards = replica.kernels, self.shards
-        return measure(self.task, self.data, part, replica.model, values, kernels, self.world, shards, most)
+        count, found = min(most or size, size), []
+        start = self.shards.part(count).start
+        for shard in self.shards.parts(count):
+            sums = np.zeros(2)
+            for context in contexts(slice(start + shard.start, start + shard.stop), replica.kernels, self.world):
+                batch = self.data.batch(part, context.samples, context)
+                sums += self.task.evaluate(replica.model, values, batch, context)
+            found.append(sums)
+        score, weight = np.concatenate(self.world.comm.allgather(found)).cumsum(axis=0)[-1]
+        return float(score), float(weight)
 
     def note_busy(self, seconds: NDArray[np.float64]) -> None:
         """Of a step: how long each rank (P,) was busy since the end of the last exchange."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import pickle
 from collections.abc import Iterator
@@ -17,7 +18,6 @@ from distconv.nn.layers import Context
 from distconv.nn.schedules import Schedule
 from distconv.run import loop
 from distconv.run.build import build_run
-from distconv.run.measure import measure
 from distconv.run.run import Run
 from tests import reference
 from tests.emulator import Emulator, available
@@ -109,8 +109,9 @@ def test_scores_are_those_of_images_as_they_are(world: World) -> None:
     assert set(record.scores) == {"train", "test", "ema_test"}
 
     def score(part: str, vector: np.ndarray, data: Any = plain) -> float:
-        values, replica = run.parameters.nested(vector), run.replica
-        return np.divide(*measure(run.task, data, part, replica.model, values, replica.kernels, world, run.shards))
+        other = dataclasses.replace(run, data=data, replica=copy.copy(run.replica))
+        other.replica.values = run.parameters.nested(vector)
+        return np.divide(*other.measure(part))
 
     assert record.scores["train"] == score("train", run.parameters.vector)
     assert record.scores["test"] == score("test", run.parameters.vector)
