@@ -15,7 +15,7 @@ from distconv.comm.world import World
 from distconv.config import Config
 from distconv.data.shard import split
 from distconv.errors import STOPPED, DistconvError, UsageError
-from distconv.run.folder import cannot_be_written, new_folder
+from distconv.run.folder import make_folder
 from distconv.run.log import RunLog
 from distconv.run.stopping import StopRequest
 from distconv.run.training import agree_on_settings, same_command, train
@@ -31,7 +31,7 @@ def train_ensemble(settings: Config, world: World, stop: StopRequest) -> int:
     with world.together():
         if settings.resume not in ("auto", "never"):
             raise UsageError(f"--resume {settings.resume} with --ensemble: each run goes on from its own folder")
-        out = folder(settings) if world.rank == 0 else Path()
+        out = make_folder(settings) if world.rank == 0 else Path()
     out = world.comm.bcast(out)
     placed = place(world, settings.device, settings.precision)
     world.watch.set_limits(FOR_EVER)  # each group watches itself
@@ -60,15 +60,3 @@ def train_ensemble(settings: Config, world: World, stop: StopRequest) -> int:
     stopped = f"stopped on request; {same_command(settings, out)} goes on with all members"
     RunLog(world.rank == 0).say(together if code < STOPPED else stopped)
     return code
-
-
-def folder(settings: Config) -> Path:
-    """Raises CannotCreateError."""
-    out = Path(settings.out)
-    try:
-        if not settings.out:
-            return new_folder(settings.model)
-        out.mkdir(parents=True, exist_ok=True)
-    except (OSError, ValueError) as error:
-        raise cannot_be_written(out, error) from None
-    return out

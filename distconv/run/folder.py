@@ -74,14 +74,11 @@ def held_folder(settings: Config, world: World, say: Callable[[str], None]) -> I
     Raises CannotCreateError on all ranks.
     """
     with contextlib.ExitStack() as held:
-        out = Path(settings.out)
+        out = Path()
         with world.together():
             if world.rank == 0:
+                out = make_folder(settings)
                 try:
-                    if settings.out:
-                        out.mkdir(parents=True, exist_ok=True)
-                    else:
-                        out = new_folder(settings.model)
                     held.enter_context(_lock(out, say))
                     _refuse_second_run(out, settings)  # that another job has begun since the first look
                 except OSError as error:
@@ -124,6 +121,18 @@ def cannot_be_written(out: Path, error: OSError | ValueError) -> errors.CannotCr
         what = "a file or a broken link has this name" if isinstance(error, FileExistsError) else error.strerror
         why = f"{error.filename}: {what}" if inside else what
     return errors.CannotCreateError(f"--out {str(out)!r} cannot be written ({why}): give a folder that can be")
+
+
+def make_folder(settings: Config) -> Path:
+    """The folder that --out names, made if it is not there, or else a new one. Raises CannotCreateError."""
+    out = Path(settings.out)
+    try:
+        if not settings.out:
+            return new_folder(settings.model)
+        out.mkdir(parents=True, exist_ok=True)
+    except (OSError, ValueError) as error:
+        raise cannot_be_written(out, error) from None
+    return out
 
 
 def new_folder(model: str) -> Path:
