@@ -334,7 +334,8 @@ def test_confusions_of_many_classes_are_the_most_frequent_ones() -> None:
 
     labels, inferences = np.arange(300) % 100, np.arange(300) % 100
     inferences[labels == 7] = 8
-    answers = Answers(100, labels, inferences, np.full(300, 0.5))
+    many = 10**6  # a matrix of so many would take 8 TB
+    answers = Answers(many, labels, inferences, np.full(300, 0.5))
     none = np.zeros((0, 1, 1, 1), np.uint8)
-    found = confusion(Samples(answers, np.zeros(0, np.int64), none, none[None], [f"class {n}" for n in range(100)]))
+    found = confusion(Samples(answers, np.zeros(0, np.int64), none, none[None], [f"class {n}" for n in range(many)]))
     assert "<td>class 7</td><td>class 8</td><td>3</td>" in found and found.count("<tr>") == 2

@@ -59,6 +59,13 @@ class Answers:
         pairs = self.labels * self.classes + self.inferences
         return np.bincount(pairs, minlength=self.classes**2).reshape(self.classes, self.classes)
 
+    def confusions(self) -> list[tuple[int, int, int]]:
+        """(label, inference, times) of what was taken for something else most often, WORST at most."""
+        wrong = np.stack([self.labels, self.inferences])[:, self.wrong()]
+        pairs, times = np.unique(wrong, axis=1, return_counts=True)
+        most = np.argsort(-times, kind="stable")[:WORST]
+        return list(zip(*pairs[:, most].tolist(), times[most].tolist(), strict=True))
+
     def calibration_error(self) -> float:
         """The expected one: how far confidence is from accuracy in each bin, weighted by the samples in it."""
         bins = np.clip(np.ceil(self.confidences * BINS).astype(np.int64) - 1, 0, BINS - 1)
@@ -198,14 +205,13 @@ def _worst(answers: Answers, names: list[str] | None) -> list[str]:
     for tag, i in zip(tags, worst, strict=True):
         lines.append(f"{tag}  {_percent(correct[i], totals[i])}   {correct[i]:,} of {totals[i]:,}")
 
-    wrong = np.stack([answers.labels, answers.inferences], axis=1)[~answers.right]
-    pairs, times = np.unique(wrong, axis=0, return_counts=True)
-    most = np.argsort(-times, kind="stable")[:WORST]
-    label_numbers, inference_numbers = pairs[most].T.tolist()
-    columns = _tags("label", 5, label_numbers, names), _tags("inference", 9, inference_numbers, names)
-    counts = ["times", *(f"{times[i]:,}" for i in most)]
+    if not (confusions := answers.confusions()):
+        return lines
+    taken, taken_for, times = zip(*confusions, strict=True)
+    columns = _tags("label", 5, taken, names), _tags("inference", 9, taken_for, names)
+    counts = ["times", *(f"{count:,}" for count in times)]
     rows = [f"{label}  {inference}   {count}" for label, inference, count in zip(*columns, counts, strict=True)]
-    return [*lines, "", "the most frequent confusions", *rows] if times.size else lines
+    return [*lines, "", "the most frequent confusions", *rows]
 
 
 def _percent(part: int, whole: int) -> str:

@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.image import imsave
 
 from distconv.data.dataset import Images
-from distconv.run.answers import WORST, short_names
+from distconv.run.answers import short_names
 from distconv.run.report.samples import Samples
 
 MOST_CLASSES = 20  # whose matrix has room on a page
@@ -20,12 +20,18 @@ SHORT = 3  # letters that have room over a column
 def confusion(samples: Samples) -> str:
     """A matrix of counts, or of many classes the most frequent confusions."""
     answers, names = samples.answers, _names(samples)
-    matrix, total = answers.confusion(), len(answers.labels)
+    total = len(answers.labels)
     right = f"{answers.correct:,} of {total:,} test images right; expected calibration error "
     right += f"{answers.calibration_error():.2%}"
     if answers.classes > MOST_CLASSES:
-        rows = _frequent_confusions(samples)
+        found = "".join(
+            f"<tr><td>{names[label]}</td><td>{names[inference]}</td><td>{count:,}</td></tr>"
+            for label, inference, count in answers.confusions()
+        )
+        head = "<tr><th>label</th><th>inference</th><th>times</th></tr>"
+        rows = f"<table><thead>{head}</thead><tbody>{found}</tbody></table>"
     else:
+        matrix = answers.confusion()
         head = "".join(f"<th><span>{name}</span></th>" for name in names)
         named = " named" * any(len(name) > SHORT for name in names)
         rows = f'<table class="confusion{named}"><thead><tr><th>label</th>{head}</tr></thead>'
@@ -41,18 +47,6 @@ def confusion(samples: Samples) -> str:
         f"<h2>What is taken for what</h2><div class='card'><p class='soft'>{right}. A row is a label, a column an "
         f"inference.</p>{rows}</div>"
     )
-
-
-def _frequent_confusions(samples: Samples) -> str:
-    answers, names = samples.answers, _names(samples)
-    wrong = np.stack([answers.labels, answers.inferences])[:, answers.wrong()]
-    pairs, times = np.unique(wrong, axis=1, return_counts=True)
-    most = np.argsort(-times, kind="stable")[:WORST]
-    rows = "".join(
-        f"<tr><td>{names[label]}</td><td>{names[inference]}</td><td>{count:,}</td></tr>"
-        for label, inference, count in zip(*pairs[:, most].tolist(), times[most].tolist(), strict=True)
-    )
-    return f"<table><thead><tr><th>label</th><th>inference</th><th>times</th></tr></thead><tbody>{rows}</tbody></table>"
 
 
 def wrong_images(samples: Samples) -> str:
