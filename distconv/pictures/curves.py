@@ -125,7 +125,8 @@ def say_nothing(axes: Axes, why: str) -> None:
 
 def column(records: Records, key: str) -> Numbers:
     """A number of each record -> (N,); NaN where it was not finite, or is not there."""
-    return np.array([math.nan if (value := record.get(key)) is None else value for record in records], np.float64)
+    values = [record.get(key) for record in records]
+    return np.array([value if isinstance(value, int | float) else math.nan for value in values], np.float64)
 
 
 def finite(values: Numbers) -> Numbers:

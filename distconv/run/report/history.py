@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from distconv.config import Config, flag
 from distconv.errors import DistconvError, MissingInputError, StorageError
+from distconv.pictures.curves import column
 from distconv.run.folder import LOCK
 from distconv.run.log import read_metrics, steps_alike
 from distconv.run.report.samples import ANSWERS, Samples, load_samples
@@ -77,7 +78,7 @@ class History:
 
     def steps(self, key: str) -> Numbers:
         """(S,), of each step; NaN where it was not finite, or is not known."""
-        return _column(self._steps, key)
+        return column(self._steps, key)
 
     @cached_property
     def _steps_alike(self) -> Sequence[Record]:
@@ -85,7 +86,7 @@ class History:
 
     def steps_of_now(self, key: str) -> Numbers:
         """(S,), likewise of the steps that were made as those of the last start, by as many ranks."""
-        return _column(self._steps_alike, key)
+        return column(self._steps_alike, key)
 
     def median(self, key: str) -> float:
         """Over these; NaN where it is not known of any."""
@@ -105,7 +106,7 @@ class History:
 
     def per_epoch(self, key: str) -> Numbers:
         """(E,), of each epoch, likewise."""
-        return _column(self.epochs, key)
+        return column(self.epochs, key)
 
     @cached_property
     def timed_epochs(self) -> Sequence[Mapping[str, Any]]:
@@ -122,8 +123,8 @@ class History:
         if not columns or len(columns[-1]) != self.ranks:
             return np.empty((0, 0))
         table = np.full((self.ranks, len(columns)), math.nan)
-        for place, column in zip(table.T, columns, strict=True):
-            place[: len(column)] = column[: len(place)]
+        for place, busy in zip(table.T, columns, strict=True):
+            place[: len(busy)] = busy[: len(place)]
         return table
 
     @cached_property
@@ -283,11 +284,6 @@ def _failure(path: Path) -> str:
         return f"rank {report['rank']}: {report['error']}"
     except (OSError, ValueError, LookupError, TypeError):
         return path.name
-
-
-def _column(records: Sequence[Record], key: str) -> Numbers:
-    values = [record.get(key) for record in records]
-    return np.array([value if isinstance(value, int | float) else math.nan for value in values], np.float64)
 
 
 def _time(record: Record) -> float:
