@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import zipfile
 from collections.abc import Mapping, Sequence
@@ -89,18 +88,16 @@ def write(path: Path, arrays: Mapping[str, Any]) -> None:
     """Write an .npz file, whole or not at all; the same arrays give the same bytes. Raises CannotCreateError."""
     from numpy.lib import format as npy
 
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    from distconv.run.log import replacing
+
     try:
-        with zipfile.ZipFile(temporary, "w") as archive:  # numpy.savez would write the time, and takes not every name
+        # numpy.savez would write the time, and takes not every name.
+        with replacing(path, f".{os.getpid()}") as temporary, zipfile.ZipFile(temporary, "w") as archive:
             for name, array in arrays.items():
                 with archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True) as file:
                     npy.write_array(file, array, allow_pickle=False)
-        temporary.replace(path)
     except (OSError, ValueError) as error:
         raise CannotCreateError(f"{path} cannot be written: {getattr(error, 'strerror', '') or error}") from None
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
 
 
 def summary(path: Path, arrays: Mapping[str, Any]) -> str:

@@ -112,6 +112,14 @@ def test_the_newest_three_stay_whatever_the_clock_says(tmp_path: Path) -> None:
     assert_holds(newest_good(tmp_path)[0], 11)
 
 
+def test_a_copy_that_cannot_take_its_place_leaves_nothing_behind(tmp_path: Path) -> None:
+    path, taken = write(tmp_path / "checkpoints", 1), tmp_path / "best.safetensors"
+    taken.mkdir()
+    with pytest.raises(StorageError, match=r"best\.safetensors cannot be written"):
+        files.keep_copy(path, taken)
+    assert {*tmp_path.iterdir()} == {path.parent, taken}
+
+
 def test_no_checkpoint_is_none_and_no_error(tmp_path: Path) -> None:
     assert newest_good(tmp_path) == (None, [])
     assert newest_good(tmp_path / "none") == (None, [])
@@ -295,8 +303,14 @@ def broken_at(point: str, happen: Callable[[], Any]) -> Iterator[None]:
         elif point.startswith("fsync"):
             calls, real = iter(POINTS[2::2]), os.fsync  # first the file, then the folder
             patch.setattr(os, "fsync", lambda handle: happen() if next(calls) == point else real(handle))
+        elif point.startswith("unlink"):
+
+            def unlink(path: Path, missing_ok: bool, real: Callable[..., None] = Path.unlink) -> None:
+                happen() if path.name.startswith("step-") else real(path, missing_ok)  # .step-... comes before
+
+            patch.setattr(Path, "unlink", unlink)
         else:
-            patch.setattr(Path, point.split()[0], lambda *arguments, **options: happen())
+            patch.setattr(Path, point, lambda *arguments, **options: happen())
         yield
 
 

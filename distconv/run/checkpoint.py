@@ -7,7 +7,6 @@ follow from the seed and the step, so a run may go on with another number of ran
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import json
@@ -35,6 +34,7 @@ from distconv.nn.layerwise import ALL_OPTIMIZERS
 from distconv.nn.optimizers import EMA
 from distconv.nn.parameters import Parameters, digest
 from distconv.run.array_files import not_ours
+from distconv.run.log import replacing
 from distconv.run.noise import MOMENTS
 from distconv.run.tensorfile import OtherProgramsFileError, TensorFile, write_tensors
 
@@ -155,32 +155,27 @@ def save_checkpoint(
     }
     text = json.dumps(about)
     path = folder / f"step-{position['step']:010d}.safetensors"
-    temporary = folder / f".{path.name}.{os.getpid()}.tmp"
     try:
         folder.mkdir(exist_ok=True)
-        with temporary.open("wb") as file:
+        with replacing(path, f".{os.getpid()}") as temporary, temporary.open("wb") as file:
             write_tensors(file, tensors, {"distconv": text, "sha256": digest(tensors, text)})
             file.flush()
             os.fsync(file.fileno())
-        temporary.replace(path)
         _sync_folder(folder)
         # One of a later step than the run has come to is damaged, and must not push out good ones, such as this.
         so_far = [old for old in find_checkpoints(folder) if int(old.stem[5:]) <= position["step"]]
         for old in [*so_far[KEEP:], *folder.glob(".step-*.safetensors.*.tmp")]:  # a kill leaves these
             old.unlink(missing_ok=True)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
         raise StorageError(f"checkpoint {path} cannot be written: {error}; earlier ones are untouched") from None
     return path
 
 
 def keep_copy(path: Path, copy: Path) -> None:
     """Write the same file at another place, whole or not at all. Raises StorageError."""
-    temporary = copy.with_name(f".{copy.name}.{os.getpid()}.tmp")
     try:
-        shutil.copyfile(path, temporary)
-        temporary.replace(copy)
+        with replacing(copy) as temporary:
+            shutil.copyfile(path, temporary)
     except OSError as error:
         raise StorageError(f"{copy} cannot be written: {error}") from None
 

@@ -9,7 +9,7 @@ import statistics
 import sys
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -159,20 +159,30 @@ def as_bytes(text: str) -> bytes:
 
 
 def write_whole(path: Path, content: bytes, writer: str = "") -> None:
-    """The same. writer: tells several apart that write the same file at once.
+    """The same. writer: see replacing. Raises StorageError."""
+    try:
+        with replacing(path, writer) as temporary:
+            temporary.write_bytes(content)
+    except OSError as error:
+        raise StorageError(f"{path} cannot be written: {error.strerror or error}") from None
 
-    Else the file that is being written has a fixed name, so that what a kill leaves there is overwritten. Raises
-    StorageError.
+
+@contextlib.contextmanager
+def replacing(path: Path, writer: str = "") -> Iterator[Path]:
+    """The name of a new file, which takes the place of another at the end, or is removed where anything is raised.
+
+    writer: tells several apart that write the same file at once. Else the name is fixed, so that what a kill leaves
+    there is overwritten. Raises OSError.
     """
     temporary = path.with_name(f".{path.name}{writer}.tmp")  # not the name of a file that a user would have
     try:
         temporary.unlink(missing_ok=True)  # it may be a link to a file of somebody's
-        temporary.write_bytes(content)
+        yield temporary
         temporary.replace(path)
-    except OSError as error:
+    except BaseException:
         with contextlib.suppress(OSError):  # a part of a file would only fill the disk
             temporary.unlink(missing_ok=True)
-        raise StorageError(f"{path} cannot be written: {error.strerror or error}") from None
+        raise
 
 
 def read_metrics(path: Path) -> list[Mapping[str, Any]]:
