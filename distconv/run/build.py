@@ -53,22 +53,20 @@ def build_run(
     placed: Placement | None = None,
     *,
     model: Layer | None = None,
-    task: Task | None = None,
-    optimizer: Optimizer | None = None,
     device: Any = None,
 ) -> Run:
     """The run at its start, rank 0's first weights on all ranks; collective. say prints a line for the user.
 
-    model, task, optimizer: in place of what the settings name; the same on all ranks. placed: where this rank computes,
-    if that was found out before. device: a GPU (kernels.gpu.device.Cuda) that is there already. Raises UsageError for a
-    model, a device or an exchange that cannot be, MismatchError where the ranks' code differs.
+    model: in place of what the settings name; the same on all ranks. placed: where this rank computes, if that was
+    found out before. device: a GPU (kernels.gpu.device.Cuda) that is there already. Raises UsageError for a model, a
+    device or an exchange that cannot be, MismatchError where the ranks' code differs.
     """
     with world.together():
         found = check_data(settings.data, data)
     world.agree("the data set", found, "have the data's sizes and shapes be the same on all ranks")
     with world.together():
-        task = task or named_task(settings.task, settings.label_smoothing)
-        optimizer = optimizer or named_optimizer(settings, batches(data.size("train"), settings.step_size))
+        task = named_task(settings.task, settings.label_smoothing)
+        optimizer = named_optimizer(settings, batches(data.size("train"), settings.step_size))
         if settings.patience and not data.size("validation"):
             raise UsageError(
                 "--patience needs a validation set, as the test set must not decide when to stop: hold one out by "

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import numpy as np
 import pytest
@@ -154,7 +153,8 @@ class Twice(Classification):
 class Mirrored:
     """What a chain makes of an image, and what it makes of its mirror image."""
 
-    chain = Chain(Affine(500, relu=True), Affine(10))
+    def __init__(self, classes: int) -> None:
+        self.chain = Chain(Affine(500, relu=True), Affine(classes))
 
     def shapes(self, input_shape):  # type: ignore[no-untyped-def]
         return self.chain.shapes(input_shape)
@@ -164,15 +164,17 @@ class Mirrored:
         return y + mirrored, lambda dy, grads, wants_dx: (once(dy, grads, False), again(dy, grads, False))[0]
 
 
-@pytest.mark.parametrize("own", [{"task": Twice()}, {"model": Mirrored()}], ids=["task", "model"])
+@pytest.mark.parametrize(
+    "own", [{"task": f"{__name__}:Twice"}, {"model": f"{__name__}:Mirrored"}], ids=["task", "model"]
+)
 def test_buckets_wait_for_a_weight_that_is_used_twice(
-    world: World, monkeypatch: pytest.MonkeyPatch, own: dict[str, Any]
+    world: World, monkeypatch: pytest.MonkeyPatch, own: dict[str, str]
 ) -> None:
     monkeypatch.setattr(buckets, "BUCKET", 1000)
     vectors = []
     for kind in ("flat", "buckets"):
-        settings = dataclasses.replace(SETTINGS, exchange=kind, wire="float64", optimizer="sgd")
-        run = build_run(settings, digits.load().limited(100), world, **own)
+        settings = dataclasses.replace(SETTINGS, exchange=kind, wire="float64", optimizer="sgd", **own)
+        run = build_run(settings, digits.load().limited(100), world)
         list(loop.train(run, never))
         vectors.append(run.parameters.vector)
     np.testing.assert_allclose(*vectors, rtol=1e-9, atol=1e-12)
