@@ -37,26 +37,24 @@ def finish(run: Run, out: Path, log: RunLog) -> int:
             f"{early}best on the validation set: epoch {run.best_epoch}, {run.task.metric} {percent(run.best_score)}, "
             f"kept in {out / BEST}"
         )
+    averages = bool(run.config.ema)
     answers = answer(run)  # of averaged weights where there are such
-    if answers is None or run.config.ema:
-        correct, total = run.measure("test")
+    if answers is None:
+        judged = run.measure("test", averaged=averages)
     else:
-        correct, total = float(answers.correct), float(len(answers.labels))
-    averaged = None
-    if run.config.ema:
-        averaged = run.measure("test", averaged=True)[0] if answers is None else answers.correct
+        judged = float(answers.correct), float(len(answers.labels))
+    correct, total = run.measure("test") if averages else judged
     agreement.agree(run)  # nothing has changed while it was evaluated
-    score = correct / total if total else float("nan")
     metric = run.task.metric
     final = {
         "step": run.step,
         "metric": metric,
-        f"test_{metric}": score,
+        f"test_{metric}": correct / total if total else float("nan"),
         "correct": _whole(correct),
         "total": _whole(total),
     }
-    if averaged is not None:
-        final[f"{EMA}_test_{metric}"] = averaged / total if total else float("nan")
+    if averages:
+        final[f"{EMA}_test_{metric}"] = judged[0] / total if total else float("nan")
     with run.world.together():
         if run.world.rank == 0 and answers:
             save_samples(out / ANSWERS, run, answers)  # before the record of the end, after which a report has all
