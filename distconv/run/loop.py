@@ -280,19 +280,19 @@ def _end_of_epoch(run: Run, epoch: int, images_per_second: float) -> EpochRecord
     agreement.agree(run)  # at last, as what follows is saved
     health = run.probe.health
     return EpochRecord(
-        run.step,
-        epoch + 1,
-        train_loss,
-        run.task.metric,
-        scores,
-        images_per_second,
-        health.largest_gradient,
-        health.flushed_share,
-        health.wire_error,
-        noise_scale,
-        noise_scale_error,
-        run.take_busy(),
-        run.parameters.digest(),
+        step=run.step,
+        epoch=epoch + 1,
+        train_loss=train_loss,
+        metric=run.task.metric,
+        scores=scores,
+        images_per_second=images_per_second,
+        largest_gradient=health.largest_gradient,
+        flushed_share=health.flushed_share,
+        wire_error=health.wire_error,
+        noise_scale=noise_scale,
+        noise_scale_error=noise_scale_error,
+        busy_seconds=run.take_busy(),
+        parameters_sha256=run.parameters.digest(),
     )
 
 
