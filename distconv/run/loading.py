@@ -113,10 +113,6 @@ class SavedModel:
     specs: Specs
     image_shape: Shape
 
-    def passed_over(self) -> list[str]:
-        """See SavedFile.check."""
-        return self.file.check(self.model, Parameters(self.specs), self.image_shape)
-
     def load(self, dataset: Data) -> Parameters:
         """Its weights in float64. Raises MismatchError where the file holds those of another model, StorageError.
 
@@ -166,9 +162,9 @@ def open_models(
             SavedModel(str(given), file, *build_network(file.network, *shapes), dataset.image_shape)
             for given, file in zip(arguments.files, files, strict=True)
         ]
-        passed_over = [model.passed_over() for model in models]
-    for model, names in zip(models, passed_over, strict=True):
-        tell_passed_over(model.name, names, say)
+        passed_over = [saved.file.check(saved.model, Parameters(saved.specs), saved.image_shape) for saved in models]
+    for saved, names in zip(models, passed_over, strict=True):
+        tell_passed_over(saved.name, names, say)
     agree_on_code(world, data_name, *dict.fromkeys(file.network for file in files))
     return models, dataset
 
