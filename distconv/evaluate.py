@@ -21,8 +21,6 @@ LONGEST_NAME = 50  # characters of a path that a picture has room for
 def main(argv: Sequence[str]) -> int:
     arguments = parse(argv)
     with start() as world:
-        from distconv.pictures.answers import draw_confusion
-        from distconv.pictures.style import draw_on_one_rank
         from distconv.run.answers import describe, judge, on_what, short_names
         from distconv.run.loading import open_models, runs_of
         from distconv.run.log import RunLog
@@ -49,6 +47,9 @@ def main(argv: Sequence[str]) -> int:
             errors = {"confusion": answers.confusion().tolist(), "calibration_error": answers.calibration_error()}
             log.say(json.dumps({**errors, "class_names": class_names} if class_names else errors))
         if arguments.png:
+            from distconv.pictures.answers import draw_confusion
+            from distconv.pictures.style import draw_on_one_rank
+
             file = "" if several else name if len(name) <= LONGEST_NAME else f"...{name[-LONGEST_NAME:]}"
             title, names = f"{on_what(models, dataset)}\n{right}", short_names(class_names)
             draw_on_one_rank(world, arguments.png, lambda: draw_confusion(answers.confusion(), names, title, file))
