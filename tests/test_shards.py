@@ -35,6 +35,11 @@ def reproduce(ranks: int, *arguments: str | Path) -> subprocess.CompletedProcess
     return jobs.run(ranks, "-m", "distconv.reproduce", *arguments)
 
 
+def last_line(result: subprocess.CompletedProcess[str]) -> str:
+    """A slow machine is told above it how far the run is."""
+    return result.stdout.splitlines()[-1]
+
+
 def told(out: Path) -> list[dict[str, Any]]:
     """What a run has written down, but for times, and what it sent."""
     records = [record for event in ("step", "epoch", "final") for record in metrics(out, event)]
@@ -45,7 +50,7 @@ def told(out: Path) -> list[dict[str, Any]]:
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
     """The folder of a finished run by the number of its ranks."""
     folder = tmp_path_factory.mktemp("runs")
-    runs = {ranks: folder / str(ranks) for ranks in (1, 2, 3, 5)}
+    runs = {ranks: folder / str(ranks) for ranks in (1, 2, 4)}
     with ThreadPoolExecutor(2) as pool:
         for result in pool.map(train, runs.keys(), runs.values()):
             assert result.returncode == 0, result.stdout + result.stderr
@@ -63,7 +68,7 @@ def test_runs_on_any_number_of_ranks_are_the_same_in_all_that_they_tell(runs: di
 
 def test_a_run_that_is_stopped_goes_on_with_other_ranks_to_the_same_bits(runs: dict[int, Path], tmp_path: Path) -> None:
     out = tmp_path / "run"
-    job = jobs.Job(4, ["-m", "distconv.train", *FLAGS, out])
+    job = jobs.Job(3, ["-m", "distconv.train", *FLAGS, out])
     jobs.wait_until(lambda: int(last_record(out / "metrics.jsonl").get("step", 0)) >= 2, job)
     job.ranks()[-1].send_signal(signal.SIGUSR1)
     stopped = job.finish(30)
@@ -75,13 +80,13 @@ def test_a_run_that_is_stopped_goes_on_with_other_ranks_to_the_same_bits(runs: d
 
 
 def test_reproduce_says_the_same_bits_or_where_they_differ(runs: dict[int, Path], tmp_path: Path) -> None:
-    same = reproduce(2, runs[3])
-    assert same.returncode == 0 and same.stdout == "the same bits: 10 steps on 2 ranks\n", same.stdout + same.stderr
+    same = reproduce(2, runs[4])
+    assert same.returncode == 0 and last_line(same) == "the same bits: 10 steps on 2 ranks", same.stdout + same.stderr
 
-    lines = (runs[3] / "metrics.jsonl").read_text().splitlines(keepends=True)
-    where = next(number for number, line in enumerate(lines) if json.loads(line)["step" if number else "ranks"] == 4)
+    lines = (runs[4] / "metrics.jsonl").read_text().splitlines(keepends=True)
+    where = next(number for number, line in enumerate(lines) if json.loads(line).get("step") == 4)
     loss = json.loads(lines[where])["train_loss"]
-    other = shutil.copytree(runs[3], tmp_path / "other")
+    other = shutil.copytree(runs[4], tmp_path / "other")
     lines[where] = lines[where].replace(repr(loss), repr(loss + 2**-50))
     (other / "metrics.jsonl").write_text("".join(lines))
     found = reproduce(3, other, "--json")
@@ -101,7 +106,7 @@ def test_reproduce_compares_as_far_as_a_run_came_and_the_parameters_of_its_epoch
     lines = (runs[2] / "metrics.jsonl").read_text().splitlines(keepends=True)
     cut = shutil.copytree(runs[2], tmp_path / "cut")
     (cut / "metrics.jsonl").write_text("".join(lines[:4]))  # the start and three steps
-    assert reproduce(1, cut).stdout == "the same bits: 3 steps on 1 rank\n"
+    assert last_line(reproduce(1, cut)) == "the same bits: 3 steps on 1 rank"
 
     epoch = next(number for number, line in enumerate(lines) if json.loads(line)["event"] == "epoch")
     was = json.loads(lines[epoch])["parameters_sha256"]
