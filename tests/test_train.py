@@ -95,19 +95,6 @@ def test_config_toml_repeats_the_run(whole: Path, tmp_path: Path) -> None:
     assert metrics(tmp_path / "again") == metrics(whole)
 
 
-@pytest.mark.slow
-def test_one_rank_and_four_ranks_see_the_same_losses(tmp_path: Path) -> None:
-    settings = ("--data", "digits", "--limit-train", "200", "--batch-size", "22", "--epochs", "2", "--wire", "float64")
-    losses = []
-    for ranks in (1, 4):
-        out = tmp_path / str(ranks)
-        # Two threads would wait for each other's turn on a busy machine, in float64 for a minute.
-        assert train(ranks, *settings, "--out", out, OMP_NUM_THREADS="1").returncode == 0
-        losses.append([record["train_loss"] for record in metrics(out, "step")])
-    assert len(losses[0]) == 20
-    assert max(abs(one - four) for one, four in zip(*losses, strict=True)) < 1e-5
-
-
 def test_ranks_without_an_image_of_a_tiny_data_set_train_as_one_rank_does(tmp_path: Path) -> None:
     losses = []
     for ranks in (1, 3):
