@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 from pathlib import Path
@@ -135,21 +136,31 @@ def test_a_signal_stops_all_ranks_with_a_checkpoint_and_the_run_goes_on_bit_for_
     assert metrics(out, "epoch") == metrics(whole, "epoch")
 
 
+def without_its_end(out: Path, copy: Path, epochs: int) -> Path:
+    """A copy of a finished run, as if it had been killed after so many epochs."""
+    shutil.copytree(out, copy)
+    (copy / "DONE").unlink()
+    for later in find_checkpoints(copy / "checkpoints")[:-epochs]:
+        later.unlink()
+    return copy
+
+
 def test_a_run_that_rounds_at_random_goes_on_bit_for_bit(tmp_path: Path) -> None:
-    settings = (*QUICK, "--wire", "int8")
-    for folder, epochs in (("whole", "2"), ("parts", "1"), ("parts", "2")):
-        assert train(2, *settings, "--epochs", epochs, "--out", tmp_path / folder).returncode == 0
-    assert parameters(tmp_path / "parts") == parameters(tmp_path / "whole")
-    assert metrics(tmp_path / "parts", "step") == metrics(tmp_path / "whole", "step")
+    whole, command = tmp_path / "whole", (*QUICK, "--wire", "int8", "--epochs", "2", "--out")
+    assert train(2, *command, whole).returncode == 0
+    parts = without_its_end(whole, tmp_path / "parts", 1)
+    again = train(2, *command, parts)
+    assert again.returncode == 0 and "after step 5 of 10" in again.stdout, again.stderr
+    assert parameters(parts) == parameters(whole)
+    assert metrics(parts, "step") == metrics(whole, "step")
 
 
 @pytest.mark.slow
 def test_a_run_may_go_on_with_another_number_of_ranks(whole: Path, tmp_path: Path) -> None:
-    out = tmp_path / "run"
-    assert train(3, *QUICK, "--epochs", "1", "--out", out).returncode == 0
-    more = train(1, *QUICK, "--epochs", "2", "--out", out)
-    assert more.returncode == 0 and "epochs is now 2, was 1" in more.stdout
-    for ours, undisturbed in zip(metrics(out, "epoch"), metrics(whole, "epoch")[:2], strict=True):
+    out = without_its_end(whole, tmp_path / "run", 1)
+    more = train(1, *QUICK, "--epochs", "3", "--out", out)
+    assert more.returncode == 0 and "after step 5 of 15" in more.stdout, more.stderr
+    for ours, undisturbed in zip(metrics(out, "epoch"), metrics(whole, "epoch"), strict=True):
         assert ours["train_loss"] == pytest.approx(undisturbed["train_loss"], rel=0.01)
 
 
@@ -247,10 +258,9 @@ def test_after_a_flipped_bit_the_same_command_ends_as_the_undisturbed_run(
 
 
 @pytest.mark.slow
-def test_a_diverged_run_goes_on_from_its_last_good_checkpoint(tmp_path: Path) -> None:
-    out = tmp_path / "run"
+def test_a_diverged_run_goes_on_from_its_last_good_checkpoint(whole: Path, tmp_path: Path) -> None:
+    out = without_its_end(whole, tmp_path / "run", 1)
     often = (*QUICK, "--checkpoint-seconds", "0", "--out", out)
-    assert train(2, *often, "--epochs", "1").returncode == 0
     for _ in range(2):  # a second attempt finds what the first one found
         diverged = train(2, *often, "--epochs", "4", "--lr", "1e30")
         assert diverged.returncode == 1 and "use a smaller --lr than 1e+30" in diverged.stderr
