@@ -18,6 +18,7 @@ import numpy as np
 
 from distconv.comm.exchange import HEADER, Exchange, Flat, Headers, part_size, parts
 from distconv.comm.on_cpu import DeviceExchange
+from distconv.comm.shared_memory import mpi_of
 from distconv.comm.wire import WIRES
 from distconv.comm.world import World, cuda_aware_mpi
 from distconv.errors import UsageError
@@ -95,8 +96,8 @@ class CudaMpi:
     name = "MPI, from GPU to GPU"
     needs_no_host = False
 
-    def __init__(self, world: World, device: Any) -> None:
-        self.comm, self.in_place, self.device = world.comm, world.in_place, device
+    def __init__(self, comm: MPI.Comm, device: Any) -> None:
+        self.comm, self.device = comm, device
 
     def scatter(self, outgoing: Array, received: Array) -> None:
         self.device.synchronize()  # MPI does not know the stream
@@ -104,7 +105,7 @@ class CudaMpi:
 
     def gather(self, mine: Array, gathered: Array) -> None:
         self.device.synchronize()
-        self.comm.Allgather(self.in_place, gathered)
+        self.comm.Allgather(mpi_of(self.comm).IN_PLACE, gathered)
 
 
 class OneRank(DeviceExchange):
@@ -184,7 +185,7 @@ def choose_on_gpu(
         problem = first_problem(world, _needs_halves(wire) or cuda_aware_mpi())
         if problem:
             raise UsageError(f"--exchange cuda-mpi: {problem}; use --exchange auto")
-        return OnGpu(world.comm, gpu, size, CudaMpi(world, gpu.device))
+        return OnGpu(world.comm, gpu, size, CudaMpi(world.comm, gpu.device))
     if kind == "auto" and world.size == 1 and wire == "float16":
         return OneRank(gpu)
     if kind in ("auto", "nccl"):

@@ -40,16 +40,13 @@ class World:
     """The ranks of a job. A context manager: what is raised inside ends the job on all ranks.
 
     rank, size: in the job; local_rank, local_size: among the ranks of this host, whose communicator is local; hosts:
-    how many there are; threads: whether another thread than the first may send; in_place: MPI's word for "no buffer".
-    error_folder: where a failing rank leaves its report, once there is such a folder.
+    how many there are. error_folder: where a failing rank leaves its report, once there is such a folder.
     """
 
     def __init__(self, comm: Any, library: str) -> None:
         self.comm = comm
         self.process = os.getpid()
         self.library = library
-        self.in_place = load_mpi().IN_PLACE
-        self.threads = bool(load_mpi().Query_thread() >= load_mpi().THREAD_SERIALIZED)
         self.rank: int = comm.rank
         self.size: int = comm.size
         self.local = comm.Split_type(load_mpi().COMM_TYPE_SHARED)

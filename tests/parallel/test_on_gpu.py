@@ -98,7 +98,7 @@ def sum_on_device(exchange: DeviceExchange, gpu: Gpu, vector: Array, record: Arr
 @pytest.mark.parametrize("by_mpi", [True, False])
 def test_a_sum_on_the_gpus_has_the_bits_of_one_on_the_hosts(world: World, gpu: Gpu, size: int, by_mpi: bool) -> None:
     wanted = flat_model(world.size, size, "float16", [contribution(rank, size) for rank in range(world.size)])
-    transport = CudaMpi(world, gpu.device) if by_mpi else EmulatedNccl(world, gpu.device)
+    transport = CudaMpi(world.comm, gpu.device) if by_mpi else EmulatedNccl(world, gpu.device)
     exchange: DeviceExchange = OnGpu(world.comm, gpu, size, transport)
     if world.size == 1 and by_mpi:
         exchange = OneRank(gpu)
