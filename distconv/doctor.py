@@ -118,11 +118,12 @@ def examine(world: World, deadline: Deadline, say: Callable[[str], None], as_jso
     if not world.comm.bcast(all(f.status != "fault" or f.check != "versions" for f in findings)):
         return findings or [ok("versions", "")]
     from distconv.checkup import trials
+    from distconv.comm.clocks import read_clocks
 
     deadline.part = "comparing clocks"
-    skews = trials.clock_skews(world)
+    readings = read_clocks(world, time.time_ns, most=1)
     if world.rank == 0:
-        show(clocks(skews, everyone))
+        show(clocks({rank: reading.offset / 1e9 for rank, reading in readings.items()}, everyone))
     if world.comm.bcast(deadline.passed()) > SECONDS_FOR_FACTS:
         show(no_time("exchange"))
         return findings

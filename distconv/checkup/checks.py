@@ -6,7 +6,7 @@ Pure functions, so that every fault can be shown without the cluster that has it
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from distconv.checkup.facts import SAME_EVERYWHERE, Facts
@@ -190,9 +190,9 @@ def gpus(ranks: Sequence[Facts]) -> Finding:
     return ok("GPUs", f"{found}; CUDA-aware MPI: {fact['cuda_mpi']}")
 
 
-def clocks(skews: Sequence[float], ranks: Sequence[Facts]) -> Finding:
-    """skews: seconds by which the clock of each rank is ahead of rank 0's."""
-    ahead = max(range(len(skews)), key=lambda rank: abs(skews[rank]))
+def clocks(skews: Mapping[int, float], ranks: Sequence[Facts]) -> Finding:
+    """skews: seconds by which the clock of each host, by its first rank, is ahead of rank 0's."""
+    ahead = max(skews, key=lambda rank: abs(skews[rank]))
     if abs(skews[ahead]) > MOST_SKEW:
         return Finding(
             "clocks",

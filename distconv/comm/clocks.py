@@ -1,4 +1,4 @@
-"""How far the clocks of hosts are apart: time.perf_counter_ns, which all ranks of one host share (CLOCK_MONOTONIC).
+"""How far the clocks of hosts are apart, which all ranks of one host share: time.perf_counter_ns, or another one.
 
 A question goes to another host and comes back. Its clock was read somewhere in between, at the middle if both ways take
 as long, and so the error is at most half of the round trip; of some, the shortest counts (Cristian 1989).
@@ -7,6 +7,7 @@ as long, and so the error is at most half of the round trip; of some, the shorte
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -32,30 +33,35 @@ class Reading:
     round_trip: int
 
 
-def read_clocks(world: World) -> dict[int, Reading]:
-    """Readings of all hosts by their first rank, on rank 0; nothing on the others; collective."""
+def read_clocks(
+    world: World, clock: Callable[[], int] = time.perf_counter_ns, most: int = MOST_ROUNDS
+) -> dict[int, Reading]:
+    """Readings of all hosts by their first rank, on rank 0; nothing on the others; collective.
+
+    clock: in nanoseconds; most: questions to a host.
+    """
     first = world.local.bcast(world.rank)
     firsts = world.comm.gather(first)
     found: dict[int, Reading] = {}
     if world.rank == 0:
-        found = {host: _ask(world, host) for host in sorted(set(firsts))}
+        found = {host: _ask(world, host, clock, most) for host in sorted(set(firsts))}
     elif world.rank == first:
-        _answer(world)
+        _answer(world, clock)
     world.wait()  # asleep: a rank that waits must not hold the core of one that answers
     return found
 
 
-def _ask(world: World, host: int) -> Reading:
+def _ask(world: World, host: int, clock: Callable[[], int], most: int) -> Reading:
     question, answer, best = np.zeros(1, np.int64), np.zeros(1, np.int64), None
     if host == 0:
-        return Reading(time.perf_counter_ns(), 0, 0)
-    for number in range(1, MOST_ROUNDS + 1):
+        return Reading(clock(), 0, 0)
+    for number in range(1, most + 1):
         is_short = best is not None and best.round_trip <= SHORT
-        question[0] = number == MOST_ROUNDS or (number >= ROUNDS and is_short)  # whether it is the last one
-        sent = time.perf_counter_ns()
+        question[0] = number == most or (number >= ROUNDS and is_short)  # whether it is the last one
+        sent = clock()
         world.comm.Send(question, host, TAG)
         world.comm.Recv(answer, host, TAG)
-        came = time.perf_counter_ns()
+        came = clock()
         if best is None or came - sent < best.round_trip:
             best = Reading(int(answer[0]), int(answer[0]) - (sent + came) // 2, came - sent)
         if question[0]:
@@ -64,9 +70,9 @@ def _ask(world: World, host: int) -> Reading:
     return best
 
 
-def _answer(world: World) -> None:
+def _answer(world: World, clock: Callable[[], int]) -> None:
     question, answer = np.zeros(1, np.int64), np.zeros(1, np.int64)
     while not question[0]:
         world.comm.Recv(question, 0, TAG)
-        answer[0] = time.perf_counter_ns()
+        answer[0] = clock()
         world.comm.Send(answer, 0, TAG)
