@@ -50,6 +50,7 @@ def step(argv: Sequence[str]) -> int:
 
     with start() as world, contextlib.ExitStack() as rivals:
         from distconv.benchmarks import step as benchmark
+        from distconv.benchmarks.gpu_step import GpuBench
         from distconv.comm.placement import place
         from distconv.run.log import RunLog
 
@@ -70,28 +71,23 @@ def step(argv: Sequence[str]) -> int:
             rival = rivals.enter_context(
                 torch_step.rivals(world, flags.model, threads, device, flags.precision, compiled)
             )
-        if device == "cpu":
-            bench = benchmark.bench_cpu(world, flags.model)
-        else:
-            from distconv.benchmarks.gpu_step import bench_gpu
-
-            bench = bench_gpu(world, flags.model, flags.precision, log.say_aside)
         many = f"{world.size} rank{'s' * (world.size > 1)} x {threads} thread{'s' * (threads > 1)}"
         title = f"{flags.model}, {many}, {device}" + f" in {flags.precision}" * (device == "cuda")
         if not flags.json:
             log.say(f"{title}: medians of {flags.repeats}\n{benchmark.HEAD}")
         results = []
         for batch_size in sizes:
-            engines, look_inside = bench(batch_size, flags.repeats)
+            ours = world, flags.model, batch_size, flags.repeats
+            bench = benchmark.CpuBench(*ours) if device == "cpu" else GpuBench(*ours, flags.precision, log.say_aside)
             dataset = benchmark.random_dataset(flags.model, batch_size, 0)
-            engines += rival(dataset, batch_size) if rival else []
+            engines = bench.engines + (rival(dataset, batch_size) if rival else [])
             rows: list[benchmark.Row] = []
             for phase in ("step", "evaluate") if flags.evaluate else ("step",):
                 of_phase = benchmark.measure(world, engines, device, batch_size, threads, phase, flags.repeats)
                 text = benchmark.table(of_phase)
                 log.say("\n".join(json.dumps(asdict(row)) for row in of_phase) if flags.json else text)
                 rows += of_phase  # said at once, as what follows may fail
-            results.append(look_inside(rows))
+            results.append(bench.look_inside(rows))
         if not flags.json:
             for _, text in results:
                 log.say(f"\n{text}" + ", PyTorch's among them" * (rival is not None and device == "cpu"))

@@ -119,7 +119,7 @@ def test_the_tables_say_what_the_rows_say() -> None:
 
 def test_rows_are_printed_before_anything_else_may_fail() -> None:
     script = (
-        "from distconv.bench import main\nfrom distconv.benchmarks.step import Trainer\nTrainer.breakdown = None\n"
+        "from distconv.bench import main\nfrom distconv.benchmarks.step import CpuBench\nCpuBench.breakdown = None\n"
         "main(['step', '--device', 'cpu', '--repeats', '1', '--batch-size', '5', '9', '--json'])"
     )
     result = jobs.run(0, "-c", script)
@@ -315,7 +315,7 @@ def test_a_turn_on_a_gpu_ends_when_the_gpu_has_nothing_left_to_do(monkeypatch: p
     monkeypatch.setattr(gpu_step, "build_run", small_run)
     monkeypatch.setattr(benchmark, "LEAST_IMAGES", 10)
     repeats = 2
-    (engine, _), _ = gpu_step.bench_gpu(start(), "deepconvnet", "float32", print)(2, repeats)
+    engine, _ = gpu_step.GpuBench(start(), "deepconvnet", 2, repeats, "float32", print).engines
     assert engine.steps == 5
     for turn in range(benchmark.WARM_UP + repeats):  # none of them ends an epoch
         happened.clear()
@@ -334,8 +334,8 @@ def test_where_the_peaks_cannot_be_measured_only_the_shares_are_missing(monkeypa
     layers = [gpu_step.LayerRow("conv1", way, 2, 1e-3, 10, 10) for way in ("forward", "backward")]
     monkeypatch.setattr(gpu_step, "build_run", small_run)
     monkeypatch.setattr(gpu_step, "layer_rows", lambda replica, name, batch_size: layers)
-    engines, look_inside = gpu_step.bench_gpu(start(), "deepconvnet", "float32", print)(2, 1)
-    parts, text = look_inside([Row(engines[0].name, "cuda", 1, 1, 2, "float16", "step", 0.1, 20)])
+    bench = gpu_step.GpuBench(start(), "deepconvnet", 2, 1, "float32", print)
+    parts, text = bench.look_inside([Row(bench.engines[0].name, "cuda", 1, 1, 2, "float16", "step", 0.1, 20)])
     assert parts["rest", ""] == pytest.approx(0.098)
     assert "whole step 100,000.0 us" in text and "%" not in text
     assert text.splitlines()[-1].endswith("could not be measured: CUBLAS_STATUS_NOT_INITIALIZED")

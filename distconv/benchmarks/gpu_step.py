@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from distconv.benchmarks.step import Bench, Engine, Parts, Row, layers_of, random_dataset, step_flops, steps_of_a_turn
+from distconv.benchmarks.step import Engine, Parts, Row, layers_of, random_dataset, step_flops, steps_of_a_turn
 from distconv.comm.world import World
 from distconv.config import Config
 from distconv.nn.layers import Context
@@ -38,32 +38,34 @@ class LayerRow:
     nbytes: int
 
 
-def bench_gpu(world: World, model: str, precision: str, say: Callable[[str], None]) -> Bench:
-    """distconv with its steps recorded as graphs, and with kernels that start one by one; collective."""
+class GpuBench:
+    """distconv with its steps recorded as graphs, and with kernels that start one by one; made collectively."""
 
-    def bench(batch_size: int, repeats: int) -> tuple[list[Engine], Callable[[Sequence[Row]], tuple[Parts, str]]]:
+    def __init__(
+        self, world: World, model: str, batch_size: int, repeats: int, precision: str, say: Callable[[str], None]
+    ) -> None:
+        self.model, self.batch_size = model, batch_size
         settings = Config(model=model, batch_size=batch_size, epochs=1, device="cuda", precision=precision)
         steps = steps_of_a_turn(batch_size)
         runs = [build_run(settings, random_dataset(model, batch_size, repeats, steps), world, say) for _ in range(2)]
-        names = ("distconv", "distconv-eager")
         for run, graphs in zip(runs, (True, False), strict=True):
             run.replica.device.records = graphs
+        self.run = runs[0]
+        names = ("distconv", "distconv-eager")
+        self.engines = [_engine(name, run, steps) for name, run in zip(names, runs, strict=True)]
 
-        def look_inside(rows: Sequence[Row]) -> tuple[Parts, str]:
-            replica = runs[0].replica
-            step = next(r.median_seconds for r in rows if (r.engine, r.batch_size) == ("distconv", batch_size))
-            layers = layer_rows(replica, model, -(-batch_size // world.size))
-            parts = {(row.layer, row.way): row.seconds for row in layers}
-            parts["rest", ""] = max(0.0, step - sum(parts.values()))
-            try:
-                peaks = replica.device.peaks()
-            except Exception as error:  # cuBLAS or cuRAND is missing or fails: CuPy has many ways to say so
-                peaks = str(error).strip().partition("\n")[0] or type(error).__name__
-            return parts, where(layers, step, peaks)
-
-        return [_engine(name, run, steps) for name, run in zip(names, runs, strict=True)], look_inside
-
-    return bench
+    def look_inside(self, rows: Sequence[Row]) -> tuple[Parts, str]:
+        """See CpuBench. rows: of the engines."""
+        replica, world = self.run.replica, self.run.world
+        step = next(row.median_seconds for row in rows if row.engine == "distconv")
+        layers = layer_rows(replica, self.model, -(-self.batch_size // world.size))
+        parts = {(row.layer, row.way): row.seconds for row in layers}
+        parts["rest", ""] = max(0.0, step - sum(parts.values()))
+        try:
+            peaks = replica.device.peaks()
+        except Exception as error:  # cuBLAS or cuRAND is missing or fails: CuPy has many ways to say so
+            peaks = str(error).strip().partition("\n")[0] or type(error).__name__
+        return parts, where(layers, step, peaks)
 
 
 def _engine(name: str, run: Run, steps: int) -> Engine:

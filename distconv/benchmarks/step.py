@@ -30,6 +30,7 @@ WARM_UP = 3  # turns that do not count: they compile, touch memory and try the w
 PRODUCT, PRODUCTS = 1024, 9  # rows and columns of the matrices whose product is the peak, and how often
 LEAST_STEPS, LEAST_IMAGES = 4, 2000  # of a turn on a GPU
 KIBIBYTE = 1024  # the unit of Linux's ru_maxrss
+Parts = Mapping[tuple[str, str], float]  # of a step, in seconds
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ class Breakdown:
     """
 
     batch_size: int
-    parts: Mapping[tuple[str, str], float]
+    parts: Parts
     page_faults: int
     peak_bytes: int
 
@@ -91,10 +92,11 @@ def steps_of_a_turn(batch_size: int) -> int:
     return max(LEAST_STEPS, -(-LEAST_IMAGES // batch_size))
 
 
-class Trainer:
+class CpuBench:
     """Our own engine on the CPU, with notes of each step. None of `repeats` steps ends an epoch; made collectively."""
 
     def __init__(self, world: World, model: str, batch_size: int, repeats: int) -> None:
+        self.model = model
         settings = Config(model=model, batch_size=batch_size, epochs=1, device="cpu")
         run = build_run(settings, random_dataset(model, batch_size, repeats), world)
         replica = run.replica
@@ -105,9 +107,7 @@ class Trainer:
         replica.model = traced(replica.model, self.spans)
         self.records = train(run, lambda: False)
         self.notes: list[tuple[float, dict[tuple[str, str], float], int]] = []  # seconds, parts, page faults
-
-    def engine(self) -> Engine:
-        return Engine("distconv", self.run.config.wire, self.step, lambda: self.run.measure("test"))
+        self.engines = [Engine("distconv", self.run.config.wire, self.step, lambda: self.run.measure("test"))]
 
     def step(self) -> None:
         self.spans.noted.clear()
@@ -135,27 +135,10 @@ class Trainer:
         comm = self.run.world.comm
         return Breakdown(self.run.config.batch_size, mean, max(comm.allgather(faults)), max(comm.allgather(peak)))
 
-
-# What benches a batch size: its engines, and what to tell of the inside of a step once they were measured: its parts in
-# seconds, for a picture, and a text for people.
-Parts = Mapping[tuple[str, str], float]
-Bench = Callable[[int, int], tuple[list[Engine], Callable[[Sequence[Row]], tuple[Parts, str]]]]
-
-
-def bench_cpu(world: World, model: str) -> Bench:
-    """Collective."""
-    peak = peak_flops(world)
-
-    def bench(batch_size: int, repeats: int) -> tuple[list[Engine], Callable[[Sequence[Row]], tuple[Parts, str]]]:
-        trainer = Trainer(world, model, batch_size, repeats)
-
-        def look_inside(rows: Sequence[Row]) -> tuple[Parts, str]:
-            breakdown = trainer.breakdown()
-            return breakdown.parts, where(breakdown, step_flops(model), world.size, peak)
-
-        return [trainer.engine()], look_inside
-
-    return bench
+    def look_inside(self, rows: Sequence[Row]) -> tuple[Parts, str]:
+        """The parts of a step, for a picture, and a text for people; once the engines were measured; collective."""
+        breakdown, world = self.breakdown(), self.run.world
+        return breakdown.parts, where(breakdown, step_flops(self.model), world.size, peak_flops(world))
 
 
 def measure(
