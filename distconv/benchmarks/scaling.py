@@ -8,7 +8,6 @@ meet one number of ranks only.
 from __future__ import annotations
 
 import itertools
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 
@@ -18,6 +17,7 @@ from distconv.comm.world import World
 from distconv.config import Config
 from distconv.data.dataset import Dataset
 from distconv.errors import DistconvError, UsageError
+from distconv.process.turns import own_cores
 from distconv.run.build import build_run
 from distconv.run.loading import load_dataset
 from distconv.run.loop import StepRecord, train
@@ -135,7 +135,7 @@ def with_goal(rung: Rung, noise_scale: float, steps: float, batch_size: int) -> 
 
 def table(rungs: Sequence[Rung]) -> str:
     """For people: a line for each number of ranks, its parts of a step in ms; with a goal, steps and time too."""
-    has_goal = any(isinstance(rung, RungToGoal) for rung in rungs)
+    has_goal, cores = any(isinstance(rung, RungToGoal) for rung in rungs), len(own_cores())
     lines = [
         f"{'ranks':>6}{'batch':>7}{'images/s':>11}{'speed-up':>10}{'efficiency':>12}"
         f"{'step':>9}{'compute':>9}{'wire':>9}{'wait ms':>9}{'slowest rank':>14}"
@@ -149,7 +149,7 @@ def table(rungs: Sequence[Rung]) -> str:
             + "".join(f"{1e3 * part:>9.2f}" for part in parts)
             + f"{rung.slowest_rank:>14}"
             + (f"{rung.steps:>12,}{rung.training_seconds:>10,.4g} s" if isinstance(rung, RungToGoal) else "")
-            + (f"   more ranks than cores ({rung.hosts * cores()}): oversubscribed" if rung.oversubscribed else "")
+            + (f"   more ranks than cores ({rung.hosts * cores}): oversubscribed" if rung.oversubscribed else "")
         )
     return "\n".join(lines)
 
@@ -172,13 +172,8 @@ def _rung(ranks: int, batch_size: int, wire: str, steps: Sequence[Step], base: f
         exchange_seconds=_median(steps, "exchange_seconds"),
         wait_seconds=_median(steps, "wait_seconds"),
         slowest_rank=max(sorted(set(slowest)), key=slowest.count),
-        oversubscribed=ranks > hosts * cores(),
+        oversubscribed=ranks > hosts * len(own_cores()),
     )
-
-
-def cores() -> int:
-    """That this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _median(steps: Sequence[Step], field: str) -> float:

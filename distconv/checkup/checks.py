@@ -90,7 +90,7 @@ def cores(ranks: Sequence[Facts]) -> Finding:
     notes = []
     for host, mine in _by_host(ranks).items():
         usable = {core for fact in mine for core in fact["cores"]}
-        count, threads = len(usable) or mine[0]["host_cores"], sum(fact["blas_threads"] for fact in mine)
+        count, threads = len(usable), sum(fact["blas_threads"] for fact in mine)
         limit = mine[0]["core_limit"]
         if len(mine) > count and count < mine[0]["host_cores"]:
             return Finding(

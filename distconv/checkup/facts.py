@@ -23,6 +23,7 @@ from distconv.comm.start import reading_is_refused
 from distconv.comm.world import World, blas_threads, cuda_aware_mpi
 from distconv.process.launched import launched
 from distconv.process.roll_call import own_name_resolves
+from distconv.process.turns import own_cores
 
 Facts = dict[str, Any]
 SAME_EVERYWHERE = ("distconv", "code", "python", "numpy", "numba", "mpi4py", "mpi", "machine")  # on all ranks
@@ -44,7 +45,7 @@ def gather_facts(world: World) -> Facts:
         "mpi4py": installed_version("mpi4py"),
         "mpi": world.library,
         "machine": platform.machine(),
-        "cores": sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [],
+        "cores": sorted(own_cores()),
         "host_cores": os.cpu_count() or 1,
         "core_limit": cgroup_cores(),
         "memory_limit": cgroup_memory(),

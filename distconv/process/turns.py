@@ -51,5 +51,9 @@ def take_long_turns() -> bool:
 
 def cores_are_short(comm: MPI.Comm) -> bool:
     """Whether these ranks, all of one host, are more than the cores on which they may run; collective."""
-    own = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
-    return comm.size > len(set().union(*comm.allgather(own)))
+    return comm.size > len(set().union(*comm.allgather(own_cores())))
+
+
+def own_cores() -> set[int]:
+    """The numbers of the cores on which this process may run."""
+    return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
