@@ -9,9 +9,10 @@ channels_last, the fused Adam, gradients as views into the buckets.
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from distconv.benchmarks.step import CLASSES, Engine, steps_of_a_turn
@@ -21,7 +22,6 @@ from distconv.data.dataset import Dataset
 from distconv.data.shard import split
 from distconv.errors import DistconvError, UsageError
 from distconv.kernels.cpu.device import Cpu
-from distconv.nn.layers import Layer
 from distconv.nn.networks import build_network
 
 HOST = "127.0.0.1"
@@ -81,8 +81,23 @@ def join(torch: Any, world: World) -> None:
     torch.distributed.init_process_group("gloo", store=store, rank=world.rank, world_size=world.size)
 
 
-def network(name: str, dataset: Dataset) -> Layer:
-    return build_network(name, dataset.image_shape, CLASSES, (CLASSES,))[0]
+def network(torch: Any, name: str, dataset: Dataset) -> Any:
+    model, _ = build_network(name, dataset.image_shape, CLASSES, (CLASSES,))
+    return translate(torch, model, dataset.image_shape)
+
+
+def pixels(torch: Any, images: Any) -> Any:
+    """Bytes (N, C, H, W) as 0 to 1."""
+    return (images.float() / 255).contiguous(memory_format=torch.channels_last)
+
+
+def count_correct(torch: Any, model: Any, batches: Iterable[tuple[Any, Any]]) -> int:
+    """How many images of batches the model takes for what their labels say."""
+    model.eval()
+    with torch.inference_mode():
+        correct = sum(int((model(pixels(torch, images)).argmax(1) == labels).sum()) for images, labels in batches)
+    model.train()
+    return correct
 
 
 def gpu_engines(
@@ -91,13 +106,13 @@ def gpu_engines(
     """PyTorch on GPU 0: torch as it is, torch-graph with its step recorded, torch-compile with its model compiled."""
     made, steps = [], steps_of_a_turn(batch_size)
     for name in names:
-        model = translate(torch, network(network_name, dataset), dataset.image_shape).cuda()
+        model = network(torch, network_name, dataset).cuda()
         optimizer = torch.optim.Adam(model.parameters(), lr=0.001, fused=True, capturable=name == "torch-graph")
         images = torch.from_numpy(dataset.train_images[:batch_size]).cuda().permute(0, 3, 1, 2)
         labels = torch.from_numpy(dataset.train_labels[:batch_size]).cuda().long()
         step = gpu_step(torch, model, optimizer, images, labels, name, precision)
-        turn, evaluation = several(step, steps), gpu_evaluation(torch, model, images, labels)
-        made.append(Engine(name, "none", turn, evaluation, steps))
+        evaluation = functools.partial(count_correct, torch, model, [(images, labels)])
+        made.append(Engine(name, "none", several(step, steps), evaluation, steps))
     return made
 
 
@@ -110,7 +125,7 @@ def gpu_step(
 
     def step() -> Any:
         optimizer.zero_grad(set_to_none=True)
-        x = (images.float() / 255).contiguous(memory_format=torch.channels_last)
+        x = pixels(torch, images)
         with torch.autocast("cuda", dtype=half, enabled=half is not None):
             loss = torch.nn.functional.cross_entropy(forward(x), labels)
         loss.backward()
@@ -147,23 +162,11 @@ def several(step: Callable[[], float], steps: int) -> Callable[[], None]:
     return turn
 
 
-def gpu_evaluation(torch: Any, model: Any, images: Any, labels: Any) -> Callable[[], int]:
-    def evaluate() -> int:
-        model.eval()
-        with torch.inference_mode():
-            x = (images.float() / 255).contiguous(memory_format=torch.channels_last)
-            correct = int((model(x).argmax(1) == labels).sum())
-        model.train()
-        return correct
-
-    return evaluate
-
-
 def make_engine(
     torch: Any, world: World, network_name: str, dataset: Dataset, batch_size: int, with_compiler: bool
 ) -> Engine:
     """PyTorch, training on the data set's first images and evaluating its test images; collective."""
-    model = translate(torch, network(network_name, dataset), dataset.image_shape)
+    model = network(torch, network_name, dataset)
     if with_compiler:
         model = torch.compile(model)
     wrapped, name, wire = model, "torch", "none"
@@ -178,28 +181,19 @@ def make_engine(
     # (N, H, W, 1) becomes (N, 1, H, W) without moving a byte, which is channels_last.
     images = torch.from_numpy(dataset.train_images[mine]).permute(0, 3, 1, 2)
     labels = torch.from_numpy(dataset.train_labels[mine]).long()
-    test_images = torch.from_numpy(dataset.test_images[mine]).permute(0, 3, 1, 2)
-    test_labels = torch.from_numpy(dataset.test_labels[mine]).long()
-
-    def pixels(part: Any) -> Any:
-        return (part.float() / 255).contiguous(memory_format=torch.channels_last)
+    test_images = torch.from_numpy(dataset.test_images[mine]).permute(0, 3, 1, 2).split(Cpu.evaluation_batch)
+    test_labels = torch.from_numpy(dataset.test_labels[mine]).long().split(Cpu.evaluation_batch)
 
     def step() -> float:
-        model.train()
         optimizer.zero_grad(set_to_none=True)
-        scores = wrapped(pixels(images))
+        scores = wrapped(pixels(torch, images))
         losses = torch.nn.functional.cross_entropy(scores, labels, reduction="sum")
         (losses * (world.size / batch_size)).backward()  # the ranks' gradients are averaged
         optimizer.step()
         return float(losses.detach())
 
     def evaluate() -> int:
-        model.eval()
-        correct = 0
-        with torch.inference_mode():
-            for start in range(0, len(test_images), Cpu.evaluation_batch):
-                part = slice(start, start + Cpu.evaluation_batch)
-                correct += int((model(pixels(test_images[part])).argmax(1) == test_labels[part]).sum())
+        correct = count_correct(torch, model, zip(test_images, test_labels, strict=True))
         return int(world.comm.allreduce(correct))
 
     return Engine(name, wire, step, evaluate)
