@@ -49,7 +49,7 @@ NO_HOME = "/dev/null"
 UNMAPPED_USERS = ["0", "0", str(2**32 - 1)]  # what /proc/self/uid_map says outside of user namespaces
 
 
-def run_command(command: Callable[[Sequence[str]], int], argv: Sequence[str] | None = None) -> NoReturn:
+def run_command(command: Callable[[Sequence[str]], int]) -> NoReturn:
     """Run a command and exit with its code; a DistconvError becomes one sentence, said once for all ranks."""
     prepare_streams()
     prepare_to_leave()
@@ -59,7 +59,7 @@ def run_command(command: Callable[[Sequence[str]], int], argv: Sequence[str] | N
     if not os.path.isabs(os.path.expanduser("~")):  # noqa: PTH111, PTH117 (pathlib raises where there is no home)
         os.environ["HOME"] = NO_HOME
     os.environ.pop("MPLBACKEND", None)  # pictures go into files, and a name that Matplotlib lacks would be an error
-    code = _run(command, sys.argv[1:] if argv is None else argv)
+    code = _run(command, sys.argv[1:])
     try:
         sys.stdout.flush()  # Python does so when it ends, when it is too late for a sentence
     except BrokenPipeError:

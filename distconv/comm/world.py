@@ -84,11 +84,11 @@ class World:
                     failure.args = (f"rank {rank}: {failure}",)
                 raise failure.on_all_ranks()
 
-    def agree(self, what: str, value: str, advice: str, error: type[DistconvError] = MismatchError) -> None:
-        """Raise on all ranks if value is not the same on each of them; says what differs, where, and the advice."""
+    def agree(self, what: str, value: str, advice: str) -> None:
+        """Raise MismatchError on all ranks if value is not the same on each: what differs, where, and the advice."""
         values = self.gathered(value)
         if len(set(values)) > 1:
-            raise error(f"ranks disagree about {what}: {odd_ones(values)} ({advice})").on_all_ranks()
+            raise MismatchError(f"ranks disagree about {what}: {odd_ones(values)} ({advice})").on_all_ranks()
 
     def wait(self, on_host: bool = False) -> None:
         """A barrier for all ranks, or those of this host, that leaves the cores to those that still work."""
