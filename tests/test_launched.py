@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 
+from distconv.process import roll_call
 from distconv.process.launched import LAUNCHERS, Launched, in_a_job, launched
 
 HYDRA = {"PMI_RANK": "1", "PMI_SIZE": "4", "MPI_LOCALRANKID": "1", "MPI_LOCALNRANKS": "2"}
@@ -74,3 +77,9 @@ def test_a_shell_of_a_batch_system_may_start_jobs_and_a_rank_may_not(
 ) -> None:
     told_by(monkeypatch, environment)
     assert in_a_job() is is_a_rank
+
+
+def test_without_psutil_nobody_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(roll_call, "launcher_process", lambda: 1)
+    monkeypatch.setitem(sys.modules, "psutil", None)
+    assert roll_call.ranks_here(Launched()) == {}

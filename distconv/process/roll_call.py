@@ -67,19 +67,21 @@ def _watch(
 def ranks_here(told: Launched) -> dict[int, bool]:
     """The ranks of this job whose processes are alive on this host, and whether they are stopped (kill -STOP).
 
-    None where that cannot be seen.
+    None of them where that cannot be seen.
     """
     if (launcher := launcher_process()) is None:
         return {}
     found: dict[int, bool] = {}
     try:
         import psutil  # seldom needed
-
+    except ImportError:
+        return {}
+    try:
         for process in psutil.Process(launcher).children(recursive=True):
             with contextlib.suppress(ValueError, psutil.Error):
                 rank = int(process.environ().get(told.rank_name, ""))
                 found[rank] = found.get(rank, False) or process.status() == psutil.STATUS_STOPPED
-    except (ImportError, OSError, psutil.Error):
+    except (OSError, psutil.Error):
         return {}
     return found
 
