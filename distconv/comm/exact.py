@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from distconv.comm.exchange import Exchange, Headers, Refusal
+from distconv.comm.shared_memory import closed
 from distconv.comm.transport import connect
 from distconv.comm.wire import WIRES, Wire
 from distconv.kernels import grid, half
@@ -85,6 +86,8 @@ class Exact:
 
     def sum(self, vector: Array, header: Headers, refused: Refusal | None = None) -> Headers:
         """See Exchange. vector: (size,), or (K, size) where this rank has K of them; the first becomes the sum."""
+        if not self.transport.mine.size:
+            closed()
         vectors = vector.reshape(-1, self.size)
         header["bad_at"] = self.find_peaks(vectors)
         self.transport.gather()

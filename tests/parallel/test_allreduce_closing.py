@@ -83,9 +83,11 @@ def test_one_that_was_interrupted_does_not_go_on_out_of_step(world: World, monke
             allreduce.sum(contribution(0))
 
 
-@pytest.mark.parametrize("kind", ["flat", "two-level", "buckets", "mpi"])
-def test_every_exchange_is_closed_for_good_and_can_be_closed_again(world: World, kind: str) -> None:
-    exchange = choose.select(world.comm, SIZE, "float32", kind)
+@pytest.mark.parametrize(
+    ("kind", "wire"), [*((kind, "float32") for kind in ("flat", "two-level", "buckets", "mpi")), ("flat", "int16")]
+)
+def test_every_exchange_is_closed_for_good_and_can_be_closed_again(world: World, kind: str, wire: str) -> None:
+    exchange = choose.select(world.comm, SIZE, wire, kind)
     header = np.zeros((), exchanges.HEADER)
     exchange.sum(contribution(world.rank), header)
     waited = exchange.waited
