@@ -26,23 +26,23 @@ def read_toml(path: Path) -> dict[str, Any]:
     """Settings from a file, which may begin with a byte order mark. Raises MissingInputError or UsageError."""
     try:
         if path.exists() and not path.is_file():  # to open a pipe is to wait for its writer
-            raise MissingInputError(f"--config {path} is not a file: give one that --print-config has written")
+            raise MissingInputError(f"{path} is not a file: give one that --print-config has written")
         with path.open("rb") as file:
             content = file.read(LARGEST_TOML + 1)
         if len(content) > LARGEST_TOML:
-            raise UsageError(f"--config {path} has more than {LARGEST_TOML:,} bytes: settings take fewer than 1,000")
+            raise UsageError(f"{path} has more than {LARGEST_TOML:,} bytes: settings take fewer than 1,000")
         settings = tomllib.loads(content.decode("utf-8-sig"))
     except RecursionError:
-        raise UsageError(f"--config {path} is not a TOML file of settings: it has lists within lists") from None
+        raise UsageError(f"{path} is not a TOML file of settings: it has lists within lists") from None
     except ValueError as error:  # not UTF-8, not TOML, or a number of thousands of digits
-        raise UsageError(f"--config {path} is not a TOML file: {error}") from None
+        raise UsageError(f"{path} is not a TOML file: {error}") from None
     except OSError as error:
-        raise MissingInputError(f"--config {path} cannot be read: {error.strerror}") from None
+        raise MissingInputError(f"{path} cannot be read: {error.strerror}") from None
     names = [field.name for field in dataclasses.fields(Config)]
     for name in settings:
         if name not in names:
             meant = nearest(name, " ".join(names))
-            raise UsageError(f"--config {path} sets {name[:LONGEST_SHOWN]}, which is no setting{meant}")
+            raise UsageError(f"{path} sets {name[:LONGEST_SHOWN]}, which is no setting{meant}")
     return settings
 
 

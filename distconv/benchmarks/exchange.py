@@ -48,7 +48,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Variant:
-    """A way to sum: what is in the time, and what must be done before."""
+    """A way to sum: what is in the time, and what must be done before, and at the end."""
 
     carrier: str
     wire: str
@@ -56,6 +56,7 @@ class Variant:
     how: str
     prepare: Callable[[], object]
     sum: Callable[[], object]
+    close: Callable[[], object]
 
 
 def measure(
@@ -92,6 +93,8 @@ def measure(
         variants = list(make_variants(world, size, wires, library_wires))
         share = remaining / (2 * (len(sizes) - number) - 1)  # the large sizes need more than the small ones
         rows, round_seconds = take_turns(world, size, variants, repeats, share)
+        for variant in variants:
+            variant.close()
         an_element = round_seconds / max(size, LATENCIES_END)
         yield rows
     if left_out:
@@ -135,6 +138,7 @@ def ours(world: World, gradient: Array, wire: str, kind: str) -> Variant:
         exchange.how,
         prepare=lambda: np.copyto(vector, gradient),
         sum=lambda: exchange.sum(vector, header),
+        close=exchange.close,
     )
 
 
@@ -147,6 +151,7 @@ def library(world: World, gradient: Array, wire: str) -> Variant:
         "mpi, the library's own Allreduce",
         prepare=lambda: None,
         sum=lambda: world.comm.Allreduce(gradient, total),
+        close=lambda: None,
     )
 
 

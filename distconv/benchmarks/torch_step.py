@@ -50,6 +50,11 @@ def rivals(world: World, model: str, threads: int, device: str, precision: str, 
             raise UsageError(f"--against torch compares one rank on a GPU, but these are {world.size}")
         if device == "cuda" and not torch.cuda.is_available():
             raise DistconvError(f"--against torch: PyTorch {torch.__version__} sees no GPU: install its CUDA build")
+        if world.size > 1 and not (torch.distributed.is_available() and torch.distributed.is_gloo_available()):
+            raise DistconvError(
+                f"--against torch: PyTorch {torch.__version__} has no gloo, by which DDP joins ranks on the CPU: "
+                "install another build, or compare one rank"
+            )
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     if device == "cuda":
