@@ -90,3 +90,17 @@ class MismatchError(DistconvError):
 
 STOPPED = 75  # not an error: stopped on request with a checkpoint, run me again
 HUNG = 76  # a rank or a host gave no sign of life, or did not come on
+
+
+def text_of(error: BaseException) -> str:
+    """What an exception says, which may be one of a user's own class."""
+    try:
+        return str(error)
+    except Exception:
+        return "its text cannot be had"
+
+
+def sentence_of(error: BaseException) -> str:
+    """The same behind its kind."""
+    text = text_of(error)
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from distconv.config import Config
+from distconv.data.__main__ import main
 from distconv.data.augment import DRAWS, MOST, PRESETS, Augmentation, Augmented, named_augmentation
 from distconv.data.dataset import Dataset
 from distconv.errors import UsageError
@@ -258,6 +259,12 @@ def test_a_picture_shows_what_is_made_of_images(name: str, tmp_path: Path) -> No
     result = jobs.Job(0, ["-m", "distconv.data", "show", name, "--augment", "mnist,flip", "--png", png]).finish(60)
     assert result.returncode == 0, result.stderr
     assert png.read_bytes().startswith(b"\x89PNG") and str(png) in result.stdout
+
+
+@pytest.mark.parametrize("seed", ["-1", str(2**64)])
+def test_a_seed_of_a_picture_is_one_that_a_run_may_have(seed: str) -> None:
+    with pytest.raises(UsageError, match=r"--seed .*expected a whole number from 0"):
+        main(["show", "digits", "--seed", seed])
 
 
 def test_a_picture_that_cannot_be_written_is_one_sentence(tmp_path: Path) -> None:

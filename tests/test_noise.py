@@ -128,6 +128,7 @@ def test_epochs_that_were_not_told_do_not_count_and_those_that_got_nowhere_do() 
     for nothing in ([], [{}], [{"noise_scale": None}]):
         assert np.isnan(over_a_run(nothing, 100)).all()
     assert np.isnan(over_a_run([known], 0)).all()
+    assert over_a_run([{"noise_scale": 1e308, "noise_scale_error": 0.1}], 100) == pytest.approx((1e308, 0.1))
     before = over_a_run([{"noise_scale": 300.0}], 100)  # as versions wrote it that knew no error
     assert before[0] == pytest.approx(300) and math.isnan(before[1])
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 import functools
 import logging
 import math
-import operator
 import os
 import threading
 import time
@@ -26,11 +25,19 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from distconv.comm.arguments import check_arrays, check_communicator, check_settings, check_vector, first_failure
+from distconv.comm.arguments import (
+    agreed_settings,
+    check_arrays,
+    check_communicator,
+    check_vector,
+    first_failure,
+    problem_of,
+)
 from distconv.comm.choose import select
 from distconv.comm.exchange import Headers
 from distconv.comm.shared_memory import mpi_of
 from distconv.comm.wire import Wire
+from distconv.errors import sentence_of
 from distconv.kernels.interface import BLOCK, Array
 
 if TYPE_CHECKING:
@@ -121,13 +128,15 @@ class Allreduce:
         check_communicator(comm)
         self._comm = comm.Dup()
         try:
-            check_settings(self._comm, size, wire, exchange)
-            self.size = operator.index(size)
+            self.size, wire, exchange = agreed_settings(self._comm, size, wire, exchange)
             self._exchange = select(self._comm, self.size, wire, exchange, CALL, overlaps=False)
         except (TypeError, ValueError, MemoryError):  # on all ranks alike, as it takes all to free it
             self._comm.Free()
             raise
         self.wire, self.how = self._exchange.wire, self._exchange.how
+        # The numbers of a list, behind one another, and what a call brings that has none. The system gives it memory
+        # when it is first used; to ask for it then might fail on this rank alone, and leave the others waiting.
+        self._gathered = np.zeros(self.size, self.wire.dtype)
         self._noted: tuple[Any, ...] | None = None  # of the last call, for its report
         self._calls = 0
         self._MPI, self._process, self._lock = mpi_of(comm), os.getpid(), threading.Lock()
@@ -135,7 +144,6 @@ class Allreduce:
         self._ended = ""  # why there are no calls any more
         self._shapes: list[tuple[int, ...]] = []  # of the last list, from which _layout was made
         self._layout = 0
-        self._gathered = np.zeros(0, self.wire.dtype)  # the numbers of a list, behind one another
         self.wire.warm_up()
         self._comm.Barrier()  # so that compiling is not taken for waiting
         self._returned = time.perf_counter()
@@ -182,7 +190,7 @@ class Allreduce:
     ) -> None:
         if error is None or getattr(error, "everywhere", False):
             return self.close()
-        how = f"has left its `with` block by {type(error).__name__}: {error}"
+        how = f"has left its `with` block by {sentence_of(error)}"
         if not self._ended and self._comm.size > 1 and os.getpid() == self._process:
             # Should the others never call again, this rank waits for ever, and its traceback is never seen.
             _log.warning("Allreduce: rank %d %s; it waits for the others' next call", self._comm.rank, how)
@@ -201,8 +209,7 @@ class Allreduce:
                 else:
                     vector = check_vector(vectors, self.size, self.wire.dtype)
             except Exception as error:  # whatever a user's sequence does
-                problem = type(error).__name__, str(error)
-                vector, act = np.zeros(self.size, self.wire.dtype), VOID
+                problem, vector, act = problem_of(error), self._gathered, VOID
             sample = self._sample(vector)
             busy = began - self._returned
             headers = self._travel(vector, layout << SHIFT | act, busy)
@@ -221,7 +228,10 @@ class Allreduce:
             self._lock.release()
 
     def _enter(self) -> None:
-        """Begin a call; _lock is to be released at its end. Raises RuntimeError, on this rank alone."""
+        """Begin a call; _lock is to be released at its end. Raises RuntimeError, on this rank alone.
+
+        Until it has come to its end, there are no others: a rank that was interrupted would be one call behind.
+        """
         if os.getpid() != self._process:
             raise RuntimeError("a forked process is no rank: call this Allreduce in the process that made it")
         if self._main_only and not self._MPI.Is_thread_main():
@@ -231,9 +241,9 @@ class Allreduce:
         if self._ended or self._MPI.Is_finalized():
             self._lock.release()
             raise RuntimeError(self._ended or "MPI has ended, and with it this Allreduce")
+        self._ended = INTERRUPTED
 
     def _travel(self, vector: Array, call: int, busy: float) -> Headers:
-        self._ended = INTERRUPTED  # for ever, if this does not come to its end
         header = np.array((-1, self._calls, call, busy), CALL)
         with np.errstate(all="ignore"):  # a script that lets NumPy raise would raise on this rank alone, in the middle
             headers = self._exchange.sum(vector, header, is_void)
@@ -259,12 +269,13 @@ class Allreduce:
         raise failure
 
     def _leave(self, how: str) -> None:
-        if self._ended or self._MPI.Is_finalized() or os.getpid() != self._process:
+        is_over = self._ended or self._MPI.Is_finalized()
+        if os.getpid() != self._process or (is_over and not self._lock.locked()):
             self._ended = self._ended or CLOSED
             return
         self._enter()
         try:
-            headers = self._travel(np.zeros(self.size, self.wire.dtype), LEAVE, 0.0)
+            headers = self._travel(self._gathered, LEAVE, 0.0)
             self._end(headers, LEAVE, ("", how))
         finally:
             self._lock.release()
@@ -274,8 +285,6 @@ class Allreduce:
         shapes = [array.shape for array in arrays]
         if shapes != self._shapes:
             self._shapes, self._layout = shapes, zlib.crc32(repr(shapes).encode()) + 1  # 0 is that of a vector
-        if not self._gathered.size:
-            self._gathered = np.empty(self.size, self.wire.dtype)
         for array, place in zip(arrays, self._places(), strict=True):
             place[...] = array
         return self._gathered

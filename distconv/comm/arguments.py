@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from distconv.comm.exact import ALL_WIRES
+from distconv.errors import sentence_of, text_of
 from distconv.kernels.interface import Array
 
 if TYPE_CHECKING:
@@ -37,17 +38,20 @@ def check_communicator(comm: Any) -> None:
         raise TypeError("comm is an intercommunicator: give an intracommunicator, such as comm.Merge()")
 
 
-def check_settings(comm: MPI.Comm, size: Any, wire: Any, exchange: Any) -> None:
-    """Raise the same TypeError or ValueError on all ranks where one of them has a wrong setting, or another one.
+def agreed_settings(comm: MPI.Comm, size: Any, wire: Any, exchange: Any) -> tuple[int, str, str]:
+    """The settings, of Python's own types. Raises the same on all ranks where one of them has a wrong one, or another.
 
-    MemoryError where one has no room for it: to find that out later would leave the others waiting.
+    TypeError or ValueError; MemoryError where one has no room for it: to find that out later would leave the others
+    waiting.
     """
-    problem, settings = None, ("", "", "")
+    problem, settings = None, (0, "", "")
     try:
         settings = _own_settings(size, wire, exchange)
-        _look_for_room(operator.index(size), wire, comm.size)
+        _look_for_room(settings[0], settings[1], comm.size)
     except (TypeError, ValueError, MemoryError) as error:
-        problem = type(error).__name__, str(error)
+        problem = problem_of(error)
+    except Exception as error:  # of a user's own class
+        problem = "TypeError", f"a setting cannot be read: {sentence_of(error)}"
     everyone = comm.allgather((problem, *settings))
     if failure := first_failure([told[0] for told in everyone]):
         raise failure
@@ -56,9 +60,10 @@ def check_settings(comm: MPI.Comm, size: Any, wire: Any, exchange: Any) -> None:
         rank = next((rank for rank, value in enumerate(values) if value != values[0]), None)
         if rank is not None:
             raise ValueError(f"ranks disagree about {name}: {values[0]} on rank 0, {values[rank]} on rank {rank}")
+    return settings
 
 
-def _own_settings(size: Any, wire: Any, exchange: Any) -> tuple[str, str, str]:
+def _own_settings(size: Any, wire: Any, exchange: Any) -> tuple[int, str, str]:
     try:
         number = operator.index(size)
     except TypeError:
@@ -72,21 +77,33 @@ def _own_settings(size: Any, wire: Any, exchange: Any) -> tuple[str, str, str]:
             raise TypeError(f"{name} must be one of {', '.join(known)}, not {_kind(value)}")
         if value not in known:
             raise ValueError(f"{name} must be one of {', '.join(known)}, not {value!r}")
-    return str(number), str(wire), str(exchange)
+    return number, str(wire), str(exchange)
 
 
 def _look_for_room(size: int, wire: str, ranks: int) -> None:
-    """Raise MemoryError where this rank may not have the memory of its messages: from all, to all and what is read."""
-    needed = (3 if ranks > 1 else 1) * ALL_WIRES[wire].nbytes(size)
+    """Raise MemoryError where this rank may not have the memory of a vector and of its messages.
+
+    These are from all, to all and what is read.
+    """
+    of_wire = ALL_WIRES[wire]
+    needed = (3 if ranks > 1 else 1) * of_wire.nbytes(size) + size * of_wire.dtype.itemsize
     try:
         np.empty(needed, np.uint8)  # is not touched, so it costs no time
     except (MemoryError, ValueError):
-        sentence = f"size {size:,}: this process cannot have the {needed:,} bytes that its messages take"
+        sentence = f"size {size:,}: this process cannot have the {needed:,} bytes that a vector and its messages take"
         raise MemoryError(sentence) from None
 
 
-def first_failure(problems: Sequence[tuple[str, str] | None]) -> Exception | None:
-    """The exception for the first problem, of those that the ranks have. A problem: kind and sentence, or None."""
+Problem = tuple[str, str]  # kind of an exception, and its sentence
+
+
+def problem_of(error: Exception) -> Problem:
+    """What other ranks are told of an exception."""
+    return type(error).__name__, text_of(error)
+
+
+def first_failure(problems: Sequence[Problem | None]) -> Exception | None:
+    """The exception for the first problem, of those that the ranks have, if any has one."""
     for rank, problem in enumerate(problems):
         if problem is not None:
             kind, sentence = problem

@@ -25,7 +25,7 @@ from typing import Any, NoReturn
 
 from distconv.comm.leave import leave, prepare_to_leave
 from distconv.comm.world import BLAS_THREADS, World, init_mpi, load_mpi
-from distconv.errors import DistconvError, UsageError
+from distconv.errors import DistconvError, UsageError, sentence_of
 from distconv.process.launched import GRACE, Launched, launched, launcher_process
 from distconv.process.leftovers import SHARED_MEMORY, forget_names, sweep
 from distconv.process.malloc import keep_freed_memory
@@ -89,7 +89,7 @@ def _run(command: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
         if launched().alone:
             raise
         traceback.print_exc()
-        return tell_the_others(DistconvError(f"{type(error).__name__}: {error}")).exit_code
+        return tell_the_others(DistconvError(sentence_of(error))).exit_code
 
 
 def start(failure: DistconvError | None = None, limit: float = LIMIT, absent: Callable[[], str] | None = None) -> World:

@@ -23,7 +23,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn
 
-from distconv.errors import HUNG, DistconvError, MismatchError
+from distconv.errors import HUNG, DistconvError, MismatchError, sentence_of
 from distconv.monitor.heartbeat import Heartbeat
 from distconv.monitor.judge import Judge
 from distconv.monitor.watch import Watch
@@ -186,7 +186,7 @@ class World:
             if isinstance(error, DistconvError):
                 text, sentence = "", str(error)
             else:
-                text, sentence = "".join(traceback.format_exception(error)), _sentence(error)
+                text, sentence = "".join(traceback.format_exception(error)), sentence_of(error)
             job = f"distconv: rank {self.rank} of {self.size} failed and ends the job: {sentence}\n"
             sys.stderr.write(text + job)
             sys.stderr.flush()
@@ -204,7 +204,7 @@ class World:
                     self.error_folder.mkdir()  # whoever makes the folder is the first to fail
                 except FileExistsError:
                     first = False
-                self._write_report(self.rank, _sentence(error), code, "".join(traceback.format_exception(error)))
+                self._write_report(self.rank, sentence_of(error), code, "".join(traceback.format_exception(error)))
         return first
 
     def _write_report(self, rank: int, error: str, code: int, text: str, cause: str = "") -> None:
@@ -226,14 +226,6 @@ def odd_ones(values: Sequence[object]) -> str:
 def who_differ(ranks: Sequence[int]) -> str:
     """rank 2 differs, ranks 0, 2 differ"""
     return f"rank {ranks[0]} differs" if len(ranks) == 1 else f"ranks {listed(ranks)} differ"
-
-
-def _sentence(error: BaseException) -> str:
-    try:
-        text = str(error)
-    except Exception:  # of a user's own class
-        text = "its text cannot be had"
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
 def end_job(code: int) -> NoReturn:

@@ -51,6 +51,7 @@ def show(flags: argparse.Namespace) -> int:
     import numpy as np
 
     from distconv import data
+    from distconv.config import Config
     from distconv.data.augment import named_augmentation
     from distconv.data.dataset import Dataset
     from distconv.kernels.cpu.device import Cpu
@@ -58,6 +59,7 @@ def show(flags: argparse.Namespace) -> int:
     from distconv.pictures.answers import draw_augmented
     from distconv.pictures.style import draw_png
 
+    Config(seed=flags.seed)  # which knows what a seed may be
     name, note = data.prepare(flags.name)
     if note:
         print(note)

@@ -36,7 +36,7 @@ class Context:
     Random draws are keyed by seed, step, layer and sample, so that they do not depend on which rank holds a sample.
     on_final is told, in the backward pass, the name of each layer of the model whose gradients are final, and with them
     those of all layers behind it. kernels is where the arithmetic is done, and with it what x, samples and step are: a
-    kernels.cpu.host.Cpu, or a kernels.gpu.arithmetic.Gpu, on whose device they lie.
+    kernels.cpu.device.Cpu, or a kernels.gpu.arithmetic.Gpu, on whose device they lie.
     """
 
     training: bool

@@ -90,12 +90,11 @@ def over_a_run(epochs: Iterable[Mapping[str, Any]], batch_size: int) -> tuple[fl
     if not seen or not batch_size:
         return math.nan, math.nan
     steps = [1 / (1 + epoch["noise_scale"] / batch_size) for epoch in seen]
-    way = sum(steps)
-    scale = batch_size * (len(told) / way - 1)
+    way, length = sum(steps), len(told)
     # The error of such a step is step (1 - step) times that of the scale; how far one is from 0 is not known.
     errors = [math.nan if (error := epoch.get("noise_scale_error")) is None else error for epoch in seen]
     error = math.hypot(*(step * (1 - step) * error for step, error in zip(steps, errors, strict=True)))
-    return scale, error * batch_size * len(told) / (way**2 * scale) if scale else math.nan
+    return batch_size * (length - way) / way, error * length / way / (length - way) if way < length else math.nan
 
 
 def relative_steps(noise_scale: float, batch_size: float, reference: float) -> float:

@@ -83,6 +83,21 @@ def test_one_that_was_interrupted_does_not_go_on_out_of_step(world: World, monke
             allreduce.sum(contribution(0))
 
 
+class Interrupted(list[Any]):
+    """Where Ctrl-C comes while a list is looked over, before anything has travelled."""
+
+    def __iter__(self) -> Any:
+        raise KeyboardInterrupt
+
+
+def test_one_that_was_interrupted_before_it_spoke_does_not_go_on_either(world: World) -> None:
+    with distconv.Allreduce(world.comm, SIZE) as allreduce:
+        with pytest.raises(KeyboardInterrupt):
+            allreduce.sum(Interrupted([contribution(0)]))
+        with pytest.raises(RuntimeError, match="interrupted"):  # it would meet the others' call of before
+            allreduce.sum(contribution(0))
+
+
 @pytest.mark.parametrize(
     ("kind", "wire"), [*((kind, "float32") for kind in ("flat", "two-level", "buckets", "mpi")), ("flat", "int16")]
 )

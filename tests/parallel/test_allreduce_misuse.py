@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import resource
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +94,31 @@ def test_a_wrong_argument_raises_the_same_on_all_ranks_and_changes_nothing(
     assert_works(shared, world)
 
 
+class SpeechlessError(Exception):
+    """One whose text raises: a mistake that is easily made."""
+
+    def __str__(self) -> str:
+        raise AttributeError("no attribute msg")
+
+
+class Hostile(list):  # type: ignore[type-arg]
+    def __iter__(self) -> Any:
+        raise SpeechlessError
+
+
+def test_an_exception_without_a_text_is_told_all_the_same(world: World, shared: distconv.Allreduce) -> None:
+    mine = contribution(world.rank)
+    with pytest.raises(RuntimeError, match="its text cannot be had"):
+        shared.sum(Hostile([mine]) if world.rank == world.size - 1 else mine)
+    assert_works(shared, world)
+    if world.size > 1:
+        with pytest.raises((SpeechlessError, RuntimeError)) as caught, distconv.Allreduce(world.comm, SIZE) as one:
+            if world.rank == world.size - 1:
+                raise SpeechlessError
+            one.sum(mine)
+        assert world.rank == world.size - 1 or "by SpeechlessError: its text cannot be had" in str(caught.value)
+
+
 class Stubborn(np.ndarray):
     """Values that only go among their own kind, as arrays with physical units do."""
 
@@ -155,9 +181,25 @@ def test_ranks_that_make_different_calls_all_raise_and_change_nothing(
         assert_works(allreduce, world)
 
 
+class OddNumber:
+    def __index__(self) -> int:
+        raise OSError("no number today")
+
+
+class OddName(str):
+    __slots__ = ()
+
+    def __eq__(self, other: object) -> bool:
+        raise ZeroDivisionError("no name is like me")
+
+    __hash__ = str.__hash__
+
+
 @pytest.mark.parametrize(
     ("wrong", "kind", "sentence"),
     [
+        ({"size": OddNumber()}, TypeError, "a setting cannot be read: OSError: no number today"),
+        ({"wire": OddName("float16")}, TypeError, "a setting cannot be read: ZeroDivisionError: no name is like me"),
         ({"size": 0}, ValueError, "size must be at least 1, not 0"),
         ({"size": -5}, ValueError, "not -5"),
         ({"size": 10.0}, TypeError, "whole number, not 10.0"),
@@ -201,13 +243,34 @@ def test_where_one_rank_lacks_the_memory_all_hear_of_it(
     if carrier == "messages":
         monkeypatch.setattr(exchanges, "connect", transport.Messages)
         monkeypatch.setattr(exact, "connect", transport.Messages)
+    lacking = pytest.raises(MemoryError, match="size 300,000,000: this process cannot have")
+    with on_the_last_rank_no_more_than(256 << 20, world), lacking:
+        distconv.Allreduce(world.comm, 300_000_000, wire)
+
+
+@pytest.mark.parametrize("call", ["a list", "a wrong argument", "close"])
+def test_no_call_needs_memory_that_one_rank_may_lack(world: World, call: str) -> None:
+    size = 20_000_000
+    allreduce = distconv.Allreduce(world.comm, size)
+    vector = np.zeros(size, np.float32)
+    with on_the_last_rank_no_more_than(size, world):  # bytes: a quarter of a vector
+        if call == "a list":
+            allreduce.sum([vector])
+        if call == "a wrong argument":
+            with pytest.raises(ValueError, match="shape"):
+                allreduce.sum(vector[:-1] if world.rank == world.size - 1 else vector)
+        allreduce.close()
+
+
+@contextlib.contextmanager
+def on_the_last_rank_no_more_than(nbytes: int, world: World) -> Iterator[None]:
+    """Within it, the last rank is given no more memory than so much besides what it has."""
     before = resource.getrlimit(resource.RLIMIT_AS)
     if world.rank == world.size - 1:
         mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-        resource.setrlimit(resource.RLIMIT_AS, (mapped + (256 << 20), before[1]))
+        resource.setrlimit(resource.RLIMIT_AS, (mapped + nbytes, before[1]))
     try:
-        with pytest.raises(MemoryError, match="size 300,000,000: this process cannot have"):
-            distconv.Allreduce(world.comm, 300_000_000, wire)
+        yield
     finally:
         resource.setrlimit(resource.RLIMIT_AS, before)
 
