@@ -121,7 +121,7 @@ def examine(world: World, deadline: Deadline, say: Callable[[str], None], as_jso
     from distconv.comm.clocks import read_clocks
 
     deadline.part = "comparing clocks"
-    readings = read_clocks(world, time.time_ns, most=1)
+    readings = read_clocks(world, time.time_ns)
     if world.rank == 0:
         show(clocks({rank: reading.offset / 1e9 for rank, reading in readings.items()}, everyone))
     if world.comm.bcast(deadline.passed()) > SECONDS_FOR_FACTS:

@@ -88,7 +88,7 @@ def write(path: Path, arrays: Mapping[str, Any]) -> None:
     """Write an .npz file, whole or not at all; the same arrays give the same bytes. Raises CannotCreateError."""
     from numpy.lib import format as npy
 
-    from distconv.run.log import replacing
+    from distconv.run.files import replacing
 
     try:
         # numpy.savez would write the time, and takes not every name.

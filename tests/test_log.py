@@ -17,7 +17,8 @@ from distconv.config import Config
 from distconv.errors import StorageError
 from distconv.run import log as runlog
 from distconv.run.ending import conclude
-from distconv.run.log import RunLog, describe_steps, read_metrics, write_whole
+from distconv.run.files import write_text, write_whole
+from distconv.run.log import RunLog, describe_steps, read_metrics
 from tests import jobs
 from tests.files import ROOT
 
@@ -232,9 +233,9 @@ def test_a_reader_that_leaves_does_not_end_the_run(tmp_path: Path) -> None:
 
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
-    runlog.write_text(tmp_path / "config.toml", "lr = 1.0\n")
+    write_text(tmp_path / "config.toml", "lr = 1.0\n")
     limit = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (5, 5)); from pathlib import Path; "
-    write = "from distconv.run.log import write_text; write_text(Path(sys.argv[1]), 'lr = 2.0, which is too long')"
+    write = "from distconv.run.files import write_text; write_text(Path(sys.argv[1]), 'lr = 2.0, which is too long')"
     assert jobs.run(0, "-c", limit + write, tmp_path / "config.toml").returncode == 1
     assert (tmp_path / "config.toml").read_text() == "lr = 1.0\n"
 

@@ -134,8 +134,8 @@ class Allreduce:
             self._comm.Free()
             raise
         self.wire, self.how = self._exchange.wire, self._exchange.how
-        # The numbers of a list, behind one another, and what a call brings that has none. The system gives it memory
-        # when it is first used; to ask for it then might fail on this rank alone, and leave the others waiting.
+        # The numbers of a list, behind one another, and the vector of a void call. The system gives it memory when it
+        # is first used; to ask for it then might fail on this rank alone, and leave the others waiting.
         self._gathered = np.zeros(self.size, self.wire.dtype)
         self._noted: tuple[Any, ...] | None = None  # of the last call, for its report
         self._calls = 0

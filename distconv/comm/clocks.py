@@ -1,4 +1,4 @@
-"""How far the clocks of hosts are apart, which all ranks of one host share: time.perf_counter_ns, or another one.
+"""How far the clocks of hosts are apart. All ranks of one host share its clocks.
 
 A question goes to another host and comes back. Its clock was read somewhere in between, at the middle if both ways take
 as long, and so the error is at most half of the round trip; of some, the shortest counts (Cristian 1989).
@@ -33,31 +33,29 @@ class Reading:
     round_trip: int
 
 
-def read_clocks(
-    world: World, clock: Callable[[], int] = time.perf_counter_ns, most: int = MOST_ROUNDS
-) -> dict[int, Reading]:
-    """Readings of all hosts by their first rank, on rank 0; nothing on the others; collective.
+def read_clocks(world: World, clock: Callable[[], int] = time.perf_counter_ns) -> dict[int, Reading]:
+    """Readings of a clock of all hosts by their first rank, on rank 0; nothing on the others; collective.
 
-    clock: in nanoseconds; most: questions to a host.
+    clock: gives nanoseconds.
     """
     first = world.local.bcast(world.rank)
     firsts = world.comm.gather(first)
     found: dict[int, Reading] = {}
     if world.rank == 0:
-        found = {host: _ask(world, host, clock, most) for host in sorted(set(firsts))}
+        found = {host: _ask(world, host, clock) for host in sorted(set(firsts))}
     elif world.rank == first:
         _answer(world, clock)
     world.wait()  # asleep: a rank that waits must not hold the core of one that answers
     return found
 
 
-def _ask(world: World, host: int, clock: Callable[[], int], most: int) -> Reading:
+def _ask(world: World, host: int, clock: Callable[[], int]) -> Reading:
     question, answer, best = np.zeros(1, np.int64), np.zeros(1, np.int64), None
     if host == 0:
         return Reading(clock(), 0, 0)
-    for number in range(1, most + 1):
+    for number in range(1, MOST_ROUNDS + 1):
         is_short = best is not None and best.round_trip <= SHORT
-        question[0] = number == most or (number >= ROUNDS and is_short)  # whether it is the last one
+        question[0] = number == MOST_ROUNDS or (number >= ROUNDS and is_short)  # whether it is the last one
         sent = clock()
         world.comm.Send(question, host, TAG)
         world.comm.Recv(answer, host, TAG)

@@ -17,7 +17,7 @@ from distconv.kernels.cpu.device import Cpu
 from distconv.kernels.interface import Array
 from distconv.run.loading import SavedModel, cast
 from distconv.run.log import RunLog
-from distconv.run.measure import scores
+from distconv.run.scores import scores
 
 ENSEMBLE = "ensemble"  # its name among those of the models
 BINS = 15  # of confidence, as many as Guo et al. have (2017, arXiv 1706.04599)

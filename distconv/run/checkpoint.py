@@ -34,7 +34,7 @@ from distconv.nn.layerwise import ALL_OPTIMIZERS
 from distconv.nn.optimizers import EMA
 from distconv.nn.parameters import Parameters, digest
 from distconv.run.array_files import not_ours
-from distconv.run.log import replacing
+from distconv.run.files import replacing
 from distconv.run.noise import MOMENTS
 from distconv.run.tensorfile import OtherProgramsFileError, TensorFile, write_tensors
 
@@ -77,6 +77,7 @@ DESCRIBED: Mapping[str, Mapping[str, Callable[[Any], bool]]] = {
         ),
         "noise_sums": lambda value: type(value) is list and len(value) == MOMENTS and all(map(_is_finite, value)),
     },
+    # Settings that every version has written. Config looks at what all of them are.
     "config": dict.fromkeys(
         ("model", "batch_size", "optimizer", "seed", "limit_train"), lambda value: value is not None
     ),

@@ -14,8 +14,9 @@ from distconv.config import Config
 from distconv.nn.optimizers import EMA
 from distconv.nn.summary import drops_scores
 from distconv.run import agreement
+from distconv.run.files import write_text
 from distconv.run.folder import BEST
-from distconv.run.log import RunLog, describe_noise, describe_steps, read_metrics, steps_alike, write_text
+from distconv.run.log import RunLog, describe_noise, describe_steps, read_metrics, steps_alike
 from distconv.run.report.numbers import percent, plural
 from distconv.run.report.samples import ANSWERS, answer, save_samples
 from distconv.run.run import Run

@@ -22,7 +22,8 @@ from typing import IO, TYPE_CHECKING, Any
 from distconv import errors
 from distconv.comm.world import World
 from distconv.config import Config
-from distconv.run.log import read_metrics, write_text
+from distconv.run.files import write_text
+from distconv.run.log import read_metrics
 
 if TYPE_CHECKING:
     from distconv.run.checkpoint import Checkpoint

@@ -9,7 +9,7 @@ import statistics
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ from tqdm import tqdm
 from distconv.errors import StorageError
 from distconv.process.launched import PROCESSES, parents
 from distconv.process.streams import lead_nowhere
+from distconv.run.files import write_text
 from distconv.run.noise import advice, over_a_run
 from distconv.run.report.numbers import loss as short_loss
 
@@ -146,43 +147,6 @@ class RunLog:
             self.file.close()
         if self.events is not None:
             self.events.close()
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file, whole or not at all. Raises StorageError."""
-    write_whole(path, text.encode())
-
-
-def as_bytes(text: str) -> bytes:
-    """As UTF-8, but for what of a path is none, or of a locale without it: those bytes stay as they are on disk."""
-    return text.encode(errors="surrogateescape")
-
-
-def write_whole(path: Path, content: bytes, writer: str = "") -> None:
-    """The same. writer: see replacing. Raises StorageError."""
-    try:
-        with replacing(path, writer) as temporary:
-            temporary.write_bytes(content)
-    except OSError as error:
-        raise StorageError(f"{path} cannot be written: {error.strerror or error}") from None
-
-
-@contextlib.contextmanager
-def replacing(path: Path, writer: str = "") -> Iterator[Path]:
-    """The name of a new file, which takes the place of another at the end, or is removed where anything is raised.
-
-    writer: tells several apart that write the same file at once. Else the name is fixed, so that what a kill leaves
-    there is overwritten. Raises OSError.
-    """
-    temporary = path.with_name(f".{path.name}{writer}.tmp")  # not the name of a file that a user would have
-    try:
-        temporary.unlink(missing_ok=True)  # it may be a link to a file of somebody's
-        yield temporary
-        temporary.replace(path)
-    except BaseException:
-        with contextlib.suppress(OSError):  # a part of a file would only fill the disk
-            temporary.unlink(missing_ok=True)
-        raise
 
 
 def read_metrics(path: Path) -> list[Mapping[str, Any]]:

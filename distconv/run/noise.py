@@ -94,7 +94,8 @@ def over_a_run(epochs: Iterable[Mapping[str, Any]], batch_size: int) -> tuple[fl
     # The error of such a step is step (1 - step) times that of the scale; how far one is from 0 is not known.
     errors = [math.nan if (error := epoch.get("noise_scale_error")) is None else error for epoch in seen]
     error = math.hypot(*(step * (1 - step) * error for step, error in zip(steps, errors, strict=True)))
-    return batch_size * (length - way) / way, error * length / way / (length - way) if way < length else math.nan
+    scale = batch_size * (length - way) / way
+    return scale, error * length / way / (length - way) if scale else math.nan
 
 
 def relative_steps(noise_scale: float, batch_size: float, reference: float) -> float:

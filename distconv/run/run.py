@@ -17,9 +17,9 @@ from distconv.data.data import Data
 from distconv.data.shard import Shards, batches
 from distconv.kernels.interface import Array
 from distconv.nn.parameters import Parameters, digest
-from distconv.run.measure import contexts
 from distconv.run.noise import MOMENTS
 from distconv.run.replica import Replica
+from distconv.run.scores import contexts
 from distconv.tasks.task import Task
 
 # The fields of a Run that a checkpoint holds.

@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 
 from distconv.comm.clocks import Reading
 from distconv.errors import CannotCreateError, StorageError
+from distconv.run.files import write_text
 from distconv.run.folder import EVENTS, LOCK, REWRITTEN, try_to_write
-from distconv.run.log import write_text
 from distconv.run.spans import BUCKETS, DEVICE, MAIN, Span
 
 BEGINNING = '{"traceEvents": ['  # by which a file is known as ours

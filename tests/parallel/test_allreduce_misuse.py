@@ -304,7 +304,7 @@ def test_a_second_thread_is_turned_away(world: World, monkeypatch: pytest.Monkey
         within, refused = allreduce._exchange.sum, []
 
         def second() -> None:
-            for call in (allreduce.sum, allreduce.mean):
+            for call in (allreduce.sum, allreduce.mean, lambda vector: allreduce.close()):
                 try:
                     call(contribution(0))
                 except RuntimeError as error:
@@ -319,4 +319,4 @@ def test_a_second_thread_is_turned_away(world: World, monkeypatch: pytest.Monkey
         monkeypatch.setattr(allreduce._exchange, "sum", sum_with_company)
         assert_works(allreduce, world)
         monkeypatch.undo()
-        assert len(refused) == 2 and all("another thread" in sentence for sentence in refused)
+        assert len(refused) == 3 and all("another thread" in sentence for sentence in refused)

@@ -19,8 +19,8 @@ from distconv.nn.layers import Affine, Chain
 from distconv.run import loop
 from distconv.run.answers import gather, softmax
 from distconv.run.build import build_run
-from distconv.run.measure import scores
 from distconv.run.run import Run
+from distconv.run.scores import scores
 from distconv.tasks.classify import Classification
 
 SETTINGS = config.Config(data="digits", epochs=1, batch_size=23, limit_train=100, eval_samples=50, device="cpu")

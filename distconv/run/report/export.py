@@ -7,7 +7,7 @@ import io
 from collections.abc import Sequence
 from pathlib import Path
 
-from distconv.run.log import as_bytes, write_whole
+from distconv.run.files import as_bytes, write_whole
 from distconv.run.report.history import History
 
 EVENTS = ("step", "epoch", "final")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from distconv import __version__
 from distconv.errors import BadDataError
-from distconv.run.log import as_bytes, write_whole
+from distconv.run.files import as_bytes, write_whole
 from distconv.run.report.advice import advise
 from distconv.run.report.charts import charts
 from distconv.run.report.compare import comparison

@@ -20,9 +20,9 @@ from distconv.data.dataset import Dataset, Images
 from distconv.kernels.cpu.device import Cpu
 from distconv.nn.layers import Context
 from distconv.run.answers import Answers, gather, softmax
-from distconv.run.log import write_whole
-from distconv.run.measure import scores
+from distconv.run.files import write_whole
 from distconv.run.run import Run
+from distconv.run.scores import scores
 from distconv.tasks.classify import Classification
 
 ANSWERS = "answers.npz"

@@ -1,4 +1,4 @@
-"""What a model gives without dropout: the ranks share the work."""
+"""The scores that a model gives the test set, without dropout: the ranks share the work."""
 
 from __future__ import annotations
 
