@@ -47,7 +47,8 @@ def conv_forward(x: Array, w: Array, b: Array, stride: int, pad: int, relu: bool
     """
     (N, H, W, C), (K, _, _, F) = x.shape, w.shape
     y = empty(N, output_size(H, K, stride, pad), output_size(W, K, stride, pad), F)
-    filters, axis, floor = _in_planes(w, C), Axis(K, stride, pad), np.float32(0.0 if relu else -np.inf)
+    filters = _in_lines(np.ascontiguousarray(w)).reshape(F // LINE, 1, K, K, C, LINE)
+    axis, floor = Axis(K, stride, pad), np.float32(0.0 if relu else -np.inf)
     x = np.ascontiguousarray(x)
     for images in _few_at_a_time(x, y, w):
         plan = _plan(images.stop - images.start, x.shape[1:3], y.shape[1:3], axis, axis)
@@ -106,9 +107,16 @@ def _planes(x: Array) -> tuple[Array, Array]:
     A product reads few channels of many pixels, which would lie apart, and in the same few places of a cache.
     """
     N, H, W, C = x.shape
-    planes, c = empty(C // LINE * N, H, W, LINE), np.arange(C)
-    gate(x, x, np.float32(np.nan), planes, np.zeros(C, np.float32))
-    return planes, c // LINE * (N * H * W * LINE) + c % LINE
+    c = np.arange(C)
+    return _in_lines(x).reshape(-1, H, W, LINE), c // LINE * (N * H * W * LINE) + c % LINE
+
+
+def _in_lines(x: Array) -> Array:
+    """A copy of x (..., C), (C / 16, ..., 16); NumPy's takes up to four times as long."""
+    *places, C = x.shape
+    lines = empty(C // LINE, *places, LINE)
+    gate(x, x, np.float32(np.nan), lines, np.zeros(C, np.float32))
+    return lines
 
 
 def _phases(w: Array, stride: int, pad: int) -> Iterator[tuple[Axis, Axis, Array]]:
@@ -123,7 +131,7 @@ def _phases(w: Array, stride: int, pad: int) -> Iterator[tuple[Axis, Axis, Array
         taps = len(range(begin, len(w), stride))
         axes.append((begin, Axis(taps, 1, taps - 1 - (first + pad) // stride, stride, first)))
     for (i, down), (j, across) in itertools.product(axes, axes):
-        yield down, across, _in_planes(w[i::stride, j::stride][::-1, ::-1].transpose(0, 1, 3, 2), LINE)
+        yield down, across, _in_planes(w[i::stride, j::stride][::-1, ::-1].transpose(0, 1, 3, 2))
 
 
 def _few_at_a_time(x: Array, y: Array, w: Array) -> list[slice]:
@@ -135,10 +143,10 @@ def _few_at_a_time(x: Array, y: Array, w: Array) -> list[slice]:
     return [slice(start, min(start + few, N)) for start in range(0, N, few)]
 
 
-def _in_planes(w: Array, part: int) -> Array:
-    """Filters (KH, KW, C, F) -> (F / 16, C / part, KH, KW, part, 16), in the order in which they are read."""
+def _in_planes(w: Array) -> Array:
+    """Filters (KH, KW, C, F) -> (F / 16, C / 16, KH, KW, 16, 16), in the order in which they are read."""
     KH, KW, C, F = w.shape
-    parted = w.reshape(KH, KW, C // part, part, F // LINE, LINE)
+    parted = w.reshape(KH, KW, C // LINE, LINE, F // LINE, LINE)
     return np.ascontiguousarray(parted.transpose(4, 2, 0, 1, 3, 5))
 
 

@@ -114,18 +114,17 @@ def gate(dy: Array, y: Array, floor: np.float32, gated: Array, db: Array) -> Non
 
 
 def _gradients(
-    vectors: int, builder: ir.IRBuilder, x: Pointer, H: Index, W: Index, C: Index, stride: Index, channels: Pointer,
-    blocks: Index, dy: Pointer, plane: Index, OH: Index, OW: Index, images: Index, rows: Index, columns: Index,
-    dw: Pointer, F: Index
+    vectors: int, builder: ir.IRBuilder, x: Pointer, sources: Pointer, channels: Pointer, blocks: Index, dy: Pointer,
+    targets: Pointer, pixels: Index, plane: Index, dw: Pointer, F: Index
 ) -> None:  # fmt: skip
-    """dw (ROWS * blocks, vectors * LANES) += channels of x times filters of dy, over a rectangle of all images."""
+    """dw (ROWS * blocks, vectors * LANES) += channels of the pixels of x at sources times filters of dy at targets."""
     with repeat(blocks) as block:
         places = [[dw + F * (block * ROWS + i) + LANES * j for j in range(vectors)] for i in range(ROWS)]
         sums = [[Sum(place.load()) for place in row] for row in places]
         starts = [x + (channels + block * ROWS + i).index() for i in range(ROWS)]
-        with repeat(images) as n, repeat(rows) as h, repeat(columns) as v:
-            at, pixel = ((n * H + h * stride) * W + v * stride) * C, dy + ((n * OH + h) * OW + v) * LINE
-            gradients = [(pixel + _in_planes(j, plane)).load() for j in range(vectors)]
+        with repeat(pixels) as pixel:
+            at, to = (sources + pixel).index(), dy + (targets + pixel).index()
+            gradients = [(to + _in_planes(j, plane)).load() for j in range(vectors)]
             for start, totals in zip(starts, sums, strict=True):
                 value = (start + at).spread()
                 for gradient, total in zip(gradients, totals, strict=True):
@@ -139,10 +138,25 @@ gradients_1, gradients_2 = (emitted_with(vectors, _gradients) for vectors in (1,
 
 
 @compiled
-def _inside(tap: int, size: int, windows: int, stride: int, pad: int) -> tuple[int, int]:
-    """The first window whose tap lies inside an image of this size, and how many do."""
-    first = max(0, (pad - tap + stride - 1) // stride)
-    return first, max(0, min(windows, (size - 1 + pad - tap) // stride + 1) - first)
+def _pixels_inside(
+    i: int, j: int, x_shape: tuple[int, ...], dy_shape: tuple[int, ...], stride: int, pad: int, sources: Array,
+    targets: Array
+) -> int:  # fmt: skip
+    """Where the pixels of x lie that the tap i, j sees, and those of dy that see them; returns how many there are."""
+    _, H, W, C = x_shape
+    _, N, OH, OW, _ = dy_shape
+    pixels = 0
+    for n in range(N):
+        for oh in range(OH):
+            h = oh * stride + i - pad
+            if 0 <= h < H:
+                for ow in range(OW):
+                    w = ow * stride + j - pad
+                    if 0 <= w < W:
+                        sources[pixels] = ((n * H + h) * W + w) * C
+                        targets[pixels] = ((n * OH + oh) * OW + ow) * LINE
+                        pixels += 1
+    return pixels
 
 
 @compiled
@@ -151,22 +165,17 @@ def add_filter_gradients(x: Array, channels: Array, K: int, dy: Array, stride: i
 
     channels: how far they lie from the beginning of a pixel of x; so many that they fill blocks of ROWS.
     """
-    _, H, W, C = x.shape
-    _, N, OH, OW, _ = dy.shape
-    F, blocks = dw.shape[-1], len(channels) // ROWS
+    F, blocks, plane = dw.shape[-1], len(channels) // ROWS, dy[0].size
     images, gradients, sums = x.reshape(-1), dy.reshape(-1), dw.reshape(-1)
-    for f in range(0, F, 2 * LANES):
-        for i in range(K):
-            h, rows = _inside(i, H, OH, stride, pad)
-            for j in range(K):
-                v, columns = _inside(j, W, OW, stride, pad)
-                if rows > 0 and columns > 0:
-                    seen = images[((h * stride + i - pad) * W + v * stride + j - pad) * C :]
-                    first = gradients[(f // LINE * N * OH * OW + h * OW + v) * LINE :]
-                    plane = N * OH * OW * LINE
-                    arguments = (seen, H, W, C, stride, channels, blocks, first, plane, OH, OW, N, rows, columns)
-                    to = sums[(i * K + j) * len(channels) * F + f :]
-                    if F - f >= 2 * LANES:
-                        gradients_2(*arguments, to, F)
-                    else:
-                        gradients_1(*arguments, to, F)
+    # A list of pixels makes one loop of them: loops over rows and columns cost more than the products of a few pixels.
+    sources, targets = np.empty(plane // LINE, np.int64), np.empty(plane // LINE, np.int64)
+    for i in range(K):
+        for j in range(K):
+            pixels = _pixels_inside(i, j, x.shape, dy.shape, stride, pad, sources, targets)
+            for f in range(0, F, 2 * LANES):
+                first, to = gradients[f // LINE * plane :], sums[(i * K + j) * len(channels) * F + f :]
+                arguments = (images, sources, channels, blocks, first, targets, pixels, plane, to, F)
+                if F - f >= 2 * LANES:
+                    gradients_2(*arguments)
+                else:
+                    gradients_1(*arguments)
