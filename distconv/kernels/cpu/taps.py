@@ -142,7 +142,10 @@ def _pixels_inside(
     i: int, j: int, x_shape: tuple[int, ...], dy_shape: tuple[int, ...], stride: int, pad: int, sources: Array,
     targets: Array
 ) -> int:  # fmt: skip
-    """Where the pixels of x lie that the tap i, j sees, and those of dy that see them; returns how many there are."""
+    """Write where the pixels of x begin that the tap i, j sees, and those of dy that see them, in floats.
+
+    Returns how many there are; in the order in which they lie.
+    """
     _, H, W, C = x_shape
     _, N, OH, OW, _ = dy_shape
     pixels = 0
