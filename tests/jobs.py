@@ -87,7 +87,7 @@ def pair(bad: int, wrong: Sequence[str], right: Sequence[str]) -> list[str]:
     return [MPIRUN, "-n", "1", *first, ":", "-n", "1", *second]
 
 
-def wait_until(happened: Callable[[], bool], job: Job, seconds: float = 60) -> None:
+def wait_until(happened: Callable[[], bool], job: Job, seconds: float = 100) -> None:
     """Wait for something that a running job does; fails where the job ends or the time passes without it."""
     deadline = time.monotonic() + seconds
     while not happened():
