@@ -28,6 +28,7 @@ import platformdirs
 from numba.core.caching import FunctionCache
 from numba.core.codegen import get_host_cpu_features
 from numba.core.compiler import CompileResult
+from numba.core.runtime import rtsys
 from numba.core.serialize import dumps
 
 ROOM = 4 << 20  # bytes: the kernels of a version take no more
@@ -133,7 +134,7 @@ class _KernelCache(FunctionCache):  # type: ignore[misc]
         self._py_func, self._name, self._cache_path = function, repr(function), str(CACHE.folder)
 
     def load_overload(self, signature: Any, target: Any) -> Any:
-        target.refresh()
+        rtsys.initialize(target)  # target.refresh() would load what only compiling needs, for 0.4 s
         return CACHE.load(self._key(signature, target.codegen()), functools.partial(CompileResult._rebuild, target))
 
     def save_overload(self, signature: Any, result: Any) -> None:

@@ -14,7 +14,8 @@ import matplotlib
 from matplotlib.axis import Axis
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.textpath import TextPath
+from matplotlib.font_manager import FontProperties
+from matplotlib.textpath import text_to_path
 from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
 from distconv.comm.world import World
@@ -79,7 +80,8 @@ def draw_on_one_rank(world: World, path: Path, draw: Callable[[], Figure]) -> No
 
 def inches(text: str, points: int) -> float:
     """How wide a line of text is in a font of this size."""
-    return float(TextPath((0, 0), text, size=points).get_extents().width) / 72 if text else 0.0
+    width, _, _ = text_to_path.get_text_width_height_descent(text, FontProperties(size=points), ismath=False)
+    return float(width) / 72
 
 
 def head(figure: Figure, title: str, notes: Sequence[str] = ()) -> None:
