@@ -60,6 +60,8 @@ CASES = {
     "bands of an odd width": Case(1, 19, 23, 16, 24, 3, 1, 0, relu=True, pooled=True),  # rows and columns in no window
     "a whole image": Case(3, 11, 12, 16, 32, 3, 1, 2, relu=True),  # 32 filters at once, rows of y filled up
     "many small images": Case(10, 5, 4, 32, 16, 3, 1, 1, relu=False),  # more than a block takes, and a rest
+    "small images of odd heights, pooled": Case(10, 7, 4, 16, 16, 3, 1, 1, relu=True, pooled=True),
+    "colours of odd heights, pooled": Case(9, 5, 4, 3, 16, 3, 1, 1, relu=False, pooled=True),
     "few filters of many channels": Case(5, 8, 8, 16, 48, 3, 1, 1, relu=True, pooled=True),
     "five by five, directly": Case(2, 9, 7, 16, 20, 5, 1, 2, relu=True),
     "one by one, directly": Case(3, 6, 6, 16, 32, 1, 1, 0, relu=True),

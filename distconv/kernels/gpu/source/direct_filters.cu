@@ -49,7 +49,9 @@ struct Tiles {
 #pragma unroll
         for (int i = 0; i < Y_LOADS; i++, in_y.next()) {
             int channel = in_y.place * Y_STEP;
-            bool inside = in_y.image < IMAGES && in_y.column < Y_W && f + channel < F;
+            // Of several images, a last odd row must not be taken for a window of the next one.
+            bool counts = in_y.column < Y_W && (IMAGES == 1 || in_y.row < Y_H);
+            bool inside = in_y.image < IMAGES && counts && f + channel < F;
             int place = ((in_y.image * (OH / SIDE) + in_y.row / SIDE) * (OW / SIDE) + in_y.column / SIDE) * F + channel;
             int corner = in_y.row % 2 * 2 + in_y.column % 2;
             y_at[i] = inside ? place * 256 + (IMAGES > 1 ? in_y.image : in_y.row) * 4 + corner : NOWHERE;
