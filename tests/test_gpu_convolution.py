@@ -184,6 +184,16 @@ def test_a_block_that_goes_through_many_tiles(gpu: Gpu, name: str, monkeypatch: 
     assert_equal_to_the_cpu(gpu, case)
 
 
+@pytest.mark.parametrize("name", ["affine", "two blocks of filters"])  # one slice, and several
+def test_more_columns_than_a_grid_is_wide(gpu: Gpu, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As an affine layer of more than 2 Mi inputs has."""
+    wide = convolution.Convolution(1, 1, 2**22, 10, 1, 1, 0, relu=False)
+    grid = wide.plan("input", 100, gpu.precision, aligned=True).grid
+    assert grid[0] < 2**31 and max(grid[1:]) < 2**16
+    monkeypatch.setattr(convolution, "MOST_ACROSS", 1)
+    assert_equal_to_the_cpu(gpu, CASES[name])
+
+
 @pytest.mark.slow
 def test_convolutions_of_any_shape(gpu: Gpu) -> None:
     rng = random(5)

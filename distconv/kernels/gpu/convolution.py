@@ -17,6 +17,7 @@ PRECISIONS = ("float32", "tf32", "float16", "bfloat16")  # of the products' fact
 PASSES = {"forward": 0, "input": 1, "filters": 2}  # the enum of factors.cu, where the precisions follow
 STEP, PADDED_CHANNELS = 16, 24  # BK there, and X_PIXEL of direct_filters.cu
 SHARED_NUMBERS = 48 * 1024 // 4  # of a block
+MOST_ACROSS = 2**16 - 1  # blocks that a grid has room for in y
 ENOUGH_BLOCKS = 264  # to keep some 130 multiprocessors busy; fixed, as it decides the order of sums
 # Of the direct kernels: pixels of a whole image, of a tile else, and of an image below which they lose; threads of a
 # block; taps and channels that they take at once where an image has few channels.
@@ -97,8 +98,9 @@ class Convolution:
         enough = ENOUGH_BLOCKS * (2 if BM * BN <= 32 * 16 else 1)  # of small ones, more
         slices = max(1, min(enough // (down * across), depth // (2 * tile_depth)))
         per_slice = -(-depth // (slices * tile_depth)) * tile_depth
-        defines = self._defines(which, precision, aligned, {"BM": BM, "BN": BN, "GROUPS": groups})
-        grid = down, across, -(-depth // per_slice)
+        flat = across > MOST_ACROSS  # of an affine layer of millions of inputs
+        defines = self._defines(which, precision, aligned, {"BM": BM, "BN": BN, "GROUPS": groups, "FLAT": int(flat)})
+        grid = down * across if flat else down, 1 if flat else across, -(-depth // per_slice)
         return Plan("convolution", defines, grid, BM * BN // 16 * groups, per_slice)
 
     def _tile(self, which: str) -> tuple[int, int, int]:

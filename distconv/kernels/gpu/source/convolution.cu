@@ -118,15 +118,17 @@ struct Sums {
 };
 
 constexpr int TILES = Left::SIZE + Right::SIZE, SUMS = GROUPS * BM * (BN + 1);
+constexpr int ACROSS = FLAT ? (COLUMNS + BN - 1) / BN : 1;  // blocks of columns that lie side by side in blockIdx.x
 
-// Grid: rows / BM, columns / BN, slices, all rounded up. With one slice it writes the result; with more, partial sums
-// (slices, rows, COLUMNS). `slice` is the depth of one, a multiple of DEPTH.
+// Grid: rows / BM, columns / BN, slices, all rounded up; FLAT: rows times columns, 1, slices, as a grid is narrow in y.
+// With one slice it writes the result; with more, partial sums (slices, rows, COLUMNS). `slice` is the depth of one, a
+// multiple of DEPTH.
 extern "C" __global__ void __launch_bounds__(BM * BN / 16 * GROUPS, MIN_BLOCKS) product(
     const float *x, const float *w, const float *dy, const float *y, const unsigned char *won, const float *bias,
     float *out, float *db, unsigned char *winner, float *partial, int rows, int depth, int slice) {
     alignas(16) __shared__ float shared[2 * TILES > SUMS ? 2 * TILES : SUMS];  // tiles, the next ones; then the sums
     Factors from{x, w, dy, y, won, rows, min(depth, (int)(blockIdx.z + 1) * slice)};
-    int first_row = blockIdx.x * BM, first_column = blockIdx.y * BN;
+    int first_row = blockIdx.x / ACROSS * BM, first_column = (FLAT ? blockIdx.x % ACROSS : blockIdx.y) * BN;
     Left next_left;
     Right next_right;
     auto fetch = [&](int start) {
