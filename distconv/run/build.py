@@ -284,6 +284,10 @@ def compile_kernels(run: Run) -> None:
                 replica.kernels.average(value, gradient, (0.5,), replica.mailbox.bad)
         else:
             replica.share(0, np.zeros(1, np.int64), 1)
+            # Evaluation has kernels of its own. Compiled at an epoch's end, many would make a rank seem to hang.
+            at_rest = Context(False, samples=replica.device.upload(np.zeros(1, np.int32)), kernels=replica.kernels)
+            batch = run.data.batch("test", at_rest.samples, at_rest)
+            run.task.evaluate(replica.model, replica.values, batch, at_rest)
 
 
 def check_sums(method: str, found: Any, count: int) -> None:

@@ -27,7 +27,7 @@ from distconv.nn.pooling import GlobalAveragePool
 from distconv.run import loop
 from distconv.run.build import build_run
 from distconv.run.run import Run
-from tests.emulator import Emulator, available
+from tests.emulator import Emulator, Kernel, available
 from tests.parallel.test_on_gpu import WithNccl
 
 pytestmark = pytest.mark.skipif(not available(), reason="no g++ to build the kernels for the CPU")
@@ -157,6 +157,22 @@ def test_batch_norm_of_shards_gives_gpus_the_bits_of_one_and_the_losses_of_cpus(
             ends.append(run.parameters.vector.tobytes())
     assert ends[0] == ends[1] and losses[0] == losses[1]
     assert losses[0] == pytest.approx(losses[2], rel=1e-3)
+
+
+def test_the_kernels_of_all_shapes_are_compiled_before_the_first_step(world: World, folder: Path) -> None:
+    """Those of an evaluation, too: where a deep network has many, they take longer than a rank may stand still."""
+
+    class Noting(Emulator):
+        def function(self, source: str, name: str, defines: tuple[tuple[str, int], ...] = ()) -> Kernel:
+            used.add((name, defines))
+            return super().function(source, name, defines)
+
+    used = set[tuple[str, tuple[tuple[str, int], ...]]]()
+    settings = dataclasses.replace(SETTINGS, model=f"{__name__}:network_of_blocks", epochs=1)
+    run = build_run(settings, dataset(), world, device=Noting(folder))
+    before = {(name, defines) for name, defines in used if name == "product"}
+    list(loop.train(run, never))
+    assert before and before == {(name, defines) for name, defines in used if name == "product"}
 
 
 class NoCopies(WithNccl):
