@@ -71,7 +71,7 @@ def main() -> None:
     arguments = parser.parse_args()
     model, batch_size, precision = arguments.model, arguments.batch_size, arguments.precision
     settings = Config(model=model, batch_size=batch_size, epochs=1, device="cuda", precision=precision)
-    steps = max(20, 20000 // batch_size)
+    steps = 2 * max(10, 10000 // batch_size)  # even, so that the graph alone ends at the slot of the next message
     dataset = random_dataset(model, batch_size, WARM_UP + steps + PROFILED)
     run = build_run(settings, dataset, start(), print)
     device, records = run.replica.device, train(run, lambda: False, ahead=True)

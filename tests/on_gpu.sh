@@ -35,21 +35,21 @@ python3 -c "import xdist" 2> /dev/null && many="-n 4" || many=
 step="python3 -m distconv.bench step --device cuda --against torch --repeats 10"
 
 stage machine 60 python3 -m distconv.doctor
-stage kernels 150 $tests $many -m gpu tests/test_gpu_*.py &
-stage steps 100 $tests $many -m gpu tests/test_gpu.py &
-stage prove 100 python3 -m distconv.prove --device cuda --ranks 1,2,4 &
+stage kernels 200 $tests $many -m gpu tests/test_gpu_*.py &
+stage steps 200 $tests $many -m gpu tests/test_gpu.py &
+stage prove 200 python3 -m distconv.prove --device cuda --ranks 1,2,4 &
 stage memcheck 200 $tests -m sanitizer tests/test_sanitizer.py -k memcheck &
 stage racecheck 200 $tests -m sanitizer tests/test_sanitizer.py -k racecheck &
 wait
 export TAIL=50
 for precision in tf32 float32 float16; do
-    stage timeline-$precision 30 python3 -m tests.gpu_timeline $precision 100
+    stage timeline-$precision 60 python3 -m tests.gpu_timeline $precision 100
 done
-stage timeline-resnet20 60 python3 -m tests.gpu_timeline tf32 128 --model resnet20
+stage timeline-resnet20 90 python3 -m tests.gpu_timeline tf32 128 --model resnet20
 for precision in tf32 float32 float16; do
     stage step-$precision 60 $step --precision $precision
 done
-stage step-resnet20 60 $step --precision tf32 --model resnet20 --batch-size 128
-stage learn 90 python3 -m distconv.bench accuracy --ranks 1 --seeds 10 --targets 0.99 -- \
+stage step-resnet20 90 $step --precision tf32 --model resnet20 --batch-size 128
+stage learn 150 python3 -m distconv.bench accuracy --ranks 1 --seeds 10 --targets 0.99 -- \
     --recipe mnist-fast --device cuda --precision tf32
 [ ! -e "$folder/failed" ]
