@@ -187,7 +187,7 @@ def shared_gradient(run: Run, batch: int, alone: bool) -> Array:
     import numpy as np
 
     B = run.config.batch_size
-    samples = np.arange(batch * B, (batch + 1) * B)
+    samples = np.arange(batch * B, (batch + 1) * B) % run.data.size("train")  # which may be fewer
     mine = samples if alone else samples[run.shards.part(B)]
     share = run.replica.share(batch, mine, B)
     return (share if alone and not run.config.is_exact else run.replica.sum_shares()).copy()

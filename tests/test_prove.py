@@ -63,6 +63,22 @@ def test_a_gradient_of_nothing_but_rounding_breaks_no_bound(tmp_path: Path) -> N
     assert 0 < max(json.loads(line)["max_relative_difference"] for line in result.stdout.splitlines()) < 1e-3
 
 
+def test_a_data_set_smaller_than_the_batches_that_are_compared_will_do(tmp_path: Path) -> None:
+    (tmp_path / "of_a_user.py").write_text(
+        "import numpy as np\n"
+        "from distconv.data.dataset import Dataset\n"
+        "from distconv.nn.layers import Affine\n"
+        "network, y = Affine, np.arange(20) % 3\n"
+        "def data():\n"
+        "    x = np.random.default_rng(0).integers(0, 256, (20, 5, 4, 2), np.uint8)\n"
+        "    return Dataset('few', x, y, x, y, classes=3)\n"
+    )
+    flags = "--ranks", "1,2", "--wires", "float64,int16", "--model", "of_a_user:network", "--data", "of_a_user:data"
+    result = prove(*flags, "--json", PYTHONPATH=str(tmp_path))
+    assert result.returncode == 0, result.stderr
+    assert [json.loads(line)["ok"] for line in result.stdout.splitlines()] == [True] * 4
+
+
 def test_a_model_that_depends_on_the_rank_is_found_out(tmp_path: Path) -> None:
     (tmp_path / "wrong.py").write_text(RANK_DEPENDENT)
     result = prove("--ranks", "1,2", "--wires", "float64", "--model", "wrong:network", PYTHONPATH=str(tmp_path))
