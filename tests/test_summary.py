@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from distconv.nn.layers import Affine
+from distconv.nn.blocks import Residual
+from distconv.nn.layers import Affine, Chain
 from distconv.nn.networks import NETWORKS, build_network, usual_image_shape
+from distconv.nn.normalization import BatchNorm, ConvNorm
 from distconv.nn.parameters import Parameters
-from distconv.nn.summary import describe, parts, table
+from distconv.nn.summary import describe, norms_of_one_number, parts, table
 from tests import jobs
 
 
@@ -69,3 +71,9 @@ def test_a_model_that_does_not_fit_its_data_is_one_sentence() -> None:
     result = jobs.run(0, "-m", "distconv.train", "--describe", "--data=digits", "--model=vgg11")
     assert result.returncode == 2 and result.stdout == "" and result.stderr.count("\n") == 1
     assert "--model vgg11 does not fit images of (28, 28, 1)" in result.stderr
+
+
+def test_batch_norm_of_one_number_a_channel_is_found_wherever_it_is() -> None:
+    model = Chain(ConvNorm(4), Residual(ConvNorm(4, stride=3, pad=1), ConvNorm(4, 1, 3)), Affine(8), BatchNorm())
+    assert norms_of_one_number(model, (3, 3, 1)) == ["residual1.body", "residual1.shortcut", "batchnorm1"]
+    assert norms_of_one_number(model, (3, 4, 1)) == ["batchnorm1"]

@@ -193,6 +193,20 @@ def test_a_model_and_a_data_set_of_the_users_own_are_trained(tmp_path: Path) -> 
     assert [json.loads(line)["correct"] for line in shown.stdout.splitlines()] == [60, 60, 60]
 
 
+def test_batch_norm_that_sees_one_number_a_channel_is_told(tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text(
+        OWN_MODULE
+        + "from distconv.nn.normalization import BatchNorm\n"
+        + "def normed(classes): return Chain(Conv(4), BatchNorm(), Affine(8), BatchNorm(True), Affine(classes))\n"
+    )
+    flags = "--model", "own:normed", "--data", "own:stripes", "--epochs", "1", "--batch-size"
+    for ranks, more, told in ((2, ("2",), True), (1, ("2",), False), (1, ("2", "--shards", "2"), True)):
+        out = tmp_path / f"{ranks}{len(more)}"
+        result = train(ranks, *flags, *more, "--out", out, PYTHONPATH=str(tmp_path))
+        assert result.returncode == 0, result.stderr
+        assert ("the batch norm of batchnorm2 sees one image at a time" in result.stdout) == told
+
+
 def test_print_config_prints_a_file_that_config_reads(tmp_path: Path) -> None:
     printed = jobs.run(2, "-m", "distconv.train", "--epochs", "7", "--lr", "1e-4", "--print-config")
     (tmp_path / "printed.toml").write_text(printed.stdout)

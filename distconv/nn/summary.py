@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from distconv.nn.layers import Chain, Dropout, Layer, inner_layers, shapes_of
-from distconv.nn.normalization import ConvNorm
+from distconv.nn.normalization import BatchNorm, ConvNorm
 from distconv.nn.parameters import Shape, Spec, count
 
 FLOAT = 4  # bytes of a number
@@ -54,6 +54,12 @@ def drops_scores(model: Layer) -> bool:
     if isinstance(model, Chain):
         return bool(model.layers) and drops_scores(model.layers[-1][1])
     return isinstance(model, Dropout) and model.ratio > 0
+
+
+def norms_of_one_number(model: Layer, input_shape: Shape) -> list[str]:
+    """The parts with batch norm to which an image brings one number a channel: of it alone, the variance is 0."""
+    norms = (part for part in parts(model, input_shape) if isinstance(part.layer, BatchNorm | ConvNorm))
+    return [part.name for part in norms if math.prod(part.output_shape[:-1]) == 1]
 
 
 def table(model: Layer, input_shape: Shape) -> str:

@@ -22,6 +22,7 @@ from distconv.config import Config
 from distconv.kernels.compiled import CACHE
 from distconv.nn.normalization import takes_statistics
 from distconv.nn.schedules import Schedule
+from distconv.nn.summary import norms_of_one_number
 from distconv.run import checkpoint as files
 from distconv.run.build import build_run
 from distconv.run.checkpoint import Checkpoint
@@ -226,11 +227,7 @@ def introduce(run: Run, out: Path, data_name: str, checkpoint: Checkpoint | None
         f"{settings.model}, {run.parameters.trained_size:,} parameters, {wire} ({exchange.how}) | "
         f"{data_name}, {data.size('train'):,} training and {data.size('test'):,} test images"
     )
-    if world.size > 1 and not settings.shards and takes_statistics(run.replica.model):
-        log.say(
-            "batch norm takes its statistics from the images of one rank, so another number of ranks trains another "
-            f"model; with --shards {world.size}, 1 to {world.size} ranks train the same one"
-        )
+    _tell_of_batch_norm(run, log)
     optimizer = run.replica.optimizer
     peak = optimizer.lr.lr if isinstance(optimizer.lr, Schedule) else optimizer.rate(1)
     if isinstance(optimizer.lr, Schedule) or settings.scale_lr != "none" or settings.accumulate > 1:
@@ -270,3 +267,20 @@ def introduce(run: Run, out: Path, data_name: str, checkpoint: Checkpoint | None
             "mpi": world.library,
         },
     )
+
+
+def _tell_of_batch_norm(run: Run, log: RunLog) -> None:
+    """What the statistics of batch norm are taken from, where that may surprise."""
+    settings, size, model = run.config, run.world.size, run.replica.model
+    if size > 1 and not settings.shards and takes_statistics(model):
+        log.say(
+            "batch norm takes its statistics from the images of one rank, so another number of ranks trains another "
+            f"model; with --shards {size}, 1 to {size} ranks train the same one"
+        )
+    fewest = min(run.shards.sizes(min(settings.step_size, run.data.size("train")))) // settings.accumulate
+    if fewest <= 1 and (names := norms_of_one_number(model, run.data.image_shape)):
+        log.say(
+            f"the batch norm of {names[0]} sees one image at a time, and of it one number a channel, so it gives the "
+            "same for every image, and no layer before it learns: use a larger --batch-size, or fewer ranks, shards "
+            "or parts of --accumulate"
+        )
