@@ -284,6 +284,14 @@ def test_a_setting_that_may_change_is_reported_in_a_line(tmp_path: Path, name: s
     assert all(part in line for part in (name, str(getattr(CONFIG, name)), str(value)))
 
 
+def test_another_number_of_parts_of_a_step_is_reported_as_batch_norm_takes_its_statistics_from_them(
+    tmp_path: Path,
+) -> None:
+    checkpoint = load_checkpoint(write(tmp_path, 1))
+    parted = Config(batch_size=CONFIG.batch_size // 4, accumulate=4)
+    assert check_same_run(checkpoint, parted, DATA["digest"]) == ["accumulate is now 4, was 1"]
+
+
 POINTS = ("open", "write", "fsync of the file", "replace", "fsync of the folder", "unlink of the oldest")
 BEFORE, AFTER = POINTS[:4], POINTS[4:]  # the rename: until then the new file is not there
 

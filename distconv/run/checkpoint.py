@@ -272,7 +272,7 @@ def check_same_run(checkpoint: Checkpoint, config: Config, data_digest: str) -> 
     """Raise MismatchError where going on would not be the same run; return a line for each setting that may differ."""
     have, want = dataclasses.asdict(checkpoint.config), dataclasses.asdict(config)
     for settings, of in ((have, checkpoint.config), (want, config)):
-        settings["batch_size"] = of.step_size  # in how many parts a step is computed does not matter
+        settings["batch_size"] = of.step_size  # it may be computed in other parts, which is told
         settings["init"] = of.init and os.path.abspath(of.init)  # noqa: PTH100 (x and ./x are one file)
     for name in MUST_MATCH:
         if have[name] != want[name]:
@@ -285,7 +285,7 @@ def check_same_run(checkpoint: Checkpoint, config: Config, data_digest: str) -> 
             f"{checkpoint.path} was made with the data set {checkpoint.data['name']} of SHA-256 "
             f"{checkpoint.data['digest'][:12]}..., not {data_digest[:12]}...: give the same by --data, or another --out"
         )
-    may_differ = (*CHANGES, "wire", "shards", "precision", "epochs", "eval_samples")
+    may_differ = (*CHANGES, "accumulate", "wire", "shards", "precision", "epochs", "eval_samples")
     return [f"{name} is now {want[name]}, was {have[name]}" for name in may_differ if have[name] != want[name]]
 
 
