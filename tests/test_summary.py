@@ -57,6 +57,22 @@ def test_a_model_of_one_small_layer_has_a_name_and_operations() -> None:
     assert "a training step takes some 0.05." in text
 
 
+class Wrapped:
+    """A user's own layer around one of ours, whose parameters lie one level down."""
+
+    def shapes(self, input_shape):
+        shape, specs = Affine(5).shapes(input_shape)
+        return shape, {"inner": specs}
+
+    forward = Affine(5).forward
+
+
+def test_products_that_are_not_counted_are_named() -> None:
+    shape = (4, 4, 1)
+    assert "Not counted: the products of wrapped1, " in describe("mine:network", Chain(Wrapped(), Affine(3)), shape)
+    assert "Not counted" not in describe("mine:network", Chain(BatchNorm(), Affine(3)), shape)
+
+
 def test_the_command_describes_the_model_for_its_data_and_starts_nothing() -> None:
     for command in (("distconv.train",), ("distconv.launch", "-n", "2", "--")):
         result = jobs.run(0, "-m", *command, "--describe", "--data=digits", "--model=resnet20")

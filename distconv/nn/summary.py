@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from distconv.nn.layers import Chain, Dropout, Layer, inner_layers, shapes_of
+from distconv.nn.layers import Chain, Dropout, Layer, inner_layers, is_ours, shapes_of
 from distconv.nn.normalization import BatchNorm, ConvNorm
 from distconv.nn.parameters import Shape, Spec, count
 
@@ -78,11 +78,14 @@ def table(model: Layer, input_shape: Shape) -> str:
 
 def describe(name: str, model: Layer, input_shape: Shape) -> str:
     """The table, and what its figures are."""
-    step = 3 * sum(part.flops for part in parts(model, input_shape)) / 1e6
+    found = list(parts(model, input_shape))
+    step = 3 * sum(part.flops for part in found) / 1e6
+    unknown = ", ".join(part.name for part in found if part.parameters and not part.flops and not is_ours(part.layer))
+    missing = f"Not counted: the products of {unknown}, if any, as its shapes tell of no W.\n" if unknown else ""
     return (
         f"{name} on images of {' x '.join(map(str, input_shape))}, for each image:\n\n{table(model, input_shape)}\n\n"
         "MFLOP: of the matrix products of a forward pass, a product and a sum counted as two; a training step takes "
-        f"some {step:,.{0 if step > 30 else 2}f}.\n"
+        f"some {step:,.{0 if step > 30 else 2}f}.\n{missing}"
         "kept: in float32, for the backward pass; an evaluation keeps nothing.\n"
         f"In memory besides: {FLOAT * count(model.shapes(input_shape)[1]) / 2**20:.1f} MiB of parameters, as "
         "much of gradients, and what the optimizer remembers (Adam: twice as much)."
