@@ -20,6 +20,7 @@ from distconv.comm.world import blas_threads
 from distconv.command_line import Parser, check_file
 from distconv.config import Config
 from distconv.errors import UsageError
+from distconv.formatting import plural
 from distconv.settings import read_settings
 from distconv.supervise.launcher import end_on_sigterm, job_starter, refuse_to_nest
 
@@ -71,7 +72,7 @@ def step(argv: Sequence[str]) -> int:
             rival = rivals.enter_context(
                 torch_step.rivals(world, flags.model, threads, device, flags.precision, compiled)
             )
-        many = f"{world.size} rank{'s' * (world.size > 1)} x {threads} thread{'s' * (threads > 1)}"
+        many = f"{plural(world.size, 'rank')} x {plural(threads, 'thread')}"
         title = f"{flags.model}, {many}, {device}" + f" in {flags.precision}" * (device == "cuda")
         if not flags.json:
             log.say(f"{title}: medians of {flags.repeats}\n{benchmark.HEAD}")
@@ -109,7 +110,7 @@ def exchange(argv: Sequence[str]) -> int:
 
         world.agree("the command line", repr(argv), "start all ranks alike")
         log, columns = RunLog(world.rank == 0), ""
-        where = f"{world.size} ranks on {world.hosts} host{'s' * (world.hosts > 1)}, {world.library}"
+        where = f"{world.size} ranks on {plural(world.hosts, 'host')}, {world.library}"
         rows: list[benchmark.Row] = []
         sizes = flags.elements or [*(n for n in benchmark.SIZES if n <= flags.largest), benchmark.MODEL]
         for of_one_size in benchmark.measure(world, sizes, flags.wires, flags.repeats, flags.seconds, log.say_aside):
@@ -197,7 +198,7 @@ def accuracy(argv: Sequence[str]) -> int:
         if flags.json:
             print(json.dumps(asdict(run)), flush=True)
     if not flags.json:
-        print(f"{shlex.join(train) or 'distconv.train'} on {flags.ranks} rank{'s' * (flags.ranks > 1)}")
+        print(f"{shlex.join(train) or 'distconv.train'} on {plural(flags.ranks, 'rank')}")
         print(table(runs, flags.targets))
     return 0
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from distconv.errors import UsageError
+from distconv.formatting import plural
 
 
 def is_factory(name: str) -> bool:
@@ -56,6 +57,6 @@ def load_taking(name: str, *arguments: Any) -> Callable[..., Any]:
     except ValueError:
         pass  # a function of C, which does not tell what it takes
     except TypeError as error:
-        count = f"{len(arguments)} argument{'s' * (len(arguments) != 1)}"
+        count = plural(len(arguments), "argument")
         raise UsageError(f"{name} is called with {count}, which it does not take: {error}") from None
     return function

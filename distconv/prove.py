@@ -20,6 +20,7 @@ from distconv.comm.start import run_command, start
 from distconv.command_line import Parser, check_file
 from distconv.config import DEVICES, EXACT, MODELS, Config
 from distconv.errors import UsageError
+from distconv.formatting import plural
 from distconv.supervise.launcher import end_on_sigterm, job_starter, refuse_to_nest, rows, run_job
 
 if TYPE_CHECKING:
@@ -107,7 +108,7 @@ def main(argv: Sequence[str]) -> int:
         note("one rank alone computes what the others are held against")
         run_job(starter, 1, ["-m", "distconv.prove", *argv, "--write", folder], SECONDS)
         for P in numbers:
-            note(f"{P} rank{'s' * (P > 1)}")
+            note(plural(P, "rank"))
             for row in rows(
                 run_job(starter, P, ["-m", "distconv.prove", *argv, "--compare", folder], SECONDS), starter
             ):

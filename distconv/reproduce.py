@@ -16,6 +16,7 @@ from distconv.comm.start import run_command, start
 from distconv.command_line import Parser
 from distconv.config import Config
 from distconv.errors import MismatchError, MissingInputError
+from distconv.formatting import plural
 from distconv.settings import read_toml
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ def main(argv: Sequence[str]) -> int:
         elif difference:
             log.say(f"other bits: {difference}")
         else:
-            log.say(f"the same bits: {steps:,} steps on {world.size} rank{'s' * (world.size > 1)}")
+            log.say(f"the same bits: {steps:,} steps on {plural(world.size, 'rank')}")
         return int(bool(difference))
 
 

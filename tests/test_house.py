@@ -43,7 +43,7 @@ FLOORS = (
     ("monitor",),
     ("process",),
     ("kernels", "factory"),
-    ("errors",),
+    ("errors", "formatting"),
 )
 COMMANDS = FLOORS[0]
 ALLOWED = {  # libraries that only some may import; for type hints alone, all may

@@ -17,6 +17,7 @@ from distconv.comm.world import World
 from distconv.config import Config
 from distconv.data.dataset import Dataset
 from distconv.errors import DistconvError, UsageError
+from distconv.formatting import plural
 from distconv.process.turns import own_cores
 from distconv.run.build import build_run
 from distconv.run.loading import load_dataset
@@ -114,11 +115,11 @@ def climb(
         for P in numbers:
             if done > 0 and not steps[P]:
                 continue  # it has failed
-            note(f"round {done + 1} of {ROUNDS}, {P} rank{'s' * (P > 1)}")
+            note(f"round {done + 1} of {ROUNDS}, {plural(P, 'rank')}")
             try:
                 steps[P] += [Step(**row) for row in rows(run_job(starter, P, arguments, SECONDS), starter)]
             except DistconvError as error:
-                note(f"{P} rank{'s' * (P > 1)} left out: {error}")
+                note(f"{plural(P, 'rank')} left out: {error}")
     numbers = [P for P in numbers if steps[P]]
     if not numbers:
         raise DistconvError("no job of the ladder came to its end: see above")

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from distconv.checkup.facts import SAME_EVERYWHERE, Facts
+from distconv.formatting import plural
 
 MIB = 1 << 20
 LEAST_SHARED = 8 * MIB  # the exchange of DeepConvNet takes half a MiB a rank
@@ -114,12 +115,12 @@ def cores(ranks: Sequence[Facts]) -> Finding:
                 f"set OMP_NUM_THREADS={max(1, count // len(mine))}",
             )
         more = ", more ranks than cores" if len(mine) > count else ""
-        notes.append(f"{host}: {len(mine)} rank{'s' * (len(mine) > 1)} on {count} cores{more}")
+        notes.append(f"{host}: {plural(len(mine), 'rank')} on {count} cores{more}")
     threads = ranks[0]["blas_threads"]
     limits = [fact["memory_limit"] for fact in ranks if fact["memory_limit"]]
     memory = f"; memory limited to {min(limits) / 2**30:.1f} GiB" if limits else ""
     shown = ", ".join(notes[:4]) + (", ..." if len(notes) > 4 else "")
-    return ok("cores", f"{shown}; {threads} BLAS thread{'s' * (threads > 1)} a rank{memory}")
+    return ok("cores", f"{shown}; {plural(threads, 'BLAS thread')} a rank{memory}")
 
 
 def shared_memory(ranks: Sequence[Facts]) -> Finding:

@@ -26,6 +26,7 @@ from typing import Any, NoReturn
 from distconv.comm.leave import leave, prepare_to_leave
 from distconv.comm.world import BLAS_THREADS, World, init_mpi, load_mpi
 from distconv.errors import DistconvError, UsageError, sentence_of
+from distconv.formatting import plural
 from distconv.process.launched import GRACE, Launched, launched, launcher_process
 from distconv.process.leftovers import SHARED_MEMORY, forget_names, sweep
 from distconv.process.malloc import keep_freed_memory
@@ -199,7 +200,7 @@ def check_shared_memory(MPI: Any, told: Launched) -> None:
         if room < max(needed, LEAST_SHARED_BYTES):
             raise DistconvError(
                 f"/dev/shm has {room >> 20} MiB left, and MPI may need {max(needed, LEAST_SHARED_BYTES) >> 20} for "
-                f"{ranks} rank{'s' * (ranks > 1)}: give a container more (docker run --shm-size 256m), or remove "
+                f"{plural(ranks, 'rank')}: give a container more (docker run --shm-size 256m), or remove "
                 "what dead jobs have left there"
             )
     os.close(shared)

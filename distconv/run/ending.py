@@ -11,13 +11,13 @@ from typing import Any
 
 from distconv import errors
 from distconv.config import Config
+from distconv.formatting import percent, plural
 from distconv.nn.optimizers import EMA
 from distconv.nn.summary import drops_scores
 from distconv.run import agreement
 from distconv.run.files import write_text
 from distconv.run.folder import BEST
 from distconv.run.log import RunLog, describe_noise, describe_steps, read_metrics, steps_alike
-from distconv.run.report.numbers import percent, plural
 from distconv.run.report.samples import ANSWERS, answer, save_samples
 from distconv.run.run import Run
 from distconv.tasks.classify import Classification
@@ -100,7 +100,7 @@ def draw(metrics: Sequence[Mapping[str, Any]], run: Run, out: Path, log: RunLog)
     """The curves; a picture that cannot be drawn is told, and does not fail the run. Raises StorageError."""
     settings, data, notes = run.config, run.data, []
     name = next((record["data"] for record in reversed(metrics) if record.get("data")), settings.data)
-    title = f"{settings.model} on {Path(str(name)).name}, {run.world.size} rank{'s' * (run.world.size > 1)}"
+    title = f"{settings.model} on {Path(str(name)).name}, {plural(run.world.size, 'rank')}"
     raised = ["dropout, of the scores too"] if drops_scores(run.replica.model) else []
     if settings.label_smoothing:
         raised.append(f"smoothed labels ({settings.label_smoothing:g})")

@@ -16,11 +16,11 @@ from typing import IO, TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from distconv.errors import StorageError
+from distconv.formatting import loss as short_loss
 from distconv.process.launched import PROCESSES, parents
 from distconv.process.streams import lead_nowhere
 from distconv.run.files import write_text
 from distconv.run.noise import advice, over_a_run
-from distconv.run.report.numbers import loss as short_loss
 
 if TYPE_CHECKING:
     from distconv.run.tensorboard import EventFile

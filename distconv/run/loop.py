@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from distconv.comm.exchange import MOST_SUMS, Headers
 from distconv.data.shard import epoch_order
 from distconv.errors import DistconvError, DivergedError
+from distconv.formatting import plural
 from distconv.nn.optimizers import EMA
 from distconv.nn.parameters import Parameters
 from distconv.run import agreement
@@ -254,7 +255,7 @@ def _diverged(run: Run, what: str = "") -> DivergedError:
         advice = "no step was made yet, so it is not the learning rate: look for too large or too small numbers in the "
         advice += "images, or in what the model and the task make of them"
     return DivergedError(
-        f"step {run.step}: {bad} step{'s' * (bad > 1)} in a row had {what}: {advice}",
+        f"step {run.step}: {plural(bad, 'step')} in a row had {what}: {advice}",
         bad_from=run.good_until + 1,
     ).on_all_ranks()
 

@@ -19,6 +19,7 @@ from distconv import __version__, config, errors
 from distconv.comm.placement import Placement, place
 from distconv.comm.world import World, blas_threads
 from distconv.config import Config
+from distconv.formatting import loss, percent, plural
 from distconv.kernels.compiled import CACHE
 from distconv.nn.normalization import takes_statistics
 from distconv.nn.schedules import Schedule
@@ -34,7 +35,6 @@ from distconv.run.log import RunLog
 from distconv.run.loop import EpochRecord, Record, StepRecord, StopRecord, logged
 from distconv.run.loop import train as records
 from distconv.run.memory import tell_memory
-from distconv.run.report.numbers import loss, percent
 from distconv.run.run import Run
 from distconv.run.saver import Saver
 from distconv.run.stopping import StopRequest
@@ -220,10 +220,10 @@ def introduce(run: Run, out: Path, data_name: str, checkpoint: Checkpoint | None
         wire = f"{settings.shards} shards, {wire}"
     where = f"{device} in {settings.precision}"
     if device == "cpu":
-        where = f"cpu with {threads} BLAS thread{'s' * (threads > 1)} a rank"
+        where = f"cpu with {plural(threads, 'BLAS thread')} a rank"
     log.say(
-        f"distconv {__version__}: {world.size} rank{'s' * (world.size > 1)} on {world.hosts} "
-        f"host{'s' * (world.hosts > 1)}, {where}, {world.library} | "
+        f"distconv {__version__}: {plural(world.size, 'rank')} on {plural(world.hosts, 'host')}, {where}, "
+        f"{world.library} | "
         f"{settings.model}, {run.parameters.trained_size:,} parameters, {wire} ({exchange.how}) | "
         f"{data_name}, {data.size('train'):,} training and {data.size('test'):,} test images"
     )

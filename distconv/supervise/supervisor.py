@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from distconv import errors
+from distconv.formatting import plural
 from distconv.process.voice import write
 from distconv.run.log import read_metrics
 from distconv.supervise.launcher import end, job_environment
@@ -129,7 +130,7 @@ class Supervisor:
             when = f"in {pause:.0f} s " if pause else ""
             where = f"step {checkpoint:,}" if checkpoint else "the beginning"
             if missing := min(in_vain, self.spare):
-                where += f", with {missing} rank{'s' * (missing > 1)} fewer"
+                where += f", with {plural(missing, 'rank')} fewer"
             write(f"{failure}, after step {failure.step:,}; restart {self.restarts} {when}from {where}")
             if self.asked_within(pause):
                 return errors.STOPPED
@@ -249,7 +250,7 @@ class Supervisor:
         whole = time.monotonic() - self.began
         useful = min(whole, useful_seconds(read_metrics(self.metrics), self.starts_before))
         return (
-            f"{self.restarts} restart{'s' * (self.restarts != 1)}; {whole - useful:,.1f} of {whole:,.1f} s went into "
+            f"{plural(self.restarts, 'restart')}; {whole - useful:,.1f} of {whole:,.1f} s went into "
             f"starts, lost steps and pauses: goodput {useful / whole:.1%}"
         )
 

@@ -9,9 +9,9 @@ import math
 
 import numpy as np
 
+from distconv.formatting import duration, plural
 from distconv.run.noise import over_a_run, relative_steps
 from distconv.run.report.history import History, Numbers
-from distconv.run.report.numbers import duration, plural
 
 GAP = 0.01  # of accuracy, between training and test images, that is worth a word
 FEW_IMAGES = 5  # by which scores may differ by chance

@@ -7,9 +7,9 @@ from collections import Counter
 
 import numpy as np
 
+from distconv.formatting import format_of_scores, milliseconds, percent, short
 from distconv.pictures.curves import smoothed
 from distconv.run.report.history import History
-from distconv.run.report.numbers import format_of_scores, milliseconds, percent, short
 from distconv.run.report.svg import Line, Numbers, Part, area_chart, bar_chart, heat_map, line_chart
 
 SCORES = (  # of an epoch, with the colour of the page and the dashes that tell them apart

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
+from distconv.formatting import duration, format_of_scores, milliseconds, percent, short
 from distconv.pictures.curves import smoothed
 from distconv.run.report.charts import in_epochs, reach, x_limits
 from distconv.run.report.history import NOT_OF_THE_MODEL, History
-from distconv.run.report.numbers import duration, format_of_scores, milliseconds, percent, short
 from distconv.run.report.svg import Format, Line, Part, bar_chart, line_chart, run_color
 from distconv.run.report.tables import table
 

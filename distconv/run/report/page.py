@@ -10,12 +10,12 @@ from pathlib import Path
 
 from distconv import __version__
 from distconv.errors import BadDataError
+from distconv.formatting import percent, plural
 from distconv.run.files import as_bytes, write_whole
 from distconv.run.report.advice import advise
 from distconv.run.report.charts import charts
 from distconv.run.report.compare import comparison
 from distconv.run.report.history import History, read_history
-from distconv.run.report.numbers import percent
 from distconv.run.report.pictures import confusion, variants, wrong_images
 from distconv.run.report.tables import epochs_table, facts, starts_table, tiles
 
@@ -61,7 +61,7 @@ def heading(history: History) -> str:
     """The run in a few words."""
     model, data, ranks = history.start.get("model"), history.start.get("data"), history.ranks
     score = "" if math.isnan(history.score) else f": {percent(history.score)} test {history.metric}"
-    return f"{model} on {data}, {ranks} rank{'s' * (ranks > 1)}{score}"
+    return f"{model} on {data}, {plural(ranks, 'rank')}{score}"
 
 
 def single(history: History) -> str:

@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 
+from distconv.formatting import duration, in_bytes, loss, milliseconds, percent, plural, short
 from distconv.run.noise import over_a_run
 from distconv.run.report.charts import MOST_RANKS, SCORES
 from distconv.run.report.history import History
-from distconv.run.report.numbers import duration, in_bytes, loss, milliseconds, percent, plural, short
 
 MOST_EPOCHS = 200  # rows of a table
 
