@@ -29,23 +29,10 @@ Metrics = Sequence[Mapping[str, Any]]
 def main(argv: Sequence[str]) -> int:
     flags = parse(argv)
     with start() as world:
-        from distconv.run.folder import members
-        from distconv.run.log import RunLog, read_metrics
+        from distconv.run.log import RunLog
 
-        log, settings, metrics = RunLog(world.rank == 0), Config(), []
-        with world.together():
-            if world.rank == 0:
-                metrics = read_metrics(flags.run / "metrics.jsonl")
-                if not of_each(metrics, "step", "train_loss"):
-                    of_it = members(flags.run)
-                    which = "" if of_it == [flags.run] else f", and this is an ensemble's: give {of_it[0]}, say"
-                    raise MissingInputError(
-                        f"{flags.run} has no metrics.jsonl with steps: a run's folder was expected{which}"
-                    )
-                if not (flags.run / "config.toml").is_file():
-                    raise MissingInputError(f"{flags.run} has no config.toml: a run's folder was expected")
-                settings = Config(**read_toml(flags.run / "config.toml"))
-        settings, metrics = world.comm.bcast((settings, metrics))
+        log = RunLog(world.rank == 0)
+        settings, metrics = world.on_rank_0(lambda: read_run(flags.run))
         world.watch.set_limits(settings.hang_seconds)
         steps, difference = train_again(settings, metrics, world, log, quiet=flags.json)
         starts = sum(record.get("event") == "start" for record in metrics)
@@ -74,6 +61,21 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("run", type=Path, metavar="RUN", help="the folder of a run, finished or not")
     parser.add_argument("--json", action="store_true", help="one JSON object")
     return parser.parse_args(argv)
+
+
+def read_run(folder: Path) -> tuple[Config, Metrics]:
+    """The settings of a run, and what it has written in metrics.jsonl. Raises MissingInputError, and as read_toml."""
+    from distconv.run.folder import members
+    from distconv.run.log import read_metrics
+
+    metrics = read_metrics(folder / "metrics.jsonl")
+    if not of_each(metrics, "step", "train_loss"):
+        of_it = members(folder)
+        which = "" if of_it == [folder] else f", and this is an ensemble's: give {of_it[0]}, say"
+        raise MissingInputError(f"{folder} has no metrics.jsonl with steps: a run's folder was expected{which}")
+    if not (folder / "config.toml").is_file():
+        raise MissingInputError(f"{folder} has no config.toml: a run's folder was expected")
+    return Config(**read_toml(folder / "config.toml")), metrics
 
 
 def train_again(settings: Config, metrics: Metrics, world: World, log: RunLog, quiet: bool) -> tuple[int, str]:

@@ -27,9 +27,7 @@ def main(argv: Sequence[str]) -> int:
         if settings.tensorboard:
             from distconv.run.tensorboard import require
 
-            with world.together():
-                if world.rank == 0:  # who writes
-                    require()
+            world.on_rank_0(require)  # who writes
         code = (train_ensemble if settings.ensemble > 1 else train)(settings, world, stop)
         stop.over()
     return code

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import subprocess
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +14,7 @@ from tests import jobs
 from tests.test_failures import QUICK
 
 # What rank 0 needs of a World, where nobody else is.
-ALONE: Any = SimpleNamespace(rank=0, together=contextlib.nullcontext, comm=SimpleNamespace(bcast=lambda x: x))
+ALONE: Any = SimpleNamespace(on_rank_0=lambda find: find())
 
 
 def run(out: Path, *more: str | Path, ranks: int = 0) -> subprocess.CompletedProcess[str]:

@@ -18,10 +18,10 @@ import threading
 import time
 import traceback
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 from distconv.errors import HUNG, DistconvError, MismatchError, sentence_of
 from distconv.monitor.heartbeat import Heartbeat
@@ -34,6 +34,7 @@ from distconv.process.voice import claim, write
 
 SHORTEST_PAUSE, LONGEST_PAUSE = 50e-6, 0.005  # seconds, between two looks whether the others have come
 BLAS_THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "BLIS_NUM_THREADS")
+Found = TypeVar("Found")
 
 
 class World:
@@ -83,6 +84,14 @@ class World:
                 if self.size > 1 and rank > 0:
                     failure.args = (f"rank {rank}: {failure}",)
                 raise failure.on_all_ranks()
+
+    def on_rank_0(self, find: Callable[[], Found]) -> Found:
+        """Call find() on rank 0 alone. All ranks return what it gives, or raise its DistconvError."""
+        found = None
+        with self.together():
+            if self.rank == 0:
+                found = find()
+        return self.comm.bcast(found)  # type: ignore[no-any-return]
 
     def agree(self, what: str, value: str, advice: str) -> None:
         """Raise MismatchError on all ranks if value is not the same on each: what differs, where, and the advice."""

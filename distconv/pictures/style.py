@@ -73,9 +73,7 @@ def draw_png(path: Path, draw: Callable[[], Figure]) -> None:
 
 def draw_on_one_rank(world: World, path: Path, draw: Callable[[], Figure]) -> None:
     """Have rank 0 write what --png asks for; collective. Raises CannotCreateError on all ranks."""
-    with world.together():
-        if world.rank == 0:
-            draw_png(path, draw)
+    world.on_rank_0(lambda: draw_png(path, draw))
 
 
 def inches(text: str, points: int) -> float:

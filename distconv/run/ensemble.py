@@ -31,8 +31,7 @@ def train_ensemble(settings: Config, world: World, stop: StopRequest) -> int:
     with world.together():
         if settings.resume not in ("auto", "never"):
             raise UsageError(f"--resume {settings.resume} with --ensemble: each run goes on from its own folder")
-        out = make_folder(settings) if world.rank == 0 else Path()
-    out = world.comm.bcast(out)
+    out = world.on_rank_0(lambda: make_folder(settings))
     placed = place(world, settings.device, settings.precision)
     world.watch.set_limits(FOR_EVER)  # each group watches itself
     code = 0

@@ -53,19 +53,19 @@ def check_folder(settings: Config, world: World) -> Mapping[str, Any] | None:
     Returns the final record of a run that is finished there, None where something is left to do. Raises on all ranks
     CannotCreateError, MissingInputError, MismatchError, and what a damaged checkpoint raises.
     """
-    final = None
-    with world.together():
-        if world.rank == 0:
-            out = Path(settings.out or "runs")
-            try:
-                str(out).encode()  # config.toml will hold it
-                final = _look_into(out, settings) if settings.out else None
-                if final is None:
-                    try_to_write(out, *[EVENTS] * settings.tensorboard)
-            except (OSError, ValueError) as error:
-                raise cannot_be_written(out, error) from None
-    found: Mapping[str, Any] | None = world.comm.bcast(final)
-    return found
+
+    def look() -> Mapping[str, Any] | None:
+        out = Path(settings.out or "runs")
+        try:
+            str(out).encode()  # config.toml will hold it
+            final = _look_into(out, settings) if settings.out else None
+            if final is None:
+                try_to_write(out, *[EVENTS] * settings.tensorboard)
+        except (OSError, ValueError) as error:
+            raise cannot_be_written(out, error) from None
+        return final
+
+    return world.on_rank_0(look)
 
 
 @contextlib.contextmanager
@@ -75,16 +75,17 @@ def held_folder(settings: Config, world: World, say: Callable[[str], None]) -> I
     Raises CannotCreateError on all ranks.
     """
     with contextlib.ExitStack() as held:
-        out = Path()
-        with world.together():
-            if world.rank == 0:
-                out = make_folder(settings)
-                try:
-                    held.enter_context(_lock(out, say))
-                    _refuse_second_run(out, settings)  # that another job has begun since the first look
-                except OSError as error:
-                    raise cannot_be_written(out, error) from None
-        yield world.comm.bcast(out)
+
+        def hold() -> Path:
+            out = make_folder(settings)
+            try:
+                held.enter_context(_lock(out, say))
+                _refuse_second_run(out, settings)  # that another job has begun since the first look
+            except OSError as error:
+                raise cannot_be_written(out, error) from None
+            return out
+
+        yield world.on_rank_0(hold)
 
 
 def make_ready(out: Path, settings: Config, checkpoint: Checkpoint | None, say: Callable[[str], None]) -> None:

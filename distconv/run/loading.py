@@ -41,12 +41,9 @@ def load_dataset(
     say prints a line for the user. validation: so many training samples are held out first; limit_train: of those that
     are left, only the first so many are used; 0 leaves all. Raises DistconvError on all ranks alike.
     """
-    note = ""
+    asked = name
     world.at("download")
-    with world.together():
-        if world.rank == 0:
-            name, note = data.prepare(name)
-    name, note = world.comm.bcast((name, note))
+    name, note = world.on_rank_0(lambda: data.prepare(asked))
     if note:
         say(note)
     with world.together():
@@ -134,11 +131,8 @@ def open_models(
     checked but what SavedModel.load finds. Raises DistconvError on all ranks alike.
     """
     CACHE.say = say
-    found: Sequence[Path] = []
-    with world.together():
-        if world.rank == 0:  # which alone looks into folders, as a run may be writing its next checkpoint
-            found = [newest_of(path, say) for path in arguments.files]
-    found = world.comm.bcast(found)
+    # Rank 0 alone looks into folders, as a run may be writing its next checkpoint.
+    found = world.on_rank_0(lambda: [newest_of(path, say) for path in arguments.files])
     with world.together():
         files = [open_file(path, arguments.model, arguments.weights) for path in found]
     for given, file in zip(arguments.files, files, strict=True):
@@ -171,11 +165,7 @@ def open_models(
 
 def runs_of(paths: Sequence[Path], world: World) -> Sequence[Path]:
     """The paths, where the folder of an ensemble stands for the runs in it; collective."""
-    found: Sequence[Path] = []
-    with world.together():
-        if world.rank == 0:
-            found = [run for path in paths for run in members(path)]
-    return world.comm.bcast(found)  # type: ignore[no-any-return]
+    return world.on_rank_0(lambda: [run for path in paths for run in members(path)])
 
 
 def tell_passed_over(path: str, names: Sequence[str], say: Callable[[str], None]) -> None:

@@ -118,9 +118,7 @@ class Trace:
             "steps": self.steps,
             **self.about_gpu,
         }
-        with world.together():
-            if world.rank == 0:
-                write_trace(self.path, everyone, self.readings, about)
+        world.on_rank_0(lambda: write_trace(self.path, everyone, self.readings, about))
         if not self.told:
             shown = f" of steps {self.steps[0]:,} to {self.steps[-1]:,}" if self.steps else ""
             self.log.say(f"trace{shown} in {self.path}: open it in ui.perfetto.dev")

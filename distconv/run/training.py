@@ -58,9 +58,8 @@ def train(
         log.say("this run is finished: nothing is left to do, and nothing was changed")
         return conclude(final, settings, Path(settings.out), log)
     placed = placed or place(world, settings.device, settings.precision)
-    with world.together():
-        if settings.trace and world.rank == 0:
-            check_trace(Path(settings.trace), Path(settings.out) if settings.out else None)
+    if settings.trace:
+        world.on_rank_0(lambda: check_trace(Path(settings.trace), Path(settings.out) if settings.out else None))
     CACHE.say = log.say
     dataset, data_name = load_dataset(settings.data, world, log.say, settings.limit_train, settings.validation)
     world.at("compile")

@@ -24,6 +24,19 @@ def test_an_error_of_one_rank_is_raised_on_all_and_names_it(world: World) -> Non
     assert caught.value.everywhere
 
 
+def test_what_rank_0_alone_finds_or_raises_all_ranks_have(world: World) -> None:
+    assert world.on_rank_0(lambda: world.rank) == 0
+
+    def fail() -> None:
+        assert world.rank == 0
+        raise BadDataError("the file is torn")
+
+    with pytest.raises(BadDataError) as caught:
+        world.on_rank_0(fail)
+    assert str(caught.value) == "the file is torn"
+    assert caught.value.everywhere
+
+
 def test_ranks_that_disagree_are_named_on_all(world: World) -> None:
     world.agree("the seed", "7", "start all ranks alike")
     if world.size > 1:
