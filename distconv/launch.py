@@ -10,8 +10,8 @@ from distconv.comm.start import run_command
 from distconv.command_line import Parser
 from distconv.errors import CannotCreateError, UsageError
 from distconv.process.voice import write
+from distconv.run.describe import text_to_print
 from distconv.run.folder import new_folder
-from distconv.run.instead import printed
 from distconv.settings import read_settings
 from distconv.supervise.launcher import job_command, job_starter, refuse_to_nest
 from distconv.supervise.supervisor import Supervisor
@@ -19,9 +19,9 @@ from distconv.supervise.supervisor import Supervisor
 
 def main(argv: Sequence[str]) -> int:
     flags, train = from_command_line(argv)
-    settings, instead = read_settings(train)
-    if instead:
-        print(printed(settings, instead), end="")
+    settings, print_only = read_settings(train)
+    if print_only:
+        print(text_to_print(settings, print_only), end="")
         return 0
     refuse_to_nest("launch")
     if settings.ensemble > 1:

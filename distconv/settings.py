@@ -47,7 +47,7 @@ def read_toml(path: Path) -> dict[str, Any]:
 
 
 def read_settings(argv: Sequence[str]) -> tuple[Config, str]:
-    """The configuration, and what to do instead of training: print_config, describe or nothing.
+    """The configuration, and what to print in place of training: print_config, describe or nothing.
 
     Raises UsageError, MissingInputError.
     """
@@ -79,14 +79,14 @@ def read_settings(argv: Sequence[str]) -> tuple[Config, str]:
     parser.add_argument(
         "--config", type=Path, metavar="FILE", help="TOML file with settings; wins over a recipe, and flags over it"
     )
-    instead = {"print_config": "print the settings as TOML and stop", "describe": "print the layers and stop"}
+    print_only = {"print_config": "print the settings as TOML and stop", "describe": "print the layers and stop"}
     one = parser.add_mutually_exclusive_group()
-    for name, what in instead.items():
+    for name, what in print_only.items():
         one.add_argument(flag(name), action="store_true", help=what)
     flags: Mapping[str, Any] = vars(parser.parse_args(argv))
     settings = read_toml(RECIPES[flags["recipe"]]) if flags["recipe"] else {}
     settings |= read_toml(flags["config"]) if flags["config"] else {}
-    settings |= {name: value for name, value in flags.items() if name not in ("recipe", "config", *instead)}
+    settings |= {name: value for name, value in flags.items() if name not in ("recipe", "config", *print_only)}
     if settings.get("shards"):
         settings.setdefault("wire", EXACT[0])
-    return Config(**settings), next((name for name in instead if flags[name]), "")
+    return Config(**settings), next((name for name in print_only if flags[name]), "")

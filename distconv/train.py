@@ -6,16 +6,16 @@ from collections.abc import Sequence
 
 from distconv.comm.start import run_command, start
 from distconv.process.launched import launcher_rank
-from distconv.run.instead import printed
+from distconv.run.describe import text_to_print
 from distconv.run.stopping import StopRequest
 from distconv.settings import read_settings
 
 
 def main(argv: Sequence[str]) -> int:
-    settings, instead = read_settings(argv)
-    if instead:
+    settings, print_only = read_settings(argv)
+    if print_only:
         if launcher_rank() == 0:
-            print(printed(settings, instead), end="")
+            print(text_to_print(settings, print_only), end="")
         return 0
     stop = StopRequest()
     with start() as world:

@@ -1,17 +1,18 @@
-"""What the training command prints where it is asked for something else than training."""
+"""What --print-config and --describe print; nothing is trained then."""
 
 from __future__ import annotations
 
 from distconv.config import Config
 
 
-def printed(settings: Config, what: str) -> str:
-    """The settings as TOML (print_config), or the layers of the model (describe). Raises what reading data raises."""
-    return settings.toml() if what == "print_config" else _description(settings)
+def text_to_print(settings: Config, flag: str) -> str:
+    """The settings as TOML (print_config), or the layers of the model (describe).
 
-
-def _description(settings: Config) -> str:
-    """For the images of the data set; where none is named, for those that the model is made for, of 10 classes."""
+    Layers are described for the images of the data set; where none is named, for those that the model is made for, of
+    10 classes. Raises what reading data raises.
+    """
+    if flag == "print_config":
+        return settings.toml()
     from distconv import data  # NumPy, which the settings can do without
     from distconv.nn.networks import build_network, usual_image_shape
     from distconv.nn.summary import describe
