@@ -23,11 +23,11 @@ class Parser(argparse.ArgumentParser):
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **options)
 
     def error(self, message: str) -> NoReturn:
-        known = " ".join(self._option_string_actions)
+        known = list(self._option_string_actions)
         words = [word.rstrip(":") for word in message.split()]
-        wrong = next((word for word in words if word.startswith("--") and word not in known.split()), "")
+        wrong = next((word for word in words if word.startswith("--") and word not in known), "")
         if choice := re.search(r"invalid choice: '(.*)' \(choose from (.*)\)", message):
-            wrong, known = choice[1], choice[2].replace("'", "")
+            wrong, known = choice[1], choice[2].replace("'", "").split(", ")
         raise UsageError(f"{message}{nearest(wrong, known)}; {self.prog} --help lists the flags")
 
     def parse_before_dashes(self, argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -84,6 +84,7 @@ def check_file(name: str, path: Path | None, ending: str) -> None:
         raise CannotCreateError(f"{name} {path}: there is no folder {path.parent}; make it, or name another file")
 
 
-def nearest(word: object, choices: str) -> str:
-    close = difflib.get_close_matches(str(word), choices.replace(",", " ").split(), n=1, cutoff=0.7)
+def nearest(word: str, choices: Sequence[str]) -> str:
+    """The choice that was perhaps meant, as the end of a sentence; empty where none is like the word."""
+    close = difflib.get_close_matches(word, choices, n=1, cutoff=0.7)
     return f" (did you mean {close[0]}?)" if close else ""

@@ -261,8 +261,8 @@ class Config:
                 if isinstance(value, int) and abs(value) >= 2**64:
                     value = "with a number of more than 64 bits"  # Python shows no number of thousands of digits
                 shown = str(value)[:LONGEST_SHOWN]
-                meant = nearest(value, expected) if kind is str else ""  # for a number, the nearest text says nothing
-                raise UsageError(f"{flag(field.name)} {shown}: expected {expected}{meant}")
+                words = expected.replace(",", "").split() if kind is str else []  # no text is near a number
+                raise UsageError(f"{flag(field.name)} {shown}: expected {expected}{nearest(shown, words)}")
         if self.wire in EXACT and not self.shards:
             raise UsageError(f"--wire {self.wire} adds up shards: say how many by --shards, 8 say, or use float16")
 

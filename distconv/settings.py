@@ -41,8 +41,7 @@ def read_toml(path: Path) -> dict[str, Any]:
     names = [field.name for field in dataclasses.fields(Config)]
     for name in settings:
         if name not in names:
-            meant = nearest(name, " ".join(names))
-            raise UsageError(f"{path} sets {name[:LONGEST_SHOWN]}, which is no setting{meant}")
+            raise UsageError(f"{path} sets {name[:LONGEST_SHOWN]}, which is no setting{nearest(name, names)}")
     return settings
 
 
