@@ -25,7 +25,7 @@ def test_bins_keep_means_and_extremes() -> None:
 def test_an_axis_that_ends_below_some_lines_has_its_ticks_for_the_others() -> None:
     lines = [Line("a", [0, 1], [2.0, 1.0], "--c0"), Line("b", [0, 1], [2.0, 6e18], "--c1")]
     for from_zero in (True, False):
-        chart = line_chart("loss", lines, "epoch", "{:g}".format, from_zero, most=8.0)
+        chart = line_chart("loss", lines, (0, 1), "{:g}".format, from_zero, most=8.0)
         labels = [float(text) for text in re.findall(r'text-anchor="end">([^<]*)<', chart)]
         assert len(labels) >= 4 and labels[0] <= 1 and 6 < labels[-1] <= 8
         y = [float(point.split(",")[1]) for line in re.findall(r'points="([^"]*)"', chart) for point in line.split()]
@@ -35,7 +35,7 @@ def test_an_axis_that_ends_below_some_lines_has_its_ticks_for_the_others() -> No
 def test_a_chart_draws_larger_numbers_higher_and_tells_the_last() -> None:
     for log in (False, True):
         chart = line_chart(
-            "A <title>", [Line("a & b", [0, 1, 2], [1, 3, 90], "--train")], "epoch", "{:g}".format, log=log
+            "A <title>", [Line("a & b", [0, 1, 2], [1, 3, 90], "--train")], (0, 2), "{:g}".format, log=log
         )
         points = re.search(r'polyline[^>]*points="([^"]*)"', chart)
         assert points is not None
@@ -43,13 +43,13 @@ def test_a_chart_draws_larger_numbers_higher_and_tells_the_last() -> None:
         # y goes down in SVG
         assert all(a[0] < b[0] and a[1] > b[1] for a, b in itertools.pairwise(places))
         assert "A &lt;title&gt;" in chart and "a &amp; b <b>90</b>" in chart
-    assert line_chart("none", [Line("a", [0], [math.nan], "--train")], "epoch", str) == ""
-    assert line_chart("none", [Line("a", [0], [0.0], "--train")], "epoch", str, log=True) == ""
+    assert line_chart("none", [Line("a", [0], [math.nan], "--train")], (0, 1), str) == ""
+    assert line_chart("none", [Line("a", [0], [0.0], "--train")], (0, 1), str, log=True) == ""
 
 
 def test_a_chart_of_few_noisy_numbers_shows_them_all() -> None:
     """Between the least and the largest of a single number is no area, so it has an outline."""
-    chart = line_chart("t", [Line("", [0, 1, 2], [1, 5, 2], "--train", raw=True)], "epoch", str)
+    chart = line_chart("t", [Line("", [0, 1, 2], [1, 5, 2], "--train", raw=True)], (0, 2), str)
     band = re.search(r'class="band" style="([^"]*)" points="([^"]*)"', chart)
     assert band is not None and "stroke:var(--train)" in band[1] and len(band[2].split()) == 6
 
@@ -61,7 +61,7 @@ def cells(chart: str) -> list[tuple[float, float, float, str]]:
 
 
 def test_a_heat_map_is_darker_where_numbers_are_larger_and_empty_where_there_are_none() -> None:
-    chart = heat_map("t", [0, 1, 3], ["a", "<b>"], np.array([[6.0, math.nan], [8.0, 10.0]]), "epoch", "{:g}".format)
+    chart = heat_map("t", [0, 1, 3], ["a", "<b>"], np.array([[6.0, math.nan], [8.0, 10.0]]), "{:g}".format)
     found = cells(chart)
     assert [title for *_, title in found] == ["a: 6", "&lt;b&gt;: 8", "&lt;b&gt;: 10"]
     (_, top, _, _), (left, bottom, _, _), (right, _, _, _) = found
@@ -73,6 +73,6 @@ def test_a_heat_map_is_darker_where_numbers_are_larger_and_empty_where_there_are
 
 def test_a_heat_map_of_many_columns_shows_means_of_neighbours() -> None:
     values = np.random.default_rng(0).random((2, 10 * MOST_CELLS))
-    found = cells(heat_map("t", np.arange(10 * MOST_CELLS + 1), ["a", "b"], values, "epoch", "{:.6f}".format))
+    found = cells(heat_map("t", np.arange(10 * MOST_CELLS + 1), ["a", "b"], values, "{:.6f}".format))
     shown = [float(title.split(": ")[1]) for *_, title in found]
     assert np.allclose(shown, values.reshape(2 * MOST_CELLS, 10).mean(axis=1), atol=1e-6)

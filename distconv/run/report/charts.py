@@ -45,8 +45,9 @@ def x_limits(history: History) -> tuple[float, float]:
 
 def loss_chart(history: History) -> str:
     note = "In training, where dropout, label smoothing and changed images make it larger than in evaluation."
-    return line_chart("Training loss", raw_and_smoothed(history, "train_loss"), "epoch", short, True, note=note,
-                      x_limits=x_limits(history))  # fmt: skip
+    return line_chart(
+        "Training loss", raw_and_smoothed(history, "train_loss"), x_limits(history), short, True, note=note
+    )
 
 
 def raw_and_smoothed(history: History, key: str) -> list[Line]:
@@ -70,8 +71,7 @@ def score_chart(history: History) -> str:
     if history.final is not None and not math.isnan(history.score):
         note += f" At the end {percent(history.score)} on the whole test set."
     form = format_of_scores(line.y for line in lines)
-    return line_chart(f"Scores: {history.metric}", lines, "epoch", form, most=_top(history), note=note,
-                      x_limits=x_limits(history))  # fmt: skip
+    return line_chart(f"Scores: {history.metric}", lines, x_limits(history), form, most=_top(history), note=note)
 
 
 def rate_chart(history: History) -> str:
@@ -79,7 +79,7 @@ def rate_chart(history: History) -> str:
     if not np.isfinite(rate).any() or np.nanmax(rate) == np.nanmin(rate):
         return ""
     line = Line("rate", in_epochs(history), rate, "--train")
-    return line_chart("Learning rate", [line], "epoch", short, True, x_limits=x_limits(history))
+    return line_chart("Learning rate", [line], x_limits(history), short, True)
 
 
 def noise_chart(history: History) -> str:
@@ -96,12 +96,13 @@ def noise_chart(history: History) -> str:
     note = (
         "In images: in the gradient of a batch of so many, noise is half. Far above the batch size, larger batches pay."
     )
-    return line_chart("Noise scale", lines, "epoch", short, log=True, note=note, x_limits=x_limits(history))
+    return line_chart("Noise scale", lines, x_limits(history), short, log=True, note=note)
 
 
 def speed_chart(history: History) -> str:
-    return line_chart("Images per second, all ranks", raw_and_smoothed(history, "images_per_second"), "epoch", short,
-                      True, x_limits=x_limits(history))  # fmt: skip
+    return line_chart(
+        "Images per second, all ranks", raw_and_smoothed(history, "images_per_second"), x_limits(history), short, True
+    )
 
 
 def wire_chart(history: History) -> str:
@@ -118,8 +119,7 @@ def wire_chart(history: History) -> str:
     ]
     note = f"Of one gradient at the end of each epoch, by {history.start.get('wire')}, beside the same sum in float32."
     note += " A share of 0 has no place here."
-    return line_chart("What the wire loses", lines, "epoch", "{:.0e}".format, log=True, note=note,
-                      x_limits=x_limits(history))  # fmt: skip
+    return line_chart("What the wire loses", lines, x_limits(history), "{:.0e}".format, log=True, note=note)
 
 
 def time_chart(history: History) -> str:
@@ -128,7 +128,7 @@ def time_chart(history: History) -> str:
         Line(part, x, 1e3 * history.steps(f"{part}_seconds"), f"--{part}") for part in ("compute", "exchange", "wait")
     ]
     return area_chart(
-        "A step of rank 0, ms", x, parts, "epoch", short, "The numbers are medians over the run.", x_limits(history)
+        "A step of rank 0, ms", x, parts, x_limits(history), short, "The numbers are medians over the run."
     )
 
 
@@ -160,7 +160,7 @@ def rank_map(history: History) -> str:
     note = f"The darker, the longer: from {milliseconds(np.nanmin(shown))} to {milliseconds(np.nanmax(shown))}."
     epochs = [epoch["epoch"] for epoch in history.timed_epochs]
     return heat_map("Each rank's own time, epoch by epoch", [epochs[0] - 1, *epochs], [f"rank {r}" for r in order],
-                    shown, "epoch", milliseconds, note)  # fmt: skip
+                    shown, milliseconds, note)  # fmt: skip
 
 
 def _shown(busy: Numbers) -> list[int]:

@@ -44,7 +44,7 @@ def comparison(histories: Sequence[History]) -> str:
     def chart(title: str, key: str, format_y: Format, from_zero: bool = True) -> str:
         most, largest = _most(lines[key]), max((_largest(line) for line in lines[key]), default=0.0)
         note = "Lines that leave the chart go on above it." if largest > most else ""
-        return line_chart(title, lines[key], "epoch", format_y, from_zero, most=most, note=note, x_limits=limits)
+        return line_chart(title, lines[key], limits, format_y, from_zero, most=most, note=note)
 
     figures = [
         chart("Training loss, smoothed", "loss", short),

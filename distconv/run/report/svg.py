@@ -71,8 +71,8 @@ class Frame:
         low, high, y = (np.log(value) for value in (self.low, self.high, y)) if self.log else (self.low, self.high, y)
         return HEIGHT - BOTTOM - np.clip((y - low) / (high - low), -0.02, 1.02) * (HEIGHT - BOTTOM - TOP)
 
-    def grid(self, x_title: str, format_y: Format) -> str:
-        """The axes and their numbers."""
+    def grid(self, format_y: Format) -> str:
+        """The axes and their numbers; x is in epochs."""
         body, (low, high) = "", self.x_limits
         for tick in self.ticks:
             y = self.y(tick)
@@ -81,7 +81,7 @@ class Frame:
         for tick in MaxNLocator(6, integer=high - low >= 1, min_n_ticks=1).tick_values(low, high):
             if low - 1e-9 <= tick <= high + 1e-9:
                 body += _middle(self.x(tick), HEIGHT - BOTTOM + 14, _number(tick))
-        return body + _middle((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 4, _text(x_title))
+        return body + _middle((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 4, "epoch")
 
 
 def run_color(number: int) -> tuple[str, str]:
@@ -105,13 +105,12 @@ def binned(x: ArrayLike, y: ArrayLike, most: int = MOST_POINTS) -> tuple[Numbers
 def line_chart(
     title: str,
     lines: Sequence[Line],
-    x_title: str,
+    x_limits: tuple[float, float],
     format_y: Format,
     from_zero: bool = False,
     log: bool = False,
     most: float = math.inf,
     note: str = "",
-    x_limits: tuple[float, float] | None = None,
 ) -> str:
     """A figure with lines, a legend that tells their last values, and a note; nothing where there are no points.
 
@@ -123,11 +122,8 @@ def line_chart(
         return ""
     low = min(float((points[2] if line.raw else points[1]).min()) for line, points in drawn)
     high = max(float(_robust(points[3]) if line.raw else points[1].max()) for line, points in drawn)
-    ends = [float(end) for _, points in drawn for end in (points[0][0], points[0][-1])]
-    frame = Frame(
-        x_limits or (min(ends), max(ends)), *_axis(0.0 if from_zero and not log else low, high, log, most), log
-    )
-    body = frame.grid(x_title, format_y)
+    frame = Frame(x_limits, *_axis(0.0 if from_zero and not log else low, high, log, most), log)
+    body = frame.grid(format_y)
     for line, (x, y, least, largest) in drawn:
         if line.raw:
             band = _points(frame.x(x), frame.y(largest)) + " " + _points(frame.x(x[::-1]), frame.y(least[::-1]))
@@ -146,19 +142,18 @@ def line_chart(
 
 
 def area_chart(
-    title: str, x: ArrayLike, parts: Sequence[Line], x_title: str, format_y: Format, note: str = "",
-    x_limits: tuple[float, float] | None = None
-) -> str:  # fmt: skip
+    title: str, x: ArrayLike, parts: Sequence[Line], x_limits: tuple[float, float], format_y: Format, note: str
+) -> str:
     """Parts of a whole over x, one upon the other, each with its median in the legend; a part has its y alone."""
     values = [np.nan_to_num(np.asarray(part.y, np.float64)) for part in parts]
     pieces = [binned(x, y, 150) for y in values]
     if not len(pieces[0][0]):
         return ""
     xs, heights = pieces[0][0], np.cumsum([piece[1] for piece in pieces], axis=0)
-    frame = Frame(x_limits or (float(xs[0]), float(xs[-1])), *_axis(0.0, _robust(heights[-1]), False, math.inf))
+    frame = Frame(x_limits, *_axis(0.0, _robust(heights[-1]), False, math.inf))
     if len(xs) == 1:  # a single step is as wide as the chart
         xs, heights = np.array(frame.x_limits), np.repeat(heights, 2, axis=1)
-    body, below = frame.grid(x_title, format_y), np.zeros(len(xs))
+    body, below = frame.grid(format_y), np.zeros(len(xs))
     for part, top in zip(parts, heights, strict=True):
         shape = _points(frame.x(xs), frame.y(top)) + " " + _points(frame.x(xs[::-1]), frame.y(below[::-1]))
         body += f'<polygon class="area" style="fill:var({part.color})" points="{shape}"/>'
@@ -187,9 +182,8 @@ def bar_chart(title: str, bars: Sequence[tuple[str, Sequence[Part]]], format_x: 
 
 
 def heat_map(
-    title: str, x: ArrayLike, names: Sequence[str], values: NDArray[np.float64], x_title: str, format_value: Format,
-    note: str = ""
-) -> str:  # fmt: skip
+    title: str, x: ArrayLike, names: Sequence[str], values: NDArray[np.float64], format_value: Format, note: str = ""
+) -> str:
     """A row of cells for each name, the darker the larger its values (R, n) are; cell i lies between x[i] and x[i + 1].
 
     x (n + 1,). Values that are not finite leave their cells empty. Half of the largest and less is palest, so small
@@ -201,7 +195,7 @@ def heat_map(
     edges, R = [*xs[starts], xs[-1]], len(names)
     every = -(-R // 12)  # of the rows is named: more would overlap
     frame = Frame((edges[0], edges[-1]), 0.0, R, [R - row - 0.5 for row in range(0, R, every)])
-    body = frame.grid(x_title, lambda y: names[R - int(y) - 1])
+    body = frame.grid(lambda y: names[R - int(y) - 1])
     high = float(np.nanmax(means))
     low = min(float(np.nanmin(means)), high / 2)
     for row, cells in enumerate(means):
