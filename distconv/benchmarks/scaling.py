@@ -18,7 +18,7 @@ from distconv.config import Config
 from distconv.data.dataset import Dataset
 from distconv.errors import DistconvError, UsageError
 from distconv.formatting import plural
-from distconv.process.turns import own_cores
+from distconv.process.time_slices import own_cores
 from distconv.run.build import build_run
 from distconv.run.loading import load_dataset
 from distconv.run.loop import StepRecord, train

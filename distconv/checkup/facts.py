@@ -23,7 +23,7 @@ from distconv.comm.start import reading_is_refused
 from distconv.comm.world import World, blas_threads, cuda_aware_mpi
 from distconv.process.launched import launched
 from distconv.process.roll_call import own_name_resolves
-from distconv.process.turns import own_cores
+from distconv.process.time_slices import own_cores
 
 Facts = dict[str, Any]
 SAME_EVERYWHERE = ("distconv", "code", "python", "numpy", "numba", "mpi4py", "mpi", "machine")  # on all ranks

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from distconv.comm.barrier import Barrier
-from distconv.process.turns import cores_are_short
+from distconv.process.time_slices import cores_are_oversubscribed
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -90,6 +90,6 @@ def share(comm: MPI.Comm, nbytes: int) -> SharedSpace | None:
     barrier: Barrier | SpinningBarrier = SpinningBarrier(comm, window)
     # MPICH's Lock_all waits until the other ranks have answered, and one that sleeps or has ended answers nobody.
     barrier()
-    if comm.allreduce(Barrier.works(), MPI.LAND) and cores_are_short(comm):
+    if comm.allreduce(Barrier.works(), MPI.LAND) and cores_are_oversubscribed(comm):
         barrier = Barrier(words, comm.rank, comm.size, window.Sync, comm.Iprobe)
     return SharedSpace(comm, window, memory, barrier)

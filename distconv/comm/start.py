@@ -32,7 +32,7 @@ from distconv.process.leftovers import SHARED_MEMORY, forget_names, sweep
 from distconv.process.malloc import keep_freed_memory
 from distconv.process.roll_call import LIMIT, roll_call
 from distconv.process.streams import prepare_streams
-from distconv.process.turns import cores_are_short, take_long_turns
+from distconv.process.time_slices import cores_are_oversubscribed, take_long_time_slices
 from distconv.process.voice import claim, speak, write
 
 # Bytes of /dev/shm that MPICH 5.0.2 needs for so many ranks of a host, and for few. With less it ends in a segmentation
@@ -125,8 +125,8 @@ def start(failure: DistconvError | None = None, limit: float = LIMIT, absent: Ca
         check_size(world, told, vendor)
         share_failure(world, failure)
         keep_freed_memory()
-        if cores_are_short(world.local):
-            take_long_turns()
+        if cores_are_oversubscribed(world.local):
+            take_long_time_slices()
         signal.alarm(0)
         failing.pop_all()
     return world

@@ -119,7 +119,7 @@ def test_what_was_allocated_is_given_back(
 ) -> None:
     if asleep and not Barrier.works():
         pytest.skip("no futex here")
-    monkeypatch.setattr(shared_memory, "cores_are_short", lambda comm: asleep)
+    monkeypatch.setattr(shared_memory, "cores_are_oversubscribed", lambda comm: asleep)
 
     def once() -> list[list[str]]:
         with distconv.Allreduce(world.comm, 500_000, exchange=exchange) as allreduce:

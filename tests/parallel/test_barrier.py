@@ -16,7 +16,7 @@ from distconv.comm.shared_memory import share
 from distconv.comm.transport import segments
 from distconv.comm.wire import WIRES
 from distconv.comm.world import World
-from distconv.process.turns import cores_are_short
+from distconv.process.time_slices import cores_are_oversubscribed
 
 needs_futex = pytest.mark.skipif(not Barrier.works(), reason="no futex here")
 
@@ -26,7 +26,7 @@ def waiting(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     """As if there were too few cores, or enough."""
     if request.param and not Barrier.works():
         pytest.skip("no futex here")
-    monkeypatch.setattr(shared_memory, "cores_are_short", lambda comm: request.param)
+    monkeypatch.setattr(shared_memory, "cores_are_oversubscribed", lambda comm: request.param)
 
 
 @pytest.fixture
@@ -70,7 +70,7 @@ def test_the_count_may_pass_the_largest_number_of_its_word(world: World) -> None
 def test_the_sum_has_the_same_bits_however_the_ranks_wait(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     results = []
     for short in (True, False):
-        monkeypatch.setattr(shared_memory, "cores_are_short", lambda comm, short=short: short)
+        monkeypatch.setattr(shared_memory, "cores_are_oversubscribed", lambda comm, short=short: short)
         exchange = Flat(world.comm, 5000, WIRES["float16"])
         header = np.zeros((), HEADER)
         vectors = np.random.default_rng(world.rank).standard_normal((50, 5000)).astype(np.float32)
@@ -109,8 +109,8 @@ def test_a_rank_that_waits_leaves_its_core(world: World, one_core: None) -> None
     ("allowed", "enough"),
     [([{0}, {0}, {0}, {0}], 1), ([{0, 1}] * 4, 2), ([{0}, {1}, {2}, {3}], 4), ([{5, 6, 7}, {7}, {5}, {6}], 3)],
 )
-def test_cores_are_short_where_ranks_outnumber_those_they_may_use(
+def test_cores_are_oversubscribed_where_ranks_outnumber_those_they_may_use(
     world: World, allowed: list[set[int]], enough: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: allowed[world.rank])
-    assert cores_are_short(world.comm) == (world.size > enough)
+    assert cores_are_oversubscribed(world.comm) == (world.size > enough)

@@ -12,7 +12,7 @@ import pytest
 
 from distconv.comm.world import World
 from distconv.errors import BadDataError, MismatchError
-from distconv.process.turns import GET, TURN, Attributes, cores_are_short, take_long_turns
+from distconv.process.time_slices import GET, TIME_SLICE, Attributes, cores_are_oversubscribed, take_long_time_slices
 
 
 def test_an_error_of_one_rank_is_raised_on_all_and_names_it(world: World) -> None:
@@ -65,18 +65,18 @@ def test_one_host_is_one_host(world: World) -> None:
     assert (world.hosts, world.local_size, world.local_rank) == (1, world.size, world.rank)
 
 
-def turn() -> int:
+def time_slice() -> int:
     """Nanoseconds that this thread asks for."""
     found = Attributes()
     ctypes.CDLL(None).syscall(GET, 0, ctypes.byref(found), ctypes.sizeof(found), 0)
     return int(found.runtime)
 
 
-def test_ranks_that_share_a_core_take_long_turns_and_others_do_not(world: World) -> None:
+def test_ranks_that_share_a_core_take_long_time_slices_and_others_do_not(world: World) -> None:
     given: list[bool] = []
-    thread = threading.Thread(target=lambda: given.append(take_long_turns()))
+    thread = threading.Thread(target=lambda: given.append(take_long_time_slices()))
     thread.start()
     thread.join()
     if not given[0]:
-        pytest.skip("this system gives nobody long turns")
-    assert (turn() == TURN) == cores_are_short(world.local)
+        pytest.skip("this system gives nobody long time slices")
+    assert (time_slice() == TIME_SLICE) == cores_are_oversubscribed(world.local)
