@@ -174,7 +174,7 @@ class Config:
     )
     seed: int = _setting(
         0,
-        "of the first weights, the order of the samples and dropout",
+        "of the initial weights, the order of the samples and dropout",
         lambda v: 0 <= v < 2**32,
         "a whole number from 0 to 2^32 - 1",
     )

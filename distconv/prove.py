@@ -181,7 +181,7 @@ def first_difference(wanted: Sequence[Mapping[str, str]], found: Sequence[Mappin
 
 
 def shared_gradient(run: Run, batch: int, alone: bool) -> Array:
-    """The gradient of a global batch at the run's first weights: summed over the shares of the ranks.
+    """The gradient of a global batch at the run's initial weights: summed over the shares of the ranks.
 
     alone: this rank's own of the whole batch, without any exchange.
     """

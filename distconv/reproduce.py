@@ -85,7 +85,7 @@ def train_again(settings: Config, metrics: Metrics, world: World, log: RunLog, q
     """
     from distconv.kernels.compiled import CACHE
     from distconv.run.build import build_run
-    from distconv.run.first_weights import take_first_weights
+    from distconv.run.initial_weights import load_initial_weights
     from distconv.run.loading import load_dataset, named_by_a_run
     from distconv.run.loop import EpochRecord, StepRecord, train
     from distconv.run.training import check_settings
@@ -110,7 +110,7 @@ def train_again(settings: Config, metrics: Metrics, world: World, log: RunLog, q
     parameters, last = of_each(metrics, "epoch", "parameters_sha256"), max(losses)
     run = build_run(settings, dataset, world, log.say_aside)
     with named_by_a_run(settings.init):
-        take_first_weights(run, log.say_aside)
+        load_initial_weights(run, log.say_aside)
     for record in train(run, lambda: False):
         if isinstance(record, StepRecord):
             if not quiet:

@@ -128,7 +128,7 @@ def shapes_of(layer: Layer, input_shape: Shape) -> tuple[Shape, Specs]:
 
 
 def he(fan_in: int) -> float:
-    """Standard deviation of first weights before a ReLU (He et al. 2015, arXiv 1502.01852)."""
+    """Standard deviation of initial weights before a ReLU (He et al. 2015, arXiv 1502.01852)."""
     return math.sqrt(2 / fan_in)
 
 
@@ -137,7 +137,7 @@ class Conv:
     """2-D convolution (H, W, C) -> (OH, OW, F) with bias and, if asked, ReLU.
 
     pad: zeros around an image, or "same", which is size // 2: at stride 1 the output is as large as the input.
-    deviation: of the normal first weights; None takes He's.
+    deviation: of the normal initial weights; None takes He's.
     """
 
     filters: int
@@ -204,7 +204,7 @@ class MaxPool:
 class Affine:
     """x W + b and, if asked, ReLU; an image is flattened in (H, W, C) order first.
 
-    deviation: of the normal first weights; None takes He's.
+    deviation: of the normal initial weights; None takes He's.
     """
 
     outputs: int

@@ -38,7 +38,7 @@ def deepconvnet(classes: int) -> Layer:
 
 
 def simpleconvnet(classes: int) -> Layer:
-    """One convolution and two affine layers, first weights of standard deviation 0.01."""
+    """One convolution and two affine layers, initial weights of standard deviation 0.01."""
     return Chain(
         Conv(30, size=5, relu=True, deviation=0.01),
         MaxPool(),

@@ -55,7 +55,7 @@ def build_run(
     model: Layer | None = None,
     device: Any = None,
 ) -> Run:
-    """The run at its start, rank 0's first weights on all ranks; collective. say prints a line for the user.
+    """The run at its start, rank 0's initial weights on all ranks; collective. say prints a line for the user.
 
     model: in place of what the settings name; the same on all ranks. placed: where this rank computes, if that was
     found out before. device: a GPU (kernels.gpu.device.Cuda) that is there already. Raises UsageError for a model, a
@@ -200,7 +200,7 @@ def augmented(data: Data, name: str) -> Data:
 def build_model(
     settings: Config, data: Data, task: Task, world: World, model: Layer | None
 ) -> tuple[Layer, Parameters]:
-    """The model, and its parameters with rank 0's first weights; collective."""
+    """The model, and its parameters with rank 0's initial weights; collective."""
     with world.together():
         model, specs = build_network(settings.model, data.image_shape, data.classes, task.output_shape(data), model)
         try:

@@ -127,7 +127,7 @@ class Replica:
     def _numbers(self, step: int) -> tuple[float, ...]:
         """What a step needs besides samples: the optimizer's numbers, and how much the average takes of new weights.
 
-        A young average takes more, or the first weights would stay in it for long.
+        A young average takes more, or the initial weights would stay in it for long.
         """
         numbers = self.optimizer.numbers(step + 1)
         return (*numbers, 1 - min(self.settings.ema, (1 + step) / (10 + step))) if self.settings.ema else numbers

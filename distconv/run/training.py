@@ -28,8 +28,8 @@ from distconv.run import checkpoint as files
 from distconv.run.build import build_run
 from distconv.run.checkpoint import Checkpoint
 from distconv.run.ending import conclude, finish, show_report
-from distconv.run.first_weights import take_first_weights
 from distconv.run.folder import EVENTS, check_folder, held_folder, make_ready
+from distconv.run.initial_weights import load_initial_weights
 from distconv.run.loading import CHECKPOINT_ENDING, load_dataset
 from distconv.run.log import RunLog
 from distconv.run.loop import EpochRecord, Record, StepRecord, StopRecord, logged
@@ -202,7 +202,7 @@ def resume(run: Run, out: Path, log: RunLog) -> Checkpoint | None:
             run.world.comm.Bcast(vector)
         run.restore(position, run.vectors())
     else:
-        take_first_weights(run, log.say)
+        load_initial_weights(run, log.say)
     return found
 
 

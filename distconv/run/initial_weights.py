@@ -12,7 +12,7 @@ from distconv.run.loading import check_data, newest_of, open_file, tell_passed_o
 from distconv.run.run import Run
 
 
-def take_first_weights(run: Run, say: Callable[[str], None]) -> None:
+def load_initial_weights(run: Run, say: Callable[[str], None]) -> None:
     """Have all ranks start from the weights that the setting `init` names, as rank 0 reads them; collective.
 
     The run is at its start. What is not trained, and not in the file, keeps its first values; the average of the
