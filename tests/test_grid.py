@@ -97,4 +97,4 @@ def test_a_vector_on_its_way_is_rounded_to_the_grid_of_all() -> None:
             alone = np.zeros((V, 1000), np.float32)
             alone[0] = x
             bits = 8 * wire.numbers.dtype.itemsize
-            assert of_many.there_and_back(x).tobytes() == summed(alone, bits).tobytes()
+            assert of_many.round_trip(x).tobytes() == summed(alone, bits).tobytes()

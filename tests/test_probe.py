@@ -29,7 +29,7 @@ class Doubling:
 
 
 def through(wire: str, x: np.ndarray) -> np.ndarray:
-    return WIRES[wire].there_and_back(x)
+    return WIRES[wire].round_trip(x)
 
 
 def compared(gradient: np.ndarray, wire: str = "float16") -> WireProbe:

@@ -101,7 +101,7 @@ class Report:
         sum is rounded once more, by as much, on its way back.
         """
         with np.errstate(all="ignore"):
-            arrived = self._wire.there_and_back(self._sample)
+            arrived = self._wire.round_trip(self._sample)
             finite = np.isfinite(self._sample) & np.isfinite(arrived)
             x, y = self._sample[finite].astype(np.float64), arrived[finite]
             lost = float(np.linalg.norm(y - x))

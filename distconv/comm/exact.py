@@ -48,7 +48,7 @@ class ExactWire(Wire):
     def first_bad(self, x: Array) -> int:
         return int(half.first_bad(x))
 
-    def there_and_back(self, x: Array) -> Array:
+    def round_trip(self, x: Array) -> Array:
         """What arrives of x (n,), if no other contribution has a larger number in a block."""
         peaks, total = np.empty(blocks(x.size), np.uint16), np.empty(x.size, self.numbers.dtype)
         arrived = np.empty_like(x)
@@ -59,7 +59,7 @@ class ExactWire(Wire):
 
     def warm_up(self) -> None:
         """Call what a sum calls, so that it is compiled."""
-        self.there_and_back(np.zeros(BLOCK, np.float32))
+        self.round_trip(np.zeros(BLOCK, np.float32))
         self.first_bad(np.zeros(BLOCK, np.float32))
 
 

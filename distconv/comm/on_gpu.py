@@ -119,7 +119,7 @@ class OneRank(DeviceExchange):
         self.gpu = gpu
 
     def before(self, vector: Array, bad: Array) -> None:
-        self.gpu.launch("wire", "there_and_back", vector.size, vector, vector.size, bad)
+        self.gpu.launch("wire", "round_trip", vector.size, vector, vector.size, bad)
 
     def travel(self, header: Headers) -> Headers:
         return np.array([header], HEADER)

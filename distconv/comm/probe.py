@@ -79,7 +79,7 @@ class WireProbe:
         share: (m,), or (K, m) where this rank has several shards; the first is what is sent.
         """
         exact, first = share.copy(), share.reshape(-1, share.shape[-1])[0]
-        flushed = float(np.count_nonzero((self.wire.there_and_back(first) == 0) & (first != 0)) / first.size)
+        flushed = float(np.count_nonzero((self.wire.round_trip(first) == 0) & (first != 0)) / first.size)
         self.exact.sum(exact, np.zeros((), HEADER))
         exact = exact.reshape(-1, share.shape[-1])[0]
         with np.errstate(invalid="ignore", over="ignore"):

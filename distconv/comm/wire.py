@@ -65,7 +65,7 @@ class Wire:
         for piece in _pieces(x.size):
             self.decode_piece(message, x[piece], piece.start)
 
-    def there_and_back(self, x: Array) -> Array:
+    def round_trip(self, x: Array) -> Array:
         """What arrives of x."""
         message, arrived = np.zeros(self.nbytes(-(-x.size // BLOCK) * BLOCK), np.uint8), np.empty_like(x)
         self.encode(x, message)

@@ -68,7 +68,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK) decode(const unsigned short 
 }
 
 // What encode, sum_and_encode of one rank and decode make of x (n,): bad[0] tells of it before, bad[1] after.
-extern "C" __global__ void __launch_bounds__(BLOCK) there_and_back(float *x, int n, int *bad) {
+extern "C" __global__ void __launch_bounds__(BLOCK) round_trip(float *x, int n, int *bad) {
     int i = blockIdx.x * BLOCK + threadIdx.x;
     float before = i < n ? x[i] : 0, sum = plus(0, before);
     int exponent = shared_exponent(sum);
