@@ -42,7 +42,7 @@ def test_what_a_user_names_cannot_become_markup(tmp_path: Path) -> None:
 def test_starts_and_goodput_are_those_of_the_records(tmp_path: Path) -> None:
     records = [start(100), step(1, 105), step(2, 110), start(150, resumed_step=2, ranks=3), step(3, 160), step(4, 190)]
     history = read_history(write(tmp_path, *records))
-    assert [(s.seconds, s.lost, s.last_step, s.end) for s in history.stretches] == [
+    assert [(s.seconds, s.lost, s.last_step, s.end) for s in history.attempts] == [
         (10, 0, 2, "ended by an accident"),
         (40, 40, 4, "cut off"),
     ]
@@ -52,10 +52,10 @@ def test_starts_and_goodput_are_those_of_the_records(tmp_path: Path) -> None:
     assert "2 to 4 40.0 s cut off 40.0 s" in " ".join(shown.split()) and "of 20, 100 images each" in shown
     records.insert(3, {"event": "stop", "time": 110, "step": 2})  # a pause that somebody wanted is no loss
     history = read_history(write(tmp_path, *records))
-    assert history.goodput == 1 and [s.end for s in history.stretches] == ["stopped", "cut off"]
+    assert history.goodput == 1 and [s.end for s in history.attempts] == ["stopped", "cut off"]
     more = [start(100, steps=2), step(1, 105), step(2, 110), start(1000, resumed_step=2, steps=4), step(3, 1010)]
     history = read_history(write(tmp_path, *more))  # finished, and one day somebody gave it more epochs
-    assert history.goodput == 1 and [s.end for s in history.stretches] == ["finished", "cut off"]
+    assert history.goodput == 1 and [s.end for s in history.attempts] == ["finished", "cut off"]
     backwards = [start(100), step(1, 110), start(50, resumed_step=1), step(2, 60)]  # a clock that was set back
     assert read_history(write(tmp_path, *backwards)).goodput == 1
 

@@ -35,7 +35,7 @@ NOT_OF_THE_MODEL = ("out", "resume", "trace", "trace_steps", "tensorboard")
 
 
 @dataclass(frozen=True)
-class Stretch:
+class Attempt:
     """A part of a run, from one start until it ended in whatever way. seconds: until the last record that still counts.
 
     lost: seconds between the end of the part before and this start, if an accident ended that one. end: how it ended.
@@ -102,7 +102,7 @@ class History:
 
     @property
     def last_step(self) -> int:
-        return self.stretches[-1].last_step
+        return self.attempts[-1].last_step
 
     def per_epoch(self, key: str) -> Numbers:
         """(E,), of each epoch, likewise."""
@@ -167,11 +167,11 @@ class History:
         return planned / epochs if planned and epochs else float(max(1, len(self._steps)))
 
     @cached_property
-    def stretches(self) -> Sequence[Stretch]:
+    def attempts(self) -> Sequence[Attempt]:
         """The starts of the run, in order; of steps that were made again, only the last counts."""
         begins = [n for n, record in enumerate(self.records) if record.get("event") == "start"]
-        found: list[Stretch] = []
-        before = None  # when the stretch before ended, if nobody wanted it to
+        found: list[Attempt] = []
+        before = None  # when the attempt before ended, if nobody wanted it to
         for begin, end in zip(begins, [*begins[1:], len(self.records)], strict=True):
             start, kept = self.records[begin], self.records[begin + 1 : end]
             began = _time(start)
@@ -188,14 +188,14 @@ class History:
                 how = "finished"  # then somebody gave it more epochs
             else:
                 how = ACCIDENT
-            found.append(Stretch(start, ended - began, max(0.0, began - (before or began)), last, how))
+            found.append(Attempt(start, ended - began, max(0.0, began - (before or began)), last, how))
             before = ended if how == ACCIDENT else None
         return found
 
     @property
     def seconds(self) -> float:
         """In which the run came forward."""
-        return sum(stretch.seconds for stretch in self.stretches)
+        return sum(attempt.seconds for attempt in self.attempts)
 
     @property
     def goodput(self) -> float:
@@ -203,7 +203,7 @@ class History:
 
         Pauses after a stop on request, or after the end of a run that then got more epochs, are in neither.
         """
-        lost = sum(stretch.lost for stretch in self.stretches)
+        lost = sum(attempt.lost for attempt in self.attempts)
         return self.seconds / (self.seconds + lost) if lost else 1.0
 
     @property

@@ -39,7 +39,7 @@ def tiles(history: History) -> str:
         sent = float(np.max(history.steps_of_now("wire_bytes"), initial=0))
         alone = f"float32 by itself would take {milliseconds(1e3 * history.median('wire_seconds_float32'))}"
         entries.append(("sent in a step", in_bytes(sent), f"by rank 0, {history.start.get('wire')}; {alone}"))
-    starts = plural(len(history.stretches), "start")
+    starts = plural(len(history.attempts), "start")
     entries.append(("time", duration(history.seconds), f"goodput {history.goodput:.0%}, {starts}"))
     scale, error = over_a_run(history.epochs, history.batch_size)
     if scale > 0:
@@ -68,12 +68,12 @@ def _of_what(history: History) -> str:
 def starts_table(history: History) -> str:
     """Each start, how far it came, how it ended, and how much time an accident had taken before it."""
     rows = []
-    for stretch in history.stretches:
-        begun = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(float(stretch.start.get("time") or 0)))
-        steps = f"{stretch.start.get('resumed_step') or 0:,} to {stretch.last_step:,}"
-        lost = duration(stretch.lost) if stretch.lost else ""
+    for attempt in history.attempts:
+        begun = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(float(attempt.start.get("time") or 0)))
+        steps = f"{attempt.start.get('resumed_step') or 0:,} to {attempt.last_step:,}"
+        lost = duration(attempt.lost) if attempt.lost else ""
         rows.append([
-            begun, str(stretch.start.get("ranks") or ""), steps, duration(stretch.seconds), stretch.end, lost
+            begun, str(attempt.start.get("ranks") or ""), steps, duration(attempt.seconds), attempt.end, lost
         ])  # fmt: skip
     head = ["started", "ranks", "steps that count", "time", "end", "lost before it"]
     return f'<div class="card scroll">{table(head, rows)}</div>'
