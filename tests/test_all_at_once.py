@@ -14,7 +14,8 @@ from distconv.errors import BadDataError, MismatchError
 from distconv.nn.optimizers import Adam
 from distconv.nn.parameters import Parameters
 from distconv.run import checkpoint as files
-from distconv.run.checkpoint import check_same_run, find_checkpoints, load_checkpoint
+from distconv.run.checkpoint import check_same_run, load_checkpoint
+from distconv.run.folder import find_checkpoints
 from tests import jobs
 from tests.test_checkpoint import CONFIG, DATA, SPECS, position, write
 from tests.test_forged import forged, good_about

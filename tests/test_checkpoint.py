@@ -21,7 +21,8 @@ from distconv.errors import BadDataError, MismatchError, MissingInputError, Stor
 from distconv.nn.optimizers import Adam
 from distconv.nn.parameters import Parameters, Spec
 from distconv.run import checkpoint as files
-from distconv.run.checkpoint import Checkpoint, check_same_run, find_checkpoints, load_checkpoint, newest_good
+from distconv.run.checkpoint import Checkpoint, check_same_run, load_checkpoint, newest_good
+from distconv.run.folder import find_checkpoints
 from distconv.run.tensorfile import TensorFile
 from tests.files import peak_memory, python
 

@@ -21,7 +21,8 @@ from distconv.nn.networks import build_network
 from distconv.nn.parameters import Parameters
 from distconv.pictures.answers import draw_confusion, draw_mistakes
 from distconv.pictures.style import save
-from distconv.run.checkpoint import find_checkpoints, load_checkpoint
+from distconv.run.checkpoint import load_checkpoint
+from distconv.run.folder import find_checkpoints
 from distconv.run.log import read_metrics
 from tests import jobs
 

@@ -12,7 +12,7 @@ import pytest
 from distconv.nn.layers import Affine, Chain, Conv, Layer
 from distconv.nn.networks import build_network
 from distconv.nn.parameters import Parameters, Shape, Specs
-from distconv.run.checkpoint import find_checkpoints
+from distconv.run.folder import find_checkpoints
 from distconv.run.layout import check, fill, places, to_file
 from tests import jobs
 from tests.test_commands import source_pickle

@@ -18,7 +18,8 @@ from distconv.kernels.cpu.device import Cpu
 from distconv.nn.layers import Context
 from distconv.nn.networks import build_network
 from distconv.nn.parameters import Parameters, count
-from distconv.run.checkpoint import find_checkpoints, load_checkpoint
+from distconv.run.checkpoint import load_checkpoint
+from distconv.run.folder import find_checkpoints
 from examples import gan, q_learning, schedule
 from tests import jobs
 from tests.test_train import metrics, parameters

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from distconv.run.checkpoint import find_checkpoints
+from distconv.run.folder import find_checkpoints
 from tests import jobs
 from tests.files import NAMES, small_set, write_set
 

@@ -18,7 +18,8 @@ import pytest
 from distconv.config import Config
 from distconv.errors import CannotCreateError
 from distconv.run import folder
-from distconv.run.checkpoint import find_checkpoints, load_checkpoint
+from distconv.run.checkpoint import load_checkpoint
+from distconv.run.folder import find_checkpoints
 from distconv.run.log import read_metrics
 from tests import jobs
 from tests.folders import ALONE, events, everything, look, put, run

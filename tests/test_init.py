@@ -13,7 +13,8 @@ import pytest
 
 from distconv.data import digits
 from distconv.data.shard import epoch_order
-from distconv.run.checkpoint import find_checkpoints, load_checkpoint
+from distconv.run.checkpoint import load_checkpoint
+from distconv.run.folder import find_checkpoints
 from tests import jobs
 from tests.test_commands import source_pickle
 from tests.test_pickled import SIMPLE, simple_scores

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from distconv.run.checkpoint import find_checkpoints
+from distconv.run.folder import find_checkpoints
 from tests import jobs
 
 SIZE = 20_000_000  # numbers

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from distconv.run.checkpoint import find_checkpoints, load_checkpoint
+from distconv.run.checkpoint import load_checkpoint
+from distconv.run.folder import find_checkpoints
 from distconv.run.log import read_metrics
 from tests import jobs
 from tests.test_start import one_line

@@ -15,7 +15,7 @@ import pytest
 
 from distconv.config import Config
 from distconv.errors import UsageError
-from distconv.run.checkpoint import find_checkpoints
+from distconv.run.folder import find_checkpoints
 from distconv.settings import read_settings
 from distconv.supervise.supervisor import last_record
 from tests import jobs

@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from distconv.run.checkpoint import find_checkpoints
+from distconv.run.folder import find_checkpoints
 from tests import jobs
 
 LONG = (

@@ -17,8 +17,7 @@ import pytest
 
 from distconv.errors import CannotCreateError
 from distconv.run import tensorboard
-from distconv.run.checkpoint import find_checkpoints
-from distconv.run.folder import LOCK
+from distconv.run.folder import LOCK, find_checkpoints
 from distconv.run.log import read_metrics
 from distconv.run.tensorboard import EventFile
 from tests import jobs

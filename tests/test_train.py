@@ -14,7 +14,8 @@ from typing import Any
 import matplotlib.image
 import pytest
 
-from distconv.run.checkpoint import find_checkpoints, load_checkpoint
+from distconv.run.checkpoint import load_checkpoint
+from distconv.run.folder import find_checkpoints
 from distconv.run.log import read_metrics
 from tests import jobs
 

@@ -12,7 +12,6 @@ import hashlib
 import json
 import math
 import os
-import re
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -35,11 +34,11 @@ from distconv.nn.optimizers import EMA
 from distconv.nn.parameters import Parameters, digest
 from distconv.run.array_files import not_ours
 from distconv.run.files import replacing
+from distconv.run.folder import find_checkpoints, step_of
 from distconv.run.noise import MOMENTS
 from distconv.run.tensorfile import OtherProgramsFileError, TensorFile, write_tensors
 
 FORMAT = "distconv-1"
-OURS = re.compile(r"step-\d{10,}\.safetensors")  # not a copy that a user made and named
 KEEP = 3  # newest checkpoints that stay
 # Else it would be another run.
 MUST_MATCH = ("model", "task", "batch_size", "optimizer", "seed", "limit_train", "validation", "ema", "init")
@@ -164,7 +163,7 @@ def save_checkpoint(
             os.fsync(file.fileno())
         _sync_folder(folder)
         # One of a later step than the run has come to is damaged, and must not push out good ones, such as this.
-        so_far = [old for old in find_checkpoints(folder) if int(old.stem[5:]) <= position["step"]]
+        so_far = [old for old in find_checkpoints(folder) if step_of(old) <= position["step"]]
         for old in [*so_far[KEEP:], *folder.glob(".step-*.safetensors.*.tmp")]:  # a kill leaves these
             old.unlink(missing_ok=True)
     except OSError as error:
@@ -240,17 +239,11 @@ def _read_about(text: str, names: Iterable[str], state: str, finite: bool, path:
     return {**parts, "config": config}
 
 
-def find_checkpoints(folder: Path) -> list[Path]:
-    """The checkpoint files of a folder, newest step first."""
-    found = {path: OURS.fullmatch(path.name) for path in folder.glob("step-*.safetensors") if path.is_file()}
-    return sorted((path for path, ours in found.items() if ours), key=lambda path: int(path.stem[5:]), reverse=True)
-
-
 def set_aside(folder: Path, step: int) -> list[Path]:
     """Rename the checkpoints of this step and later ones, so that none is found any more; returns their new names."""
     aside = []
     for path in find_checkpoints(folder):
-        if int(path.stem[5:]) >= step:
+        if step_of(path) >= step:
             aside.append(path.replace(path.with_name(f"diverged-{path.name}")))
     return aside
 

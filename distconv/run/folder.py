@@ -36,6 +36,7 @@ REWRITTEN = (  # what a run writes over, or deletes
 )  # fmt: skip
 EVENTS = "tensorboard"  # the folder of event files, to which each start of a run adds one
 REPORT = re.compile(r"rank-\d+\.json")
+CHECKPOINT = re.compile(r"step-\d{10,}\.safetensors")  # not a copy that a user made and named
 
 
 def members(folder: Path) -> list[Path]:
@@ -45,6 +46,17 @@ def members(folder: Path) -> list[Path]:
         return [path.parent for path in found] if found and not (folder / "metrics.jsonl").exists() else [folder]
     except (OSError, ValueError):  # a name that no file can have, or a folder that may not be entered
         return [folder]
+
+
+def find_checkpoints(folder: Path) -> list[Path]:
+    """The checkpoint files in a folder, newest step first."""
+    ours = (path for path in folder.glob("step-*.safetensors") if CHECKPOINT.fullmatch(path.name) and path.is_file())
+    return sorted(ours, key=step_of, reverse=True)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step in the name of such a file."""
+    return int(checkpoint.stem.removeprefix("step-"))
 
 
 def check_folder(settings: Config, world: World) -> Mapping[str, Any] | None:
@@ -93,8 +105,6 @@ def make_ready(out: Path, settings: Config, checkpoint: Checkpoint | None, say: 
 
     Raises MismatchError where it would not go on, and nothing is changed then; CannotCreateError, StorageError.
     """
-    from distconv.run.checkpoint import find_checkpoints
-
     if checkpoint is not None:
         _refuse_vain_changes(checkpoint, settings)
     elif steps := sum(record.get("event") == "step" for record in read_metrics(out / "metrics.jsonl")):
@@ -188,8 +198,6 @@ def _is_report(path: Path) -> bool:
 
 
 def _refuse_second_run(out: Path, settings: Config) -> None:
-    from distconv.run.checkpoint import find_checkpoints
-
     if settings.resume != "auto" and (
         find_checkpoints(out / "checkpoints")
         or any(record.get("event") != "start" for record in read_metrics(out / "metrics.jsonl"))
@@ -201,8 +209,6 @@ def _refuse_second_run(out: Path, settings: Config) -> None:
 
 def _refuse_lost_checkpoints(out: Path) -> None:
     """Raise MissingInputError where a run has left metrics, and must have left a checkpoint, but there is none."""
-    from distconv.run.checkpoint import find_checkpoints
-
     if find_checkpoints(out / "checkpoints"):
         return
     events = [record.get("event") for record in read_metrics(out / "metrics.jsonl")]

@@ -12,7 +12,6 @@ import itertools
 import json
 import math
 import os
-import re
 import signal
 import subprocess
 import time
@@ -24,6 +23,7 @@ from typing import Any
 from distconv import errors
 from distconv.formatting import plural
 from distconv.process.voice import write
+from distconv.run.folder import find_checkpoints, step_of
 from distconv.run.log import read_metrics
 from distconv.supervise.launcher import end, job_environment
 
@@ -56,7 +56,6 @@ LOOK = 2.0  # seconds between two looks whether a job has failed that does not e
 ONE_CTRL_C = 0.5  # seconds within which another SIGINT is the same: a wrapper may pass on what the terminal sends, too
 SECONDS_AFTER_A_REPORT = 20.0  # that a job has to end
 TAIL = 1 << 16  # bytes at the end of metrics.jsonl that hold its last record
-CHECKPOINT = re.compile(r"step-(\d{10,})\.safetensors")
 SET_DEATH_SIGNAL, SET_CHILD_SUBREAPER = 1, 36  # prctl(2)
 LIBC = ctypes.CDLL(None)
 
@@ -221,8 +220,7 @@ class Supervisor:
     def newest_checkpoint(self) -> int:
         """The step of the newest checkpoint; 0 if there is none."""
         with contextlib.suppress(OSError, ValueError):
-            found = [CHECKPOINT.fullmatch(path.name) for path in (self.out / "checkpoints").iterdir()]
-            return max((int(name[1]) for name in found if name), default=0)
+            return max(map(step_of, find_checkpoints(self.out / "checkpoints")), default=0)
         return 0
 
     def is_done(self) -> bool:
