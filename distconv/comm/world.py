@@ -2,7 +2,7 @@
 
 With plain MPI a rank that raises leaves the others waiting in a collective for ever. So everything after MPI's start
 happens inside `with start() as world:` (start.py), which ends all ranks when one of them fails, and errors that every
-rank meets alike are gathered by `together` and reported once.
+rank meets alike are gathered by `together` and reported once; `on_rank_0` does so for what one rank does for all.
 """
 
 from __future__ import annotations
