@@ -149,14 +149,19 @@ def _read(path: Path) -> dict[str, NDArray[Any]]:
                             )
                     with archive.open(there[name]) as file:
                         arrays[name] = npy.read_array(file, allow_pickle=False)
-    except DistconvError:
-        raise
-    except Exception as error:  # a broken zip file can raise nearly anything
-        if isinstance(error, OSError) and error.errno != errno.EINVAL:  # no file makes these, but a place outside of it
-            raise StorageError(f"{path} cannot be read: {error}") from None
-        what = f"{name}: {' '.join(str(error).split())[:200] or type(error).__name__}"
-        raise BadDataError(f"{path} is not a whole .npz file ({what}): write it by np.savez") from None
+    except Exception as error:
+        raise cannot_be_read(path, name, error) from None
     return arrays
+
+
+def cannot_be_read(path: Path, name: str, error: Exception) -> DistconvError:
+    """What to raise where an array of an .npz file made this error: a broken zip file can raise nearly anything."""
+    if isinstance(error, DistconvError):
+        return error
+    if isinstance(error, OSError) and error.errno != errno.EINVAL:  # no file makes these, but a place outside of it
+        return StorageError(f"{path} cannot be read: {error}")
+    what = f"{name[:40]}: {' '.join(str(error).split())[:200] or type(error).__name__}"
+    return BadDataError(f"{path} is not a whole .npz file ({what}): write it by np.savez")
 
 
 def check_header(where: str, file: IO[bytes], size: int) -> np.dtype[Any]:

@@ -7,14 +7,13 @@ sentence says what they are and what to do.
 from __future__ import annotations
 
 import difflib
-import errno
 import zipfile
 from pathlib import Path
 
 from numpy.lib import format as npy
 
-from distconv.data.npz import NEEDED, check_header
-from distconv.errors import BadDataError, DistconvError, MissingInputError, StorageError
+from distconv.data.npz import NEEDED, cannot_be_read, check_header
+from distconv.errors import BadDataError, MissingInputError, StorageError
 from distconv.kernels.interface import Array
 from distconv.run.layout import FileArrays, listed
 from distconv.run.pickled import read_pickle
@@ -106,7 +105,7 @@ def _meant(path: Path) -> str:
 
 
 def _read_zip(path: Path) -> FileArrays:
-    """The arrays of an .npz file. Raises BadDataError, OSError."""
+    """The arrays of an .npz file. Raises BadDataError, StorageError."""
     name = "archive"  # which is read at the moment
     arrays: dict[str, Array | None] = {}
     try:
@@ -125,13 +124,8 @@ def _read_zip(path: Path) -> FileArrays:
                 if dtype.kind == "f" and dtype.itemsize <= 8:
                     with archive.open(part) as file:
                         arrays[name] = npy.read_array(file, allow_pickle=False)
-    except DistconvError:
-        raise
-    except Exception as error:  # a broken zip file can raise nearly anything
-        if isinstance(error, OSError) and error.errno != errno.EINVAL:  # no file makes these, but a place outside of it
-            raise
-        what = f"{name[:40]}: {' '.join(str(error).split())[:200] or type(error).__name__}"
-        raise BadDataError(f"{path} is not a whole .npz file ({what}): write it by np.savez") from None
+    except Exception as error:
+        raise cannot_be_read(path, name, error) from None
     return arrays
 
 
