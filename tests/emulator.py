@@ -246,10 +246,11 @@ class Emulator:
         array[...] = 0
         return array
 
-    def upload(self, array: ArrayLike) -> NDArray[Any]:
+    def upload(self, array: ArrayLike, start: int = 0) -> NDArray[Any]:
         self._refuse_to_record()
         host = np.asarray(array)
-        device = np.asarray(Allocation(host.shape, host.dtype))
+        ahead = -start * host.itemsize % 16 // host.itemsize
+        device = np.asarray(Allocation((ahead + host.size,), host.dtype))[ahead:].reshape(host.shape)
         device[...] = host
         return device
 

@@ -27,8 +27,8 @@ class Device(Protocol):
     """Memory, and work that is started in order. On the CPU, what is started is done at once."""
 
     def zeros(self, shape: int | tuple[int, ...], dtype: Any) -> Array: ...
-    def upload(self, array: Array) -> Array:
-        """The array on the device: on the CPU itself, else a copy."""
+    def upload(self, array: Array, start: int = 0) -> Array:
+        """The array on the device: on the CPU itself, else a copy, whose element `start` lies at a multiple of 16 bytes."""
         ...
 
     def download(self, array: Array) -> Array:

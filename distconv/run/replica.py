@@ -66,7 +66,9 @@ class Replica:
                 f"--shards {shards.count} on {shards.size} ranks: a gradient for each of a rank's {K} shards does not "
                 f"fit into memory ({error}): use more ranks, or fewer shards"
             ) from None
-        self.vector, self.shares = self.device.upload(parameters.vector), self.device.upload(several)
+        # What is trained begins where a GPU loads four numbers at once; the six of Standardize stand before it.
+        self.vector = self.device.upload(parameters.vector, parameters.size - parameters.trained_size)
+        self.shares = self.device.upload(several)
         self.rows = self.shares.reshape(K, parameters.size)
         self.gradient, self.values = self.rows[0], parameters.nested(self.vector)
         self.grads_by_shard = [parameters.nested(row) for row in self.rows]

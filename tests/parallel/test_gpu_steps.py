@@ -159,6 +159,15 @@ def test_batch_norm_of_shards_gives_gpus_the_bits_of_one_and_the_losses_of_cpus(
     assert losses[0] == pytest.approx(losses[2], rel=1e-3)
 
 
+def test_filters_begin_where_a_gpu_loads_four_numbers_at_once(world: World, folder: Path) -> None:
+    """Elsewhere they are loaded one by one, and the fastest kernels do not take them."""
+    settings = dataclasses.replace(SETTINGS, model=f"{__name__}:network_of_blocks")
+    run = build_run(settings, dataset(), world, device=Emulator(folder))
+    first = run.parameters.size - run.parameters.trained_size
+    assert first % 4 and run.replica.device.address(run.replica.vector[first:]) % 16 == 0
+    assert run.replica.vector.tobytes() == run.parameters.vector.tobytes()
+
+
 def test_the_kernels_of_all_shapes_are_compiled_before_the_first_step(world: World, folder: Path) -> None:
     """Those of an evaluation, too: where a deep network has many, they take longer than a rank may stand still."""
 

@@ -23,7 +23,7 @@ class Host:
     def zeros(self, shape: int | tuple[int, ...], dtype: DTypeLike) -> Array:
         return np.zeros(shape, dtype)
 
-    def upload(self, array: Array) -> Array:
+    def upload(self, array: Array, start: int = 0) -> Array:
         return array
 
     def download(self, array: Array) -> Array:

@@ -139,9 +139,14 @@ class Cuda:
     def zeros(self, shape: int | tuple[int, ...], dtype: DTypeLike) -> Array:
         return self.cupy.zeros(shape, dtype)
 
-    def upload(self, array: NDArray[Any]) -> Array:
-        """A copy on the device."""
-        return self.cupy.asarray(np.ascontiguousarray(array))
+    def upload(self, array: NDArray[Any], start: int = 0) -> Array:
+        """A copy on the device; its element `start` lies at a multiple of 16 bytes, which a kernel loads at once."""
+        copy = self.cupy.asarray(np.ascontiguousarray(array))
+        if ahead := -start * array.itemsize % 16 // array.itemsize:
+            placed = self.cupy.empty(ahead + array.size, array.dtype)[ahead:].reshape(array.shape)
+            placed[...] = copy
+            return placed
+        return copy
 
     def download(self, array: Array) -> NDArray[Any]:
         """A copy on the host, once the work before is done."""
