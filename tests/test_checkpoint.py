@@ -291,6 +291,8 @@ def test_another_number_of_parts_of_a_step_is_reported_as_batch_norm_takes_its_s
     checkpoint = load_checkpoint(write(tmp_path, 1))
     parted = Config(batch_size=CONFIG.batch_size // 4, accumulate=4)
     assert check_same_run(checkpoint, parted, DATA["digest"]) == ["accumulate is now 4, was 1"]
+    with pytest.raises(MismatchError, match="batch_size times accumulate = 100, not 200"):
+        check_same_run(checkpoint, Config(batch_size=100, accumulate=2), DATA["digest"])
 
 
 POINTS = ("open", "write", "fsync of the file", "replace", "fsync of the folder", "unlink of the oldest")

@@ -28,7 +28,10 @@ class Device(Protocol):
 
     def zeros(self, shape: int | tuple[int, ...], dtype: Any) -> Array: ...
     def upload(self, array: Array, start: int = 0) -> Array:
-        """The array on the device: on the CPU itself, else a copy, whose element `start` lies at a multiple of 16 bytes."""
+        """The array on the device: on the CPU itself, else a copy.
+
+        The element `start` of a copy lies at a multiple of 16 bytes.
+        """
         ...
 
     def download(self, array: Array) -> Array:

@@ -267,10 +267,12 @@ def check_same_run(checkpoint: Checkpoint, config: Config, data_digest: str) -> 
     for settings, of in ((have, checkpoint.config), (want, config)):
         settings["batch_size"] = of.step_size  # it may be computed in other parts, which is told
         settings["init"] = of.init and os.path.abspath(of.init)  # noqa: PTH100 (x and ./x are one file)
+    parted = checkpoint.config.accumulate > 1 or config.accumulate > 1
     for name in MUST_MATCH:
         if have[name] != want[name]:
+            what = "batch_size times accumulate" if parted and name == "batch_size" else name
             raise MismatchError(
-                f"{checkpoint.path} was made with {name} = {_shown(have[name])}, not {_shown(want[name])}: "
+                f"{checkpoint.path} was made with {what} = {_shown(have[name])}, not {_shown(want[name])}: "
                 f"give the same, or start afresh in another --out"
             )
     if checkpoint.data["digest"] != data_digest:
