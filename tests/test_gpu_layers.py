@@ -33,6 +33,15 @@ def test_max_pooling_and_its_gradient(gpu: Gpu, K: int, stride: int, pad: int) -
     np.testing.assert_array_equal(device.download(found_dx), dx)
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.uint8])
+def test_an_upload_lies_where_it_is_asked_to(gpu: Gpu, dtype: type) -> None:
+    x = np.arange(40).astype(dtype).reshape(5, 8)
+    for start in (0, 6, 7, 39):
+        there = gpu.device.upload(x, start)
+        assert gpu.device.address(there.reshape(-1)[start:]) % 16 == 0
+        np.testing.assert_array_equal(gpu.device.download(there), x)
+
+
 def test_relu_and_scale(gpu: Gpu) -> None:
     device = gpu.device
     x, dy = np.append(normal(random(5), 400), [0, -0.0, np.inf, -np.inf]).astype(np.float32), normal(random(6), 405)

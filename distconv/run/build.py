@@ -267,15 +267,13 @@ def compile_kernels(run: Run) -> None:
     in_turn = not cpu or world.local.allreduce(not CACHE.holds_some()) > 0
     with world.together(), one_of_a_host_first(world) if in_turn else contextlib.nullcontext():
         replica.exchange.wire.warm_up()
+        model = checked(replica.model) if cpu else replica.model
         if cpu:
-            model, samples = checked(replica.model), np.arange(min(2, run.data.size("train")))
+            samples = np.arange(min(2, run.data.size("train")))
             context = Context(training=True, samples=samples, kernels=replica.kernels)
             batch = run.data.batch("train", samples, context)
             sums = run.task.gradient(model, replica.values, replica.grads, batch, context)
             check_sums("gradient", sums, len(run.task.sums))
-            at_rest = Context(training=False, samples=np.arange(1), kernels=replica.kernels)
-            batch = run.data.batch("test", at_rest.samples, at_rest)  # an epoch's end would be late to learn of faults
-            check_sums("evaluate", run.task.evaluate(model, replica.values, batch, at_rest), 2)
             value, gradient, *state = np.zeros((2 + len(replica.slots), 1), replica.vector.dtype)
             replica.optimizer.step(value, gradient, replica.optimizer.numbers(1), *state)
             replica.checksum()
@@ -284,10 +282,10 @@ def compile_kernels(run: Run) -> None:
                 replica.kernels.average(value, gradient, (0.5,), replica.mailbox.bad)
         else:
             replica.share(0, np.zeros(1, np.int64), 1)
-            # Evaluation has kernels of its own. Compiled at an epoch's end, many would make a rank seem to hang.
-            at_rest = Context(False, samples=replica.device.upload(np.zeros(1, np.int32)), kernels=replica.kernels)
-            batch = run.data.batch("test", at_rest.samples, at_rest)
-            run.task.evaluate(replica.model, replica.values, batch, at_rest)
+        # An epoch's end would be late to learn of faults, and a rank that compiles many kernels there seems to hang.
+        at_rest = Context(training=False, samples=replica.device.upload(np.zeros(1, np.int32)), kernels=replica.kernels)
+        batch = run.data.batch("test", at_rest.samples, at_rest)
+        check_sums("evaluate", run.task.evaluate(model, replica.values, batch, at_rest), 2)
 
 
 def check_sums(method: str, found: Any, count: int) -> None:

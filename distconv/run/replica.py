@@ -67,13 +67,14 @@ class Replica:
                 f"fit into memory ({error}): use more ranks, or fewer shards"
             ) from None
         # What is trained begins where a GPU loads four numbers at once; the six of Standardize stand before it.
-        self.vector = self.device.upload(parameters.vector, parameters.size - parameters.trained_size)
+        first = parameters.size - parameters.trained_size
+        self.vector = self.device.upload(parameters.vector, first)
         self.shares = self.device.upload(several)
         self.rows = self.shares.reshape(K, parameters.size)
         self.gradient, self.values = self.rows[0], parameters.nested(self.vector)
         self.grads_by_shard = [parameters.nested(row) for row in self.rows]
         self.grads = self.grads_by_shard[0]
-        self.state_there = {slot: self.device.upload(vector) for slot, vector in self.state.items()}
+        self.state_there = {slot: self.device.upload(vector, first) for slot, vector in self.state.items()}
         self.averages = parameters.nested(self.state_there[EMA]) if settings.ema else self.values
         self.mailbox = kernels.mailbox(
             len(self._numbers(0)), settings.step_size, len(task.sums) * settings.accumulate * len(shards.own)
