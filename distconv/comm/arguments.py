@@ -77,7 +77,7 @@ def _own_settings(size: Any, wire: Any, exchange: Any) -> tuple[int, str, str]:
             raise TypeError(f"{name} must be one of {', '.join(known)}, not {_kind(value)}")
         if value not in known:
             raise ValueError(f"{name} must be one of {', '.join(known)}, not {value!r}")
-    return number, str(wire), str(exchange)
+    return number, str.__str__(wire), str.__str__(exchange)  # str() of an enumeration's member gives another text
 
 
 def _look_for_room(size: int, wire: str, ranks: int) -> None:

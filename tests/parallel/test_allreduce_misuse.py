@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import enum
 import resource
 import threading
 from collections.abc import Callable, Iterator
@@ -275,8 +276,13 @@ def on_the_last_rank_no_more_than(nbytes: int, world: World) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_AS, before)
 
 
-def test_settings_that_say_the_same_are_the_same(world: World) -> None:
-    size, wire = (10, "float16") if world.rank == 0 else (np.int64(10), np.str_("float16"))
+class WireName(str, enum.Enum):
+    HALF = "float16"
+
+
+@pytest.mark.parametrize("other", [np.str_("float16"), WireName.HALF])
+def test_settings_that_say_the_same_are_the_same(world: World, other: str) -> None:
+    size, wire = (10, "float16") if world.rank > 0 else (np.int64(10), other)
     with distconv.Allreduce(world.comm, size, wire) as allreduce:  # type: ignore[arg-type]
         assert_works(allreduce, world)
 
