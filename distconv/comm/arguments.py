@@ -115,18 +115,18 @@ def first_failure(problems: Sequence[Problem | None]) -> Exception | None:
 def check_vector(vector: Any, size: int, dtype: np.dtype[Any]) -> Array:
     """Return a vector (size,) that can be summed in place; raise TypeError or ValueError for all else.
 
-    What is returned is NumPy's own view of it: methods of a subclass, which may raise, must not run on one rank in the
-    middle of a call.
+    What is returned, and looked at, is NumPy's own view of it: methods of a subclass, which may raise, must not run on
+    one rank in the middle of a call, and its attributes may say what is not so.
     """
     if not isinstance(vector, np.ndarray):
         raise TypeError(f"a NumPy array is expected, or a list of arrays, not {_kind(vector)}: give its NumPy array")
-    _check_array(vector, dtype, "the vector")
+    vector = _numpys_view(vector, dtype, "the vector")
     if vector.shape != (size,):
         advice = "give vector.reshape(-1), or a list of arrays" if vector.size == size else "its size is fixed"
         raise ValueError(f"the vector has shape {vector.shape}, but ({size},) is expected: {advice}")
     if not vector.flags.c_contiguous:
         raise ValueError("the vector is not contiguous, but it is summed in place: give a contiguous copy")
-    return np.asarray(vector)
+    return vector  # type: ignore[no-any-return]
 
 
 def check_arrays(arrays: Sequence[Any], size: int, dtype: np.dtype[Any]) -> list[Array]:
@@ -135,12 +135,12 @@ def check_arrays(arrays: Sequence[Any], size: int, dtype: np.dtype[Any]) -> list
     for number, array in enumerate(arrays):
         if not isinstance(array, np.ndarray):
             raise TypeError(f"array {number} of the list must be a NumPy array, not {_kind(array)}")
-        _check_array(array, dtype, f"array {number} of the list")
-        if not array.flags.forc:
+        view = _numpys_view(array, dtype, f"array {number} of the list")
+        if not view.flags.forc:
             raise ValueError(f"array {number} of the list is not contiguous: give a contiguous copy")
-        start = array.__array_interface__["data"][0]
-        spans.append((start, start + array.nbytes, number))
-        views.append(np.asarray(array))
+        start = view.__array_interface__["data"][0]
+        spans.append((start, start + view.nbytes, number))
+        views.append(view)
     total = sum(view.size for view in views)
     if total != size:
         raise ValueError(f"the {len(spans)} arrays of the list have {total} numbers together, but size is {size}")
@@ -151,15 +151,17 @@ def check_arrays(arrays: Sequence[Any], size: int, dtype: np.dtype[Any]) -> list
     return views
 
 
-def _check_array(array: Array, dtype: np.dtype[Any], name: str) -> None:
+def _numpys_view(array: Array, dtype: np.dtype[Any], name: str) -> Array:
+    is_masked, array = isinstance(array, np.ma.MaskedArray), np.asarray(array)
     if array.dtype != dtype:
         raise TypeError(f"{name} has dtype {array.dtype}, but this wire sums {dtype}: convert it, or use another wire")
-    if isinstance(array, np.ma.MaskedArray):
+    if is_masked:
         raise TypeError(f"{name} is a masked array, whose mask would be ignored: give its data, as array.filled(0)")
     if not array.flags.writeable:
         raise ValueError(f"{name} is read-only, but it is summed in place: give a copy")
     if not array.flags.aligned:
         raise ValueError(f"{name} is not aligned in memory: give a copy")
+    return array
 
 
 def _kind(value: Any) -> str:

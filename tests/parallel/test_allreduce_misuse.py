@@ -65,6 +65,8 @@ WRONG: dict[str, tuple[Callable[[np.ndarray], Any], type[Exception], str]] = {
     "read-only in a list": (lambda v: [v[:500].copy(), read_only(v[500:])], ValueError, "array 1 .*read-only"),
     "the same array twice": (twice, ValueError, "arrays 0 and 1 .*share memory"),
     "overlapping arrays": (lambda v: [v[400:999], v[:401]], ValueError, "arrays 0 and 1 .*share memory"),
+    "an array that tells another shape": (lambda v: v[:-1].view(Liar), ValueError, r"shape \(999,\)"),
+    "an array in a list that tells another size": (lambda v: [v[:-1].view(Liar)], ValueError, "999 numbers"),
     "an iterator": (lambda v: iter([v]), TypeError, "iterator"),
 }
 
@@ -127,6 +129,13 @@ class Stubborn(np.ndarray):
         raise ZeroDivisionError("a method of one rank's array")
 
     __setitem__ = __itruediv__ = __getitem__  # type: ignore[assignment]
+
+
+class Liar(np.ndarray):
+    """Tells of another array than it is, as one that hides a border of zeros does."""
+
+    shape = property(lambda self: (SIZE,))  # type: ignore[assignment]
+    size = nbytes = property(lambda self: SIZE)  # type: ignore[assignment]
 
 
 class ReadOnce(list):  # type: ignore[type-arg]
