@@ -191,7 +191,7 @@ class Allreduce:
         if error is None or getattr(error, "everywhere", False):
             return self.close()
         how = f"has left its `with` block by {sentence_of(error)}"
-        if not self._ended and self._comm.size > 1 and os.getpid() == self._process:
+        if not self._is_over() and self._comm.size > 1 and os.getpid() == self._process:
             # Should the others never call again, this rank waits for ever, and its traceback is never seen.
             _log.warning("Allreduce: rank %d %s; it waits for the others' next call", self._comm.rank, how)
         return self._leave(how)
@@ -238,10 +238,13 @@ class Allreduce:
             raise RuntimeError("this MPI lets only the main thread call it (MPI_THREAD_FUNNELED)")
         if not self._lock.acquire(blocking=False):
             raise RuntimeError("another thread is in a call of this Allreduce: make one call at a time")
-        if self._ended or self._MPI.Is_finalized():
+        if self._is_over():
             self._lock.release()
             raise RuntimeError(self._ended or "MPI has ended, and with it this Allreduce")
         self._ended = INTERRUPTED
+
+    def _is_over(self) -> bool:
+        return bool(self._ended) or self._MPI.Is_finalized()
 
     def _travel(self, vector: Array, call: int, busy: float) -> Headers:
         header = np.array((-1, self._calls, call, busy), CALL)
@@ -269,8 +272,7 @@ class Allreduce:
         raise failure
 
     def _leave(self, how: str) -> None:
-        is_over = self._ended or self._MPI.Is_finalized()
-        if os.getpid() != self._process or (is_over and not self._lock.locked()):
+        if os.getpid() != self._process or (self._is_over() and not self._lock.locked()):
             self._ended = self._ended or CLOSED
             return
         self._enter()

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import threadpoolctl
+from mpi4py import MPI
 
 import distconv
 from distconv.comm import choose, shared_memory
@@ -58,16 +59,18 @@ def test_an_error_that_all_ranks_get_leaves_the_block_on_all(world: World) -> No
         allreduce.sum(np.zeros(SIZE, np.float32))
 
 
-def test_a_forked_process_that_fails_does_not_speak_as_a_rank(
-    world: World, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+# In a child that was forked, which shares its parent's communicator; after MPI.Finalize, when a call ends the process.
+@pytest.mark.parametrize(("module", "name", "told"), [(os, "getpid", -1), (MPI, "Is_finalized", True)])
+def test_who_is_no_rank_any_more_does_not_speak_as_one(
+    world: World, module: Any, name: str, told: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     with distconv.Allreduce(world.comm, SIZE) as allreduce:
         with monkeypatch.context() as patch, pytest.raises(KeyError):
-            patch.setattr(os, "getpid", lambda: -1)  # as in a child, which shares its parent's communicator
+            patch.setattr(module, name, lambda: told)
             with allreduce:
                 raise KeyError("a worker's own")
         assert not caplog.records
-        monkeypatch.setattr(allreduce, "_ended", "")  # a child's copy of it is not its parent's
+        monkeypatch.setattr(allreduce, "_ended", "")  # as a child's copy of it is not its parent's
         assert_works(allreduce, world)
 
 
