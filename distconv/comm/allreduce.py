@@ -56,6 +56,7 @@ SHIFT, ACT = 2, 3  # an act's bits, and a mask of them
 CLOSED = "this Allreduce is closed: make another one"
 INTERRUPTED = "a call of this Allreduce was interrupted, so its ranks are out of step: make another one"
 SAMPLE = 8 * BLOCK  # numbers of a vector that tell what rounding costs
+PROCESS = os.urandom(16)  # tells this process from all others
 _log = logging.getLogger("distconv")
 Vectors = TypeVar("Vectors", bound="Array | Sequence[Array]")
 
@@ -145,7 +146,8 @@ class Allreduce:
         self._shapes: list[tuple[int, ...]] = []  # of the last list, from which _layout was made
         self._layout = 0
         self.wire.warm_up()
-        self._comm.Barrier()  # so that compiling is not taken for waiting
+        # Who they are, for an error that is raised on all of them; and so that compiling is not taken for waiting.
+        self._ranks = frozenset(self._comm.allgather(PROCESS))
         self._returned = time.perf_counter()
 
     def sum(self, vector: Vectors) -> Vectors:
@@ -188,7 +190,7 @@ class Allreduce:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if error is None or getattr(error, "everywhere", False):
+        if error is None or self._ranks <= getattr(error, "allreduce_ranks", frozenset()):
             return self.close()
         how = f"has left its `with` block by {sentence_of(error)}"
         if not self._is_over() and self._comm.size > 1 and os.getpid() == self._process:
@@ -268,7 +270,7 @@ class Allreduce:
         if act == LEAVE:
             return
         failure = _failure(acts, everyone)
-        failure.everywhere = True  # type: ignore[attr-defined]  # no rank need tell the others of it
+        failure.allreduce_ranks = self._ranks  # type: ignore[attr-defined]  # none need tell the others of it
         raise failure
 
     def _leave(self, how: str) -> None:

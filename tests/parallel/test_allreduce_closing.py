@@ -59,6 +59,28 @@ def test_an_error_that_all_ranks_get_leaves_the_block_on_all(world: World) -> No
         allreduce.sum(np.zeros(SIZE, np.float32))
 
 
+def test_an_error_that_all_ranks_of_a_part_get_is_told_to_the_others_and_to_no_others(
+    world: World, caplog: pytest.LogCaptureFixture
+) -> None:
+    wrong = world.rank == world.size - 1
+    part = world.comm.Split(wrong)
+    with pytest.raises((ValueError, RuntimeError)) as caught, distconv.Allreduce(world.comm, SIZE) as whole:
+        with distconv.Allreduce(part, SIZE) as of_part:
+            of_part.sum(contribution(0, SIZE + wrong))
+        whole.sum(contribution(0))
+    assert wrong or "has left its `with` block by ValueError: the vector has shape (1001,)" in str(caught.value)
+    assert len(caplog.records) == (wrong and world.size > 1)
+    caplog.clear()
+    with (
+        pytest.raises(ValueError, match="1001"),
+        distconv.Allreduce(part, SIZE),
+        distconv.Allreduce(world.comm, SIZE) as whole,
+    ):
+        whole.sum(contribution(0, SIZE + wrong))
+    assert not caplog.records
+    part.Free()
+
+
 # In a child that was forked, which shares its parent's communicator; after MPI.Finalize, when a call ends the process.
 @pytest.mark.parametrize(("module", "name", "told"), [(os, "getpid", -1), (MPI, "Is_finalized", True)])
 def test_who_is_no_rank_any_more_does_not_speak_as_one(
