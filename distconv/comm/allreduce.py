@@ -26,10 +26,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from distconv.comm.arguments import (
+    Shapes,
     agreed_settings,
     check_arrays,
     check_communicator,
     check_vector,
+    different_calls,
     first_failure,
     problem_of,
 )
@@ -57,6 +59,7 @@ CLOSED = "this Allreduce is closed: make another one"
 INTERRUPTED = "a call of this Allreduce was interrupted, so its ranks are out of step: make another one"
 SAMPLE = 8 * BLOCK  # numbers of a vector that tell what rounding costs
 PROCESS = os.urandom(16)  # tells this process from all others
+Told = tuple[str, str, Shapes | None]  # what ranks say of themselves where a call ends, see _end
 _log = logging.getLogger("distconv")
 Vectors = TypeVar("Vectors", bound="Array | Sequence[Array]")
 
@@ -216,7 +219,7 @@ class Allreduce:
             busy = began - self._returned
             headers = self._travel(vector, layout << SHIFT | act, busy)
             if is_void(headers):
-                self._end(headers, act, problem or ("", _describe(act, arrays)))
+                self._end(headers, act, (*(problem or ("", "")), self._shapes if arrays else None))
             if act == MEAN:
                 with np.errstate(under="ignore"):
                     vector /= self._comm.size
@@ -255,10 +258,10 @@ class Allreduce:
         self._ended = ""
         return headers
 
-    def _end(self, headers: Headers, act: int, told: tuple[str, str]) -> None:
+    def _end(self, headers: Headers, act: int, told: Told) -> None:
         """Let all ranks tell what they did, and raise what ends the call of all; returns where this rank leaves.
 
-        told: the kind and the sentence of a problem, or no kind and what this rank does.
+        told: the kind and the sentence of a problem, or no kind and how this rank leaves; the shapes of its list.
         """
         self._ended = INTERRUPTED
         acts = [call & ACT for call in headers["call"].tolist()]
@@ -280,7 +283,7 @@ class Allreduce:
         self._enter()
         try:
             headers = self._travel(self._gathered, LEAVE, 0.0)
-            self._end(headers, LEAVE, ("", how))
+            self._end(headers, LEAVE, ("", how, None))
         finally:
             self._lock.release()
 
@@ -330,20 +333,10 @@ def is_void(headers: Headers) -> bool:
     return calls[0] & ACT >= VOID or calls.count(calls[0]) < len(calls)
 
 
-def _describe(act: int, arrays: Sequence[Array] | None) -> str:
-    """A call, for an error that tells of several. arrays: of a list, or None."""
-    shapes = ", ".join(str(array.shape) for array in arrays or ())
-    what = f"a list of shapes {shapes[:200]}{'...' * (len(shapes) > 200)}" if shapes else "a vector"
-    return f"{'sum' if act == SUM else 'mean'}() of {what}"
-
-
-def _failure(acts: Sequence[int], everyone: Sequence[tuple[str, str]]) -> Exception:
+def _failure(acts: Sequence[int], everyone: Sequence[Told]) -> Exception:
     """What ends a call. everyone: what each rank tells, see _end."""
     if LEAVE in acts:
         rank = acts.index(LEAVE)
         return RuntimeError(f"rank {rank} {everyone[rank][1]}: this Allreduce is closed on all ranks")
-    if failure := first_failure([told if told[0] else None for told in everyone]):
-        return failure
-    calls = [sentence for _, sentence in everyone]
-    other = next((rank for rank, call in enumerate(calls) if call != calls[0]), 0)
-    return ValueError(f"ranks make different calls: rank 0 calls {calls[0]}, rank {other} calls {calls[other]}")
+    failure = first_failure([(kind, sentence) if kind else None for kind, sentence, _ in everyone])
+    return failure or different_calls([(act == MEAN, told[2]) for act, told in zip(acts, everyone, strict=True)])

@@ -95,6 +95,7 @@ def _look_for_room(size: int, wire: str, ranks: int) -> None:
 
 
 Problem = tuple[str, str]  # kind of an exception, and its sentence
+Shapes = list[tuple[int, ...]]  # of the arrays of a list
 
 
 def problem_of(error: Exception) -> Problem:
@@ -110,6 +111,28 @@ def first_failure(problems: Sequence[Problem | None]) -> Exception | None:
             alike = problems.count(problem) == len(problems)
             return KINDS.get(kind, RuntimeError)(sentence if alike else f"rank {rank}: {sentence}")
     return None
+
+
+def different_calls(calls: Sequence[tuple[bool, Shapes | None]]) -> ValueError:
+    """The error where not all ranks make the same call.
+
+    calls: of each rank, whether it is mean, and the shapes of its list, if it is one.
+    """
+    other = next((rank for rank, call in enumerate(calls) if call != calls[0]), 0)
+    both = itertools.zip_longest(calls[0][1] or (), calls[other][1] or ())
+    first = next((number for number, (one, two) in enumerate(both) if one != two), 0)
+    told = [_described(*calls[rank], first) for rank in (0, other)]
+    return ValueError(f"ranks make different calls: rank 0 calls {told[0]}, rank {other} calls {told[1]}")
+
+
+def _described(is_mean: bool, shapes: Shapes | None, first: int) -> str:
+    """A call, its list from that array on."""
+    what = "a vector"
+    if shapes is not None:
+        told = ", ".join(map(str, shapes[first:]))
+        from_there = f", from array {first} on" if first else ""
+        what = f"a list of shapes {told[:200]}{'...' * (len(told) > 200)}{from_there}" if told else f"{first} arrays"
+    return f"{'mean' if is_mean else 'sum'}() of {what}"
 
 
 def check_vector(vector: Any, size: int, dtype: np.dtype[Any]) -> Array:

@@ -165,6 +165,8 @@ def test_methods_of_a_users_own_class_end_no_call_on_one_rank_alone(
         ("sum", "mean", r"rank 0 calls mean\(\) of a vector, rank \d calls sum\(\) of a vector"),
         ("list", "sum", r"rank 0 calls sum\(\) of a vector, rank \d calls sum\(\) of a list of shapes \(3, 100\)"),
         ("list", "other list", r"list of shapes \(500,\), \(500,\), rank \d calls .*list of shapes \(3, 100\)"),
+        ("long", "other long", r"shapes \(2,\), \(818,\), from array 90 on, rank [1-9] .* \(1,\), .*from array 90 on"),
+        ("long", "longer", r"shapes \(0,\), from array 92 on, rank [1-9] calls sum\(\) of 92 arrays"),
     ],
 )
 def test_ranks_that_make_different_calls_all_raise_and_change_nothing(
@@ -183,6 +185,9 @@ def test_ranks_that_make_different_calls_all_raise_and_change_nothing(
             "mean": lambda: allreduce.mean(vector),
             "list": lambda: allreduce.sum(parts),
             "other list": lambda: allreduce.sum([vector[:500], vector[500:]]),
+            "long": lambda: allreduce.sum(np.split(vector, [*range(2, 182, 2), 181])),
+            "other long": lambda: allreduce.sum(np.split(vector, [*range(2, 182, 2), 182])),
+            "longer": lambda: allreduce.sum(np.split(vector, [*range(2, 182, 2), 181, SIZE])),
         }
         with pytest.raises(ValueError, match=sentence):
             calls[one if world.rank == world.size - 1 else others]()
