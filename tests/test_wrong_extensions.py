@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,10 @@ import pytest
 
 from distconv.config import Config
 from distconv.errors import BadDataError, UsageError
-from distconv.nn.layers import Affine, Context
+from distconv.nn.checked import checked
+from distconv.nn.layers import Affine, Chain, Context
+from distconv.nn.networks import build_network
+from distconv.nn.normalization import ConvNorm
 from distconv.nn.optimizers import SGD
 from distconv.nn.parameters import Parameters
 from distconv.run.build import check_data, check_sums, named_optimizer, named_task
@@ -109,6 +113,35 @@ def test_an_optimizer_that_cannot_be_is_a_usage_error(
     monkeypatch.setattr(HERE, "mine", factory, raising=False)
     with pytest.raises(UsageError, match=words):
         named_optimizer(Config(optimizer=f"{__name__}:mine"), 10)
+
+
+BATCHES = [
+    (lambda x: x[..., 0], "needs images (H, W, C), but what comes in has shape (8, 8): have batches be of"),
+    (lambda x: np.repeat(x, 3, -1), "ConvNorm was given float32 of shape (2, 8, 8, 3), for which its parameters"),
+    (lambda x: x[:, :7], "Affine was given float32 of shape (2, 7, 8, 16), for which its parameters are not made"),
+]
+GRADIENTS = [
+    (lambda dy: dy[:, 0], "was given float32 of shape (2,), but its forward pass gave shape (2, 10): the task must"),
+    (lambda dy: dy[:1], "the backward pass of Affine was given float32 of shape (1, 10)"),
+    (lambda dy: np.repeat(dy, 9, 0), "of shape (18, 10)"),
+    (lambda dy: 1.0, "was given a float"),
+]
+
+
+@pytest.mark.parametrize(
+    ("batch", "gradient", "words"),
+    [*((change, np.copy, words) for change, words in BATCHES), *((np.copy, *given) for given in GRADIENTS)],
+)
+def test_other_shapes_of_data_and_tasks_do_not_reach_compiled_code(batch: Any, gradient: Any, words: str) -> None:
+    model, specs = build_network("own", (8, 8, 1), 10, (10,), Chain(ConvNorm(16), Affine(10)))
+    weights, context = Parameters(specs), Context(True, samples=np.arange(2))
+
+    def step() -> None:
+        y, backward = checked(model).forward(batch(np.zeros((2, 8, 8, 1), np.float32)), weights.values, context)
+        backward(gradient(y), weights.grads, False)
+
+    with pytest.raises(UsageError, match=re.escape(words)):
+        step()
 
 
 @pytest.mark.parametrize("labels", [[0, 10], [-1, 0], [0, 0, 0]])

@@ -1,6 +1,7 @@
 """A model that is looked over while it computes: a user's own layers must give what they say they give.
 
-Else a mistake would show somewhere else: in compiled code, for instance, which trusts the shapes of its arrays.
+So must a user's data, and a task a gradient of what the model gave. Else a mistake would show somewhere else: in
+compiled code, for instance, which trusts the shapes of its arrays.
 """
 
 from __future__ import annotations
@@ -14,12 +15,14 @@ from distconv.errors import UsageError
 from distconv.kernels.interface import Array
 from distconv.nn.fusion import with_inner
 from distconv.nn.layers import Backward, Chain, Context, Layer, kind_of
-from distconv.nn.parameters import Shape, Specs, Views
+from distconv.nn.parameters import Shape, Spec, Specs, Views
+
+ADVICE = "have batches be of the data's image_shape"
 
 
 @dataclass(frozen=True)
 class Checked:
-    """A layer whose passes must keep to its shapes. Raises UsageError where they do not."""
+    """A layer whose passes, and what they are given, must keep to its shapes. Raises UsageError where they do not."""
 
     layer: Layer
 
@@ -27,7 +30,13 @@ class Checked:
         return self.layer.shapes(input_shape)
 
     def forward(self, x: Array, params: Views, context: Context) -> tuple[Array, Backward]:
-        kind, (declared, _) = type(self.layer).__name__, self.shapes(x.shape[1:])
+        kind = type(self.layer).__name__
+        try:
+            declared, specs = self.shapes(x.shape[1:])
+        except ValueError as error:
+            raise UsageError(f"{error}: {ADVICE}") from None
+        if not _fit(specs, params):
+            raise UsageError(f"{kind} was given {_shown(x)}, for which its parameters are not made: {ADVICE}")
         before = x.copy()
         found: Any = self.layer.forward(x, params, context)
         if not np.array_equal(x, before, equal_nan=True):
@@ -38,6 +47,11 @@ class Checked:
         _check(f"{kind}.forward", y, (len(x), *declared))
 
         def backward(dy: Array, grads: Views, wants_dx: bool) -> Array | None:
+            if np.shape(dy) != y.shape:  # a layer's is looked at where it is made
+                raise UsageError(
+                    f"the backward pass of {kind} was given {_shown(dy)}, but its forward pass gave shape {y.shape}: "
+                    "the task must hand back a gradient of that shape"
+                )
             dx: Array | None = layer_backward(dy, grads, wants_dx)
             if wants_dx:
                 _check(f"the backward pass of {kind}", dx, x.shape)
@@ -50,6 +64,15 @@ def checked(model: Layer) -> Layer:
     """The same model and parameters, each of its layers Checked, those within chains and blocks, too."""
     within = with_inner(model, lambda name, layer: checked(layer))
     return within if type(within) is Chain else Checked(within)
+
+
+def _fit(specs: Specs, params: Views) -> bool:
+    """Whether these parameters, of which a task may give a part only, have the shapes that a layer asks for."""
+    return all(
+        np.shape(params[name]) == spec.shape if isinstance(spec, Spec) else _fit(spec, params[name])
+        for name, spec in specs.items()
+        if name in params
+    )
 
 
 def _check(who: str, found: Any, shape: Shape) -> None:
