@@ -105,6 +105,8 @@ def test_what_a_task_gives_must_be_its_sums(found: Any) -> None:
         (lambda lr, steps: SGD("fast"), "learning rates"),
         (lambda lr, steps: SGD(lambda t: None), "learning rates"),
         (lambda lr, steps: SGD(lambda t: float("nan")), "learning rates"),
+        (lambda lr, steps: type("Own", (SGD,), {"slots": ("v", "value")})(lr), "the slot value, .* the weights' own"),
+        (lambda lr, steps: type("Own", (SGD,), {"slots": ("ema",)})(lr), "the slot ema, .* --ema's"),
     ],
 )
 def test_an_optimizer_that_cannot_be_is_a_usage_error(

@@ -161,8 +161,9 @@ def named_optimizer(settings: Config, steps_per_epoch: int) -> Optimizer:
         optimizer = call_factory(name, lr, steps)
     if not isinstance(optimizer, Optimizer):
         raise UsageError(f"--optimizer {name} returned {kind_of(optimizer)}, but an Optimizer was expected")
-    if EMA in optimizer.slots:
-        raise UsageError(f"--optimizer {name} has the slot {EMA}, which is the name of --ema's: use another one")
+    for slot, whose in ((EMA, "--ema's"), ("value", "the weights' own")):
+        if slot in optimizer.slots:
+            raise UsageError(f"--optimizer {name} has the slot {slot}, which is the name of {whose}: use another one")
     rates = [getattr(optimizer, "lr", None) and optimizer.rate(t) for t in (1, steps)]
     if not all(is_within(rate, 0, sys.float_info.max) for rate in rates):
         raise UsageError(
