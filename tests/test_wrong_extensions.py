@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from distconv.config import Config
+from distconv.data import digits
 from distconv.errors import BadDataError, UsageError
 from distconv.nn.checked import checked
 from distconv.nn.layers import Affine, Chain, Context
@@ -18,7 +19,7 @@ from distconv.nn.networks import build_network
 from distconv.nn.normalization import ConvNorm
 from distconv.nn.optimizers import SGD
 from distconv.nn.parameters import Parameters
-from distconv.run.build import check_data, check_sums, named_optimizer, named_task
+from distconv.run.build import check_data, check_sums, check_task, named_optimizer, named_task
 from distconv.tasks.classify import Classification
 from tests import jobs
 from tests.test_failures import assert_one_sentence
@@ -82,6 +83,23 @@ def test_a_task_that_cannot_be_is_a_usage_error(
     monkeypatch.setattr(HERE, "mine", type("Mine", (Classification,), given), raising=False)
     with pytest.raises(UsageError, match=words):
         named_task(f"{__name__}:mine")
+
+
+@pytest.mark.parametrize(
+    ("method", "gives", "words"),
+    [
+        ("output_shape", [8, 8, 1], "the output_shape [8, 8, 1], but a tuple"),
+        ("output_shape", 10, "the output_shape 10, but"),
+        ("output_shape", (8, 8), "outputs of shape (10,), but the task learns from outputs of shape (8, 8)"),
+        ("blind_loss", None, "the blind_loss None, but a number"),
+    ],
+)
+def test_what_a_task_wants_of_a_model_must_be_a_shape_and_a_number(method: str, gives: Any, words: str) -> None:
+    task = type("Mine", (Classification,), {method: lambda self, data: gives})()
+    data = digits.load()
+    with pytest.raises(UsageError, match=re.escape(words)):
+        wanted = check_task("mine:task", task, data)
+        build_network("own", data.image_shape, 10, wanted, Chain(Affine(10)))
 
 
 def test_a_class_is_no_task(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -174,10 +174,10 @@ def build_network(
     except ValueError as error:
         raise UsageError(f"--model {name} does not fit images of {image_shape}: {error}") from None
     if output_shape is not None and found != output_shape:
-        advice = "end it with Affine(classes)" if output_shape == (classes,) else f"give outputs of {output_shape}"
-        raise UsageError(
-            f"--model {name} gives outputs of shape {found}, but the data set has {classes} classes: {advice}"
-        )
+        needed = f"the task learns from outputs of shape {output_shape}"
+        if output_shape == (classes,):
+            needed = f"the data set has {classes} classes: end it with Affine(classes)"
+        raise UsageError(f"--model {name} gives outputs of shape {found}, but {needed}")
     if not count(specs, lambda spec: spec.trained):
         raise UsageError(f"--model {name} has no parameters, so there is nothing to train")
     return model, specs

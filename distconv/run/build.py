@@ -35,7 +35,7 @@ from distconv.nn.layers import Context, Layer, is_ours, kind_of
 from distconv.nn.layerwise import ALL_OPTIMIZERS
 from distconv.nn.networks import build_network
 from distconv.nn.optimizers import EMA, Optimizer
-from distconv.nn.parameters import Parameters, count, is_shape, is_whole, is_within
+from distconv.nn.parameters import Parameters, Shape, count, is_shape, is_whole, is_within
 from distconv.nn.schedules import LR_RULES, Schedule
 from distconv.run.loop import StepRecord
 from distconv.run.replica import Replica
@@ -148,6 +148,16 @@ def named_task(name: str, label_smoothing: float = 0.0) -> Task:
     return task
 
 
+def check_task(name: str, task: Task, data: Data) -> Shape | None:
+    """The shape of outputs that a task wants for these data. Raises UsageError where it, or the blind loss, is none."""
+    wanted, loss = task.output_shape(data), task.blind_loss(data)
+    if wanted is not None and not is_shape(wanted):
+        raise UsageError(f"--task {name} has the output_shape {wanted!r}, but a tuple of whole numbers was expected")
+    if not is_number(loss):
+        raise UsageError(f"--task {name} has the blind_loss {loss!r}, but a number was expected")
+    return wanted
+
+
 def named_optimizer(settings: Config, steps_per_epoch: int) -> Optimizer:
     """The optimizer that --optimizer names, with the learning rates of the run. Raises UsageError."""
     name, steps = settings.optimizer, settings.epochs * steps_per_epoch
@@ -203,7 +213,8 @@ def build_model(
 ) -> tuple[Layer, Parameters]:
     """The model, and its parameters with rank 0's initial weights; collective."""
     with world.together():
-        model, specs = build_network(settings.model, data.image_shape, data.classes, task.output_shape(data), model)
+        wanted = check_task(settings.task, task, data)
+        model, specs = build_network(settings.model, data.image_shape, data.classes, wanted, model)
         try:
             parameters = Parameters(specs, ALL_WIRES[settings.wire].dtype)  # no finer than what is summed
         except (MemoryError, ValueError) as error:
