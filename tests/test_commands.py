@@ -19,7 +19,7 @@ from distconv.kernels.cpu.device import Cpu
 from distconv.nn.layers import Context
 from distconv.nn.networks import build_network
 from distconv.nn.parameters import Parameters
-from distconv.pictures.answers import draw_confusion, draw_mistakes
+from distconv.pictures.answers import draw_augmented, draw_confusion, draw_mistakes
 from distconv.pictures.style import save
 from distconv.run.checkpoint import load_checkpoint
 from distconv.run.folder import find_checkpoints
@@ -194,6 +194,19 @@ def test_a_page_of_few_mistakes_holds_them_all(count: int, tmp_path: Path) -> No
     pixels = matplotlib.image.imread(tmp_path / "page.png")[..., 0]
     squares = np.flatnonzero(np.diff((pixels < 0.5).sum(axis=0) > 50, prepend=False, append=False))
     assert len(squares) == 2 * count  # each has a left and a right side
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 4])
+def test_images_of_any_channels_and_range_are_drawn(
+    channels: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    images = np.full((2, 8, 8, channels), -3, np.float32)
+    images[:, 2:6, 2:6] = 5
+    save(draw_mistakes(images, ["(0, 1)"] * 2, ""), tmp_path / "page.png")
+    save(draw_augmented([images], ""), tmp_path / "augmented.png")
+    dark = (matplotlib.image.imread(tmp_path / "page.png")[..., :3] < 0.1).all(axis=-1)
+    assert dark.sum() > 1000  # the squares, or where there are colours, what is around them
+    assert not caplog.messages  # Matplotlib's, that it has cut off what is beyond 0 to 1
 
 
 def test_long_captions_stand_apart_and_colours_are_in_colour(tmp_path: Path) -> None:

@@ -21,9 +21,12 @@ MOST_COUNTED = 40  # classes of a matrix whose counts can be read
 def draw_mistakes(images: Images, captions: Sequence[str], title: str, note: str = "") -> Figure:
     """Images (N, H, W, C) in a grid, each under its caption, which the note explains; N may be 0.
 
-    A column is as wide as the longest line of a caption.
+    A column is as wide as the longest line of a caption. Floats beyond 0 to 1 are brought into it, all in the same way.
     """
     count = len(images)
+    if images.dtype != np.uint8:
+        low, high = images.min(initial=0.0), images.max(initial=1.0)
+        images = (images - low) / (high - low)
     columns = min(count, max(5, math.ceil(math.sqrt(count)))) or 1
     rows = math.ceil(count / columns)
     lines = [line for caption in captions for line in caption.splitlines()]
@@ -34,7 +37,7 @@ def draw_mistakes(images: Images, captions: Sequence[str], title: str, note: str
     for axes in grid.flat[count:]:
         axes.set_axis_off()
     for axes, image, caption in zip(grid.flat, images, captions, strict=False):
-        axes.imshow(image[..., 0] if image.shape[-1] == 1 else image[..., :3], cmap="gray_r")
+        axes.imshow(_visible(image), cmap="gray_r")
         axes.set_title(caption, fontsize=SMALL)
         framed(axes)
     return figure
@@ -84,12 +87,15 @@ def draw_augmented(rows: Sequence[Sequence[Images]], title: str) -> Figure:
     grid = figure.subplots(len(rows), len(rows[0]), squeeze=False)
     for row, images in zip(grid, rows, strict=True):
         for axes, image in zip(row, images, strict=True):
-            axes.imshow(
-                image[..., 0] if image.shape[-1] == 1 else image[..., :3].clip(0, 1), cmap="gray_r", vmin=0, vmax=1
-            )
+            axes.imshow(_visible(image).clip(0, 1), cmap="gray_r", vmin=0, vmax=1)
             framed(axes)
         row[0].spines[:].set(color=BLUE, linewidth=2)
     return figure
+
+
+def _visible(image: Images) -> Images:
+    """What can be drawn of an image (H, W, C): three channels as colours, or of fewer the first."""
+    return image[..., :3] if image.shape[-1] >= 3 else image[..., 0]
 
 
 def framed(axes: Axes) -> None:
