@@ -69,7 +69,7 @@ def measure(
 ) -> Iterator[list[Row]]:
     """The rows of each size, small sizes first, by at most so many repeats and in about so many seconds; collective.
 
-    Sizes that the seconds do not suffice for are left out, but never the model's; note tells of what is left out.
+    Sizes that the seconds do not suffice for are left out, but never the first and the model's; note tells of what is.
     Raises UsageError for what this job cannot have.
     """
     with world.together():
@@ -87,7 +87,7 @@ def measure(
     sizes = sorted(set(sizes))
     for number, size in enumerate(sizes):
         remaining = world.comm.bcast(ends - time.monotonic())
-        if remaining < (LEAST_REPEATS + 2) * an_element * size and size != MODEL:
+        if remaining < (LEAST_REPEATS + 2) * an_element * size and number > 0 and size != MODEL:
             left_out.append(f"{size:,}")
             continue
         variants = list(make_variants(world, size, wires, library_wires))
