@@ -185,7 +185,12 @@ def scaling(argv: Sequence[str]) -> int:
 def accuracy(argv: Sequence[str]) -> int:
     """Starts jobs of distconv.train."""
     flags, train = accuracy_flags(argv)
-    read_settings(train)  # raises for a flag that cannot be before anything is started
+    settings, print_only = read_settings(train)  # raises for a flag that cannot be before anything is started
+    if print_only or settings.ensemble > 1:
+        raise UsageError(
+            "bench accuracy trains a run for each seed, and looks at its score: leave out --ensemble, --print-config "
+            "and --describe"
+        )
     refuse_to_nest("bench accuracy")
     starter = job_starter(flags.mpirun)
     end_on_sigterm()

@@ -70,6 +70,7 @@ def test_the_table_has_means_and_deviations_of_the_runs_that_reached_a_target() 
 
 def test_each_seed_is_a_run_of_its_own() -> None:
     flags = ["--seeds", "2", "--targets", "0.1,1", "--json", "--", "--data", "digits", "--limit-train", "100"]
+    flags += ["--target-accuracy", "1"]  # which they miss, and are told of all the same
     arguments = ["-m", "distconv.bench", "accuracy", *flags, "--epochs", "2", "--batch-size", "10"]
     result = jobs.Job(0, arguments).finish(60)
     assert result.returncode == 0, result.stderr
@@ -88,6 +89,8 @@ def test_each_seed_is_a_run_of_its_own() -> None:
         (["--seeds", "0"], "--seeds 0"),
         (["--", "--epoch", "3"], "did you mean --epochs"),
         (["--epochs", "3"], "--epochs"),
+        (["--", "--data", "digits", "--ensemble", "2"], "leave out --ensemble"),
+        (["--", "--print-config"], "--print-config"),
     ],
 )
 def test_a_wrong_flag_of_either_is_one_sentence(flags: list[str], said: str) -> None:
