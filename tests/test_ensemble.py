@@ -79,6 +79,17 @@ def test_a_run_that_fails_ends_the_job_with_its_own_sentence(tmp_path: Path) -> 
     assert [line for line in result.stderr.splitlines() if "member-1" in line and "cannot be written" in line]
 
 
+@pytest.mark.parametrize(
+    ("flag", "given", "code", "said"),
+    [("--trace", ".", 73, "--trace . is a folder: name a file"), ("--resume", "x.safetensors", 2, "its own folder")],
+)
+def test_what_runs_cannot_share_is_refused(flag: str, given: str, code: int, said: str, tmp_path: Path) -> None:
+    result = jobs.run(0, *FLAGS, "--ensemble", "2", "--out", tmp_path / "out", flag, given)
+    assert result.returncode == code and not (tmp_path / "out").exists()
+    (sentence,) = result.stderr.splitlines()
+    assert said in sentence
+
+
 @pytest.mark.slow
 def test_the_loss_of_a_rank_ends_all_runs(tmp_path: Path) -> None:
     out = tmp_path / "out"

@@ -7,6 +7,7 @@ all together. With fewer ranks than runs, each rank is a group, and trains its r
 from __future__ import annotations
 
 import dataclasses
+import os
 import shlex
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from distconv.comm.placement import place
 from distconv.comm.world import World
 from distconv.config import Config
 from distconv.data.shard import split
-from distconv.errors import STOPPED, DistconvError, UsageError
+from distconv.errors import STOPPED, CannotCreateError, DistconvError, UsageError
 from distconv.run.folder import make_folder
 from distconv.run.log import RunLog
 from distconv.run.stopping import StopRequest
@@ -31,6 +32,8 @@ def train_ensemble(settings: Config, world: World, stop: StopRequest) -> int:
     with world.together():
         if settings.resume not in ("auto", "never"):
             raise UsageError(f"--resume {settings.resume} with --ensemble: each run goes on from its own folder")
+        if settings.trace and os.path.isdir(settings.trace):  # noqa: PTH112 (pathlib raises where a name is too long)
+            raise CannotCreateError(f"--trace {settings.trace} is a folder: name a file")
     out = world.on_rank_0(lambda: make_folder(settings))
     placed = place(world, settings.device, settings.precision)
     world.watch.set_limits(FOR_EVER)  # each group watches itself
