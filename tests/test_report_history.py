@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -24,8 +25,19 @@ from distconv.run.report.history import read_history
 from distconv.run.report.page import page
 from distconv.run.report.svg import BOTTOM, HEIGHT, TOP
 from distconv.run.report.tables import epochs_table
+from distconv.settings import RECIPES, read_settings
 from tests.files import ROOT
 from tests.histories import FINAL, epoch, start, step, text_of, write
+
+
+@pytest.mark.parametrize(
+    "flags", [*(["--recipe", name] for name in RECIPES), ["--shards", "2", "--model", "a:b"], ["--lr", "1e-7"]]
+)
+def test_the_command_has_the_settings_of_the_run(flags: list[str], tmp_path: Path) -> None:
+    settings, _ = read_settings(flags)
+    command = read_history(write(tmp_path / "run", start(), config=settings.toml())).command
+    mpirun, again = command.split(" python -m distconv.train ")
+    assert mpirun == "mpirun -n 2" and read_settings(shlex.split(again)) == (settings, "")
 
 
 def test_what_a_user_names_cannot_become_markup(tmp_path: Path) -> None:

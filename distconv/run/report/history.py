@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from distconv.config import Config, flag
+from distconv.config import EXACT, Config, flag
 from distconv.errors import DistconvError, MissingInputError, StorageError
 from distconv.pictures.curves import column
 from distconv.run.folder import LOCK
@@ -212,6 +212,8 @@ class History:
         if not self.settings:
             return ""
         defaults = {field.name: field.default for field in dataclasses.fields(Config)}
+        if self.settings.get("shards"):
+            defaults["wire"] = EXACT[0]  # as settings.py has it
         flags = [
             flag(name) if value is True else f"{flag(name)} {_quoted(value)}"
             for name, value in self.settings.items()
