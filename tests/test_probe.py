@@ -49,6 +49,8 @@ def test_of_a_small_gradient_every_number_counts(size: int) -> None:
     assert health.flushed_share == np.count_nonzero(through("float16", gradient) == 0) / size
     wanted = np.divide(*(np.linalg.norm(x.astype(np.float64)) for x in (total - 2 * gradient, 2 * gradient)))
     assert health.wire_error == pytest.approx(wanted, rel=1e-5)
+    beside_zeros = compared(np.concatenate([gradient, np.zeros(3 * size, np.float32)])[:SAMPLE]).health
+    assert beside_zeros.flushed_share == health.flushed_share  # of the numbers that are not 0
 
 
 def test_of_a_large_gradient_a_sample_says_nearly_the_same_and_the_largest_number_is_found_anywhere() -> None:

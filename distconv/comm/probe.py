@@ -29,7 +29,7 @@ TRIES = 5  # of a sample's exchange: a disturbance would be scaled up with it
 class WireHealth:
     """Of one step. wire_error: |sum - exact| / |exact|, exact being the sum on a float32 wire.
 
-    largest_gradient: of the sum, in magnitude; flushed_share: of rank 0's numbers that are not 0 but were sent as 0.
+    largest_gradient: of the sum, in magnitude; flushed_share: of rank 0's numbers that are not 0, those sent as 0.
     wire_error and flushed_share are those of the sample.
     """
 
@@ -79,7 +79,8 @@ class WireProbe:
         share: (m,), or (K, m) where this rank has several shards; the first is what is sent.
         """
         exact, first = share.copy(), share.reshape(-1, share.shape[-1])[0]
-        flushed = float(np.count_nonzero((self.wire.round_trip(first) == 0) & (first != 0)) / first.size)
+        some = first != 0
+        flushed = float(np.mean(self.wire.round_trip(first)[some] == 0)) if some.any() else 0.0
         self.exact.sum(exact, np.zeros((), HEADER))
         exact = exact.reshape(-1, share.shape[-1])[0]
         with np.errstate(invalid="ignore", over="ignore"):
