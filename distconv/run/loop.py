@@ -121,6 +121,7 @@ def train(
     run.checksum, run.good_until, stopping = run.replica.checksum(), run.step - 1, False
     if run.step < run.steps:
         run.probe.time()
+        run.exchanged = time.perf_counter()  # to come so far is no part of a step
     while run.step < run.steps and not stopping and not run.out_of_patience:
         epoch, first = divmod(run.step, run.steps_per_epoch)
         order = epoch_order(run.config.seed, epoch, run.data.size("train"))

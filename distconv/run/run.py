@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -53,7 +52,7 @@ class Run:
     agreed_sha256: str = ""  # SHA-256 of the last state that all ranks were seen to share
     busy_sum: Any = 0.0  # see note_busy
     busy_steps: int = 0
-    exchanged: float = field(default_factory=time.perf_counter)  # when the last exchange ended
+    exchanged: float = 0.0  # when the last exchange ended
 
     @property
     def parameters(self) -> Parameters:

@@ -180,6 +180,13 @@ def test_buckets_wait_for_a_weight_that_is_used_twice(
     np.testing.assert_allclose(*vectors, rtol=1e-9, atol=1e-12)
 
 
+def test_what_passed_before_a_run_goes_on_within_an_epoch_is_no_part_of_a_step(world: World) -> None:
+    run = make_run(world)
+    run.step, run.exchanged = 1, -1e9
+    next(loop.train(run, never))
+    assert run.busy_steps == 1 and run.busy_sum.max() < 1e6
+
+
 @pytest.mark.parametrize("exchange", ["flat", "buckets"])
 def test_a_run_on_the_int8_wire_repeats_to_the_bit_and_hangs_on_its_seed(
     world: World, exchange: str, monkeypatch: pytest.MonkeyPatch
