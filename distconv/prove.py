@@ -76,14 +76,15 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[int], list[Conf
     wires, numbers = flags.wires.split(",") if flags.wires else possible, rank_list(flags.ranks)
     if not set(wires) <= set(possible):
         raise UsageError(f"--wires {flags.wires}: expected some of {','.join(possible)}")
+    ranks = plural(max(numbers), "rank")
     if flags.batch_size < max(numbers):
-        raise UsageError(f"--batch-size {flags.batch_size} with {max(numbers)} ranks: give every rank an image or more")
+        raise UsageError(f"--batch-size {flags.batch_size} with {ranks}: give every rank an image or more")
     names = ("data", "model", "batch_size", "seed", "device")
     common = {name: getattr(flags, name) for name in names}
     shards = min(max(SHARDS, *numbers), flags.batch_size) if flags.shards is None else flags.shards
     if not max(numbers) <= shards <= flags.batch_size:
         raise UsageError(
-            f"--shards {shards} with {max(numbers)} ranks and --batch-size {flags.batch_size}: a number from that of "
+            f"--shards {shards} with {ranks} and --batch-size {flags.batch_size}: a number from that of "
             "the ranks to that of the images was expected"
         )
     settings = [Config(epochs=1, eval_samples=1, wire=wire, shards=shards, **common) for wire in wires]

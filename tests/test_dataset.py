@@ -324,6 +324,8 @@ def test_a_validation_set_that_cannot_be_held_out_is_told() -> None:
     for count in (-1, 0, 6, 7):
         with pytest.raises(UsageError, match=f"mine: {count} of 6 training samples .*: 1 to 5 can"):
             dataset().split_validation(count)
+    with pytest.raises(UsageError, match="1 of 1 training samples cannot be held out: one must be left"):
+        dataset().limited(1).split_validation(1)
     with pytest.raises(UsageError, match="a validation set of its own, 4 samples"):
         dataset(validation_images=TEST_IMAGES, validation_labels=TEST_LABELS).split_validation(1)
 

@@ -136,7 +136,8 @@ class Dataset:
                 "besides (leave out --validation)"
             )
         if not 1 <= count < N:
-            raise UsageError(f"{self.name}: {count} of {N} training samples cannot be held out: 1 to {N - 1} can")
+            possible = f"1 to {N - 1} can" if N > 1 else "one must be left"
+            raise UsageError(f"{self.name}: {count} of {N} training samples cannot be held out: {possible}")
         order = philox.permutation(HELD_OUT, N)
         kept, held = np.sort(order[:-count]), order[-count:]
         return self._with(

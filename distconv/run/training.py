@@ -229,9 +229,10 @@ def introduce(run: Run, out: Path, data_name: str, checkpoint: Checkpoint | None
     _tell_of_batch_norm(run, log)
     optimizer = run.replica.optimizer
     peak = optimizer.lr.lr if isinstance(optimizer.lr, Schedule) else optimizer.rate(1)
+    images = min(settings.step_size, data.size("train"))
     if isinstance(optimizer.lr, Schedule) or settings.scale_lr != "none" or settings.accumulate > 1:
         log.say(
-            f"{run.steps:,} steps of {settings.step_size:,} images; learning rate {optimizer.rate(1):.3g} in the "
+            f"{plural(run.steps, 'step')} of {plural(images, 'image')}; learning rate {optimizer.rate(1):.3g} in the "
             f"first, up to {peak:.3g}, {optimizer.rate(run.steps):.3g} in the last"
         )
     if checkpoint:
