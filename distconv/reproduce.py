@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from distconv.comm.start import run_command, start
 from distconv.command_line import Parser
-from distconv.config import Config
+from distconv.config import RESUME, Config
 from distconv.errors import MismatchError, MissingInputError
 from distconv.formatting import plural
 from distconv.settings import read_toml
@@ -38,6 +38,8 @@ def main(argv: Sequence[str]) -> int:
         starts = sum(record.get("event") == "start" for record in metrics)
         if difference and starts > 1:
             log.say_aside(f"the run was started {starts} times, and config.toml has the settings of the last time only")
+        if difference and settings.resume not in RESUME:
+            log.say_aside(f"the run went on from {settings.resume}, which may have been made with other settings")
         if flags.json:
             log.say(json.dumps({"ranks": world.size, "steps": steps, "same": not difference, "differs_at": difference}))
         elif difference:

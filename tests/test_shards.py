@@ -89,7 +89,10 @@ def test_reproduce_says_the_same_bits_or_where_they_differ(runs: dict[int, Path]
     other = shutil.copytree(runs[4], tmp_path / "other")
     lines[where] = lines[where].replace(repr(loss), repr(loss + 2**-50))
     (other / "metrics.jsonl").write_text("".join(lines))
+    config = (other / "config.toml").read_text().replace('resume = "auto"', 'resume = "an.safetensors"')
+    (other / "config.toml").write_text(config)
     found = reproduce(3, other, "--json")
+    assert "went on from an.safetensors, which may have been made with other settings" in found.stderr
     assert found.returncode == 1
     assert json.loads(found.stdout) == {
         "ranks": 3,
