@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from types import SimpleNamespace
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from distconv.errors import UsageError
 from distconv.run.answers import LONGEST_NAME, Answers, describe, gather, on_what, short_names, softmax
 
 
@@ -36,6 +38,8 @@ def test_confusions_are_counted_by_label_and_inference() -> None:
     for label, inference in zip(answers.labels, answers.inferences, strict=True):
         expected[label, inference] += 1
     np.testing.assert_array_equal(answers.confusion(), expected)
+    with pytest.raises(UsageError, match="20,001 classes: a matrix of up to 10,000"):
+        dataclasses.replace(answers, classes=20_001).confusion()
     assert answers.correct == np.trace(expected)
 
 

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from distconv.comm.world import World
 from distconv.data.dataset import Dataset, Labels
+from distconv.errors import UsageError
 from distconv.kernels.cpu.device import Cpu
 from distconv.kernels.interface import Array
 from distconv.run.loading import SavedModel, cast
@@ -22,6 +23,7 @@ from distconv.run.scores import scores
 ENSEMBLE = "ensemble"  # its name among those of the models
 BINS = 15  # of confidence, as many as Guo et al. have (2017, arXiv 1706.04599)
 MOST_CLASSES = 20  # whose matrix fits on a terminal
+MOST_IN_A_MATRIX = 10_000  # 800 MB
 WORST = 10  # classes, and confusions, that are shown of more
 LONGEST_NAME = 20  # characters of a class's name that tables and pictures have room for
 
@@ -55,7 +57,15 @@ class Answers:
         return wrong[np.argsort(-self.confidences[wrong], kind="stable")]
 
     def confusion(self) -> NDArray[np.int64]:
-        """How many samples of each label, a row, got each inference, a column -> (classes, classes)."""
+        """How many samples of each label, a row, got each inference, a column -> (classes, classes).
+
+        Raises UsageError, on all ranks that call it, for more classes than memory has room for.
+        """
+        if self.classes > MOST_IN_A_MATRIX:
+            raise UsageError(
+                f"{self.classes:,} classes: a matrix of up to {MOST_IN_A_MATRIX:,} can be had; leave out --confusion "
+                "and --png"
+            ).on_all_ranks()
         pairs = self.labels * self.classes + self.inferences
         return np.bincount(pairs, minlength=self.classes**2).reshape(self.classes, self.classes)
 
