@@ -23,7 +23,7 @@ def format_of_scores(lines: Iterable[Any]) -> Callable[[float], str]:
 
 def short(value: float) -> str:
     """Three digits, or all before the point."""
-    if math.isfinite(value) and abs(value) >= 1000:
+    if math.isfinite(value) and abs(value) >= 999.5:  # three digits of which are 1e+03
         return f"{value:,.0f}" if abs(value) < 1e7 else f"{value:.3g}"
     return f"{value:.3g}"
 
@@ -34,13 +34,13 @@ def loss(value: float, digits: int = 4) -> str:
 
 
 def milliseconds(value: float) -> str:
-    return f"{value:.3g} ms"
+    return f"{short(value)} ms"
 
 
 def in_bytes(value: float) -> str:
     for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("kB", 1000)):
         if value >= size:
-            return f"{value / size:.3g} {unit}"
+            return f"{short(value / size)} {unit}"
     return f"{value:.0f} bytes"
 
 

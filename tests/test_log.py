@@ -166,10 +166,10 @@ def test_without_a_terminal_progress_is_a_line_every_ten_seconds(
     out, err = capsys.readouterr()
     printed = out.splitlines()
     assert err == "" and 9 <= len(printed) <= 10
-    assert printed[-1].startswith("epoch 3/20, step ") and printed[-1].endswith("of 12,000: loss 0.250, 1000 images/s")
+    assert printed[-1].startswith("epoch 3/20, step ") and printed[-1].endswith("of 12,000: loss 0.250, 1,000 images/s")
     clock.now += 60
     log.progress(1000, 12_000, 3, 20, 3e31, 999.6)
-    assert capsys.readouterr().out.endswith("loss 3e+31, 1000 images/s\n")
+    assert capsys.readouterr().out.endswith("loss 3e+31, 1,000 images/s\n")
     clock.now += 60  # a slow step is not made up for by many lines
     for step in (1001, 1002, 1003):
         log.progress(step, 12_000, 3, 20, 0.25, 999.6)

@@ -116,13 +116,13 @@ class RunLog:
             self.bar = tqdm(total=steps, initial=step - 1, unit="step", dynamic_ncols=True, leave=False)
         if self.bar is not None:
             self.bar.set_description(f"epoch {epoch}/{epochs}", refresh=False)
-            self.bar.set_postfix_str(f"loss {short_loss(loss, 3)}, {images_per_second:.0f} images/s", refresh=False)
+            self.bar.set_postfix_str(f"loss {short_loss(loss, 3)}, {images_per_second:,.0f} images/s", refresh=False)
             self.bar.update(step - self.bar.n)
         elif time.monotonic() - self.last_line >= SECONDS_BETWEEN_LINES:
             self.last_line = time.monotonic()
             self.say(
                 f"epoch {epoch}/{epochs}, step {step:,} of {steps:,}: loss {short_loss(loss, 3)}, "
-                f"{images_per_second:.0f} images/s"
+                f"{images_per_second:,.0f} images/s"
             )
 
     def evaluating(self, what: str, done: int, total: int) -> None:
