@@ -27,7 +27,7 @@ from distconv.nn.networks import NETWORKS
 from distconv.nn.summary import drops_scores
 from distconv.pictures import curves
 from distconv.pictures.curves import MOST_DRAWN, draw_curves, smoothed, thinned
-from distconv.pictures.measurements import draw_exchange, draw_prediction, draw_proof
+from distconv.pictures.measurements import draw_exchange, draw_prediction, draw_proof, draw_scaling
 from distconv.pictures.style import COLORS, save
 from distconv.run.ending import draw
 from distconv.run.log import RunLog
@@ -147,6 +147,28 @@ def test_losses_over_decades_have_an_axis_of_powers_and_losses_below_0_are_shown
     assert scale == "linear" and bottom < -7
 
 
+@pytest.mark.parametrize("largest", [3.0, 1e3, 3e8])
+def test_an_axis_of_powers_has_labels_that_have_room(largest: float) -> None:
+    records = [{"event": "step", "step": n, "train_loss": largest if n == 7 else 0.02} for n in range(1, 41)]
+    loss = panel(draw_curves(records, ""), "loss in training")
+    low, high = loss.get_ylim()
+    assert loss.get_yscale() == "log" and 3 <= sum(low <= tick <= high for tick in loss.get_yticks()) <= 8
+
+
+@pytest.mark.parametrize("score", [0.0, 1.0])
+def test_scores_that_are_all_alike_have_no_axis_beyond_what_a_share_can_be(score: float) -> None:
+    records = [{**record, "train_accuracy": score, "test_accuracy": score} for record in run_of(1)]
+    low, high = panel(draw_curves(records, ""), "accuracy in evaluation").get_ylim()
+    assert -0.01 < low < score < high < 1.01 if score == 0 else 0.9 < low < score < high < 1.01
+
+
+def test_a_single_step_and_losses_that_are_not_finite_are_shown_as_such() -> None:
+    loss = panel(draw_curves(run_of(1, steps=1), ""), "loss in training")
+    assert [line.get_marker() for line in loss.lines if line.get_label() == "smoothed"] == ["o"]
+    loss = panel(draw_curves([{"event": "step", "step": 1, "train_loss": None}], ""), "loss in training")
+    assert [text.get_text() for text in loss.texts] == ["no loss is finite"]
+
+
 def test_a_long_run_is_drawn_by_few_points_with_its_peaks() -> None:
     records = run_of(20, steps=600)
     spiked = [{**record, "train_loss": 99.0} if record.get("step") == 7777 else record for record in records]
@@ -238,6 +260,8 @@ def test_the_exchange_is_drawn_in_ms_and_beside_mpis_float32() -> None:
     looks = {line.get_label(): (line.get_color(), line.get_marker(), line.get_linestyle()) for line in ratio.lines}
     assert len({*looks.values()}) == len(looks) == 4
     assert looks["flat float16"][0] == looks["buckets float16"][0] == COLORS["float16"]
+    low, high = panel(draw_exchange([exchanged("mpi", "float32", 123_552, 1e-3)], ""), "time, ms").get_xlim()
+    assert math.sqrt(low * high) == pytest.approx(123_552)  # a single size stands in the middle
 
 
 def predicted(ranks: int, wire: str, compute: float, exchange: float, exposed: float) -> dict[str, Any]:
@@ -260,6 +284,11 @@ def test_a_prediction_is_drawn_beside_the_ideal_and_its_steps_in_parts() -> None
     compute, hidden, exposed = ([bar.get_height() for bar in container] for container in parts.containers)  # type: ignore[attr-defined]
     assert compute == pytest.approx([1, 0.4 / 1.2, 0.2 / 0.6])
     assert hidden == pytest.approx([0, 0.6 / 1.2, 0.3 / 0.6]) and exposed == pytest.approx([0, 0.2 / 1.2, 0.1 / 0.6])
+
+
+def rung(ranks: int) -> dict[str, Any]:
+    parts = {f"{part}_seconds": 0.1 / ranks for part in ("compute", "exchange", "wait", "step")}
+    return {**parts, "ranks": ranks, "images_per_second": 900.0 * ranks, "oversubscribed": ranks > 100}
 
 
 def proved(wire: str, ranks: int, difference: float, bound: float) -> dict[str, Any]:
@@ -292,11 +321,13 @@ LONG = "a.very.long.package.of.somebody:network_with_a_long_name on /a/long/path
         lambda: draw_curves(run_of(3, rate=1e-7), LONG, [LONG]),
         lambda: draw_exchange([exchanged("mpi", "float32", 1 << n, 1e-3 * n) for n in range(10, 26)], LONG),
         lambda: draw_prediction([predicted(1 << n, w, 1, 3, 2) for n in range(13) for w in ("float16", "int8")], LONG),
-        lambda: draw_proof([proved("float64", n, 1e-16, 1e-12) for n in range(1, 9)], LONG),
+        lambda: draw_proof([proved(w, 1 << n, 1e-16, 1e-12) for w in ("float64", "int8") for n in range(13)], LONG),
+        lambda: draw_scaling([rung(1 << n) for n in range(7)], LONG),
+        lambda: draw_scaling([rung(1 << n) for n in range(13)], LONG),
     ],
-    ids=["curves", "exchange", "prediction", "proof"],
+    ids=["curves", "exchange", "prediction", "proof", "scaling", "scaling far"],
 )
-def test_nothing_is_cut_and_no_formula_is_left_unread(figure: Any, tmp_path: Path) -> None:
+def test_nothing_is_cut_nothing_overlaps_and_no_formula_is_left_unread(figure: Any, tmp_path: Path) -> None:
     drawn: Figure = figure()
     save(drawn, tmp_path / "picture.png")
     ink = matplotlib.image.imread(tmp_path / "picture.png")[..., :3].min(axis=-1) < 0.9
@@ -304,6 +335,10 @@ def test_nothing_is_cut_and_no_formula_is_left_unread(figure: Any, tmp_path: Pat
     ticks = itertools.chain.from_iterable([*axes.get_xticklabels(), *axes.get_yticklabels()] for axes in drawn.axes)
     minor = itertools.chain.from_iterable(axes.yaxis.get_minorticklabels() for axes in drawn.axes)
     assert not any("$" in text.get_text() for text in [*ticks, *minor])
+    for axes in drawn.axes:
+        labels = [text for text in axes.get_xticklabels() if text.get_text() and text.get_rotation() != 45]
+        boxes = [text.get_window_extent() for text in labels]
+        assert not any(a.overlaps(b) for a, b in itertools.pairwise(boxes))
 
 
 @pytest.mark.parametrize(

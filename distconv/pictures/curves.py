@@ -71,8 +71,9 @@ def draw_loss(axes: Axes, steps: Records, epochs: Records, places: Numbers) -> N
     smooth = smoothed(losses, max(0.1, SMOOTHING * len(losses)))
     means, ends = column(epochs, "train_loss"), column(epochs, "epoch")
     if len(losses):
+        marker = "o" if len(losses) == 1 else ""  # a line of one point shows nothing
         axes.plot(*thinned(places, losses), color=COLORS["train"], alpha=0.3, linewidth=0.8, label="a step's batch")
-        axes.plot(*thinned(places, smooth), color=COLORS["train"], label="smoothed")
+        axes.plot(*thinned(places, smooth), color=COLORS["train"], marker=marker, label="smoothed")
     if len(means):
         axes.hlines(means, ends - 1, ends, color="black", linewidth=1.2, label="mean of an epoch")
     axes.set_title("loss in training")
@@ -87,7 +88,7 @@ def draw_loss(axes: Axes, steps: Records, epochs: Records, places: Numbers) -> N
     if len(shown):
         axes.legend()
     else:
-        say_nothing(axes, "no step is done yet")
+        say_nothing(axes, "no loss is finite" if len(losses) else "no step is done yet")
 
 
 def draw_scores(axes: Axes, epochs: Records, final: Mapping[str, Any], metric: str) -> str:
@@ -109,6 +110,8 @@ def draw_scores(axes: Axes, epochs: Records, final: Mapping[str, Any], metric: s
         words.append(text if words else f"test {metric} {text}")
     axes.set_title(f"{metric} in evaluation")
     if percent:
+        low, high = axes.get_ylim()  # of scores that are all alike, too: no axis goes on to 104 %
+        axes.set_ylim(max(low, -0.05 * high), min(high, 1 + 0.05 * (1 - low)))
         axes.yaxis.set_major_formatter(PercentFormatter(1))
     if len(known):
         axes.legend(**BESIDE)

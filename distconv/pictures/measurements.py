@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator, PercentFormatter, StrMethodFormatter
 
-from distconv.pictures.style import BESIDE, BLUE, COLORS, GRAY, RED, by_powers, head
+from distconv.pictures.style import BESIDE, BLUE, COLORS, GRAY, RED, by_powers, head, inches
 
 Rows = Sequence[Mapping[str, Any]]
 CARRIERS: dict[str, tuple[str, Any]] = {
@@ -37,14 +37,18 @@ def draw_scaling(rungs: Rows, title: str) -> Figure:
     if crowded:
         places = [rung["ranks"] for rung in crowded], [rung["images_per_second"] for rung in crowded]
         speed.plot(*places, "o", color=BLUE, markerfacecolor="white", label="more ranks than cores")
-    speed.set(title="images/s", xlabel="ranks", xticks=numbers)
-    speed.set_ylim(bottom=0)
-    speed.yaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
-    speed.margins(x=0.12)
+    speed.set(title="images/s", xlabel="ranks")
+    if numbers[-1] > 8 * numbers[0]:  # the first ones would lie upon each other
+        on_powers(speed)
+    else:
+        speed.set_xticks(numbers)
+        speed.set_ylim(bottom=0)
+        speed.yaxis.set_major_formatter(StrMethodFormatter("{x:,.10g}"))
+        speed.margins(x=0.12)
     speed.grid()
     speed.legend(loc="upper left")
 
-    labels, bottom = [str(P) for P in numbers], [0.0] * len(numbers)
+    labels, bottom = [f"{P:,}" for P in numbers], [0.0] * len(numbers)
     for part in ("compute", "exchange", "wait", "step"):
         top = [1e3 * rung[f"{part}_seconds"] for rung in rungs]
         if part != "step":
@@ -54,6 +58,7 @@ def draw_scaling(rungs: Rows, title: str) -> Figure:
         split.bar(labels, height, bottom=bottom, color=COLORS[part], width=0.6, label=part)
         bottom = top
     split.set(title="one step of rank 0, ms", xlabel="ranks")
+    turn(split, labels)
     split.grid(axis="y")
     split.legend(**BESIDE)
     head(figure, title)
@@ -115,7 +120,7 @@ def draw_exchange(rows: Rows, title: str) -> Figure:
     for axes, name in ((time, "time, ms"), (ratio, "times MPI's float32: below 1 is faster")):
         axes.set_xscale("log", base=2)
         ticks = well_apart(sorted(base))
-        axes.set(title=name, xlabel="elements", xticks=ticks)
+        axes.set(title=name, xlabel="elements", xticks=ticks, xlim=(min(base) / 1.4, 1.4 * max(base)))
         axes.set_xticklabels([binary(size) for size in ticks], rotation=45, ha="right", rotation_mode="anchor")
         axes.xaxis.set_minor_locator(NullLocator())
         axes.grid()
@@ -158,16 +163,26 @@ def draw_prediction(rows: Rows, title: str) -> Figure:
         mine = [row for row in rows if row["wire"] == wire]
         speed.plot(numbers, [row["images_per_second"] for row in mine], marker=marker, color=COLORS[wire], label=wire)
         draw_shares(axes, mine, f"parts of a step, {wire}")
-    speed.set_xscale("log", base=2)
-    speed.set_yscale("log")
     speed.set(title="images/s", xlabel="ranks")
-    speed.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
-    by_powers(speed.yaxis, "{x:,.0f}")
+    on_powers(speed)
     speed.grid()
     speed.legend(loc="upper left")
     panels[-1].legend(**BESIDE, reverse=True)
     head(figure, title)
     return figure
+
+
+def on_powers(speed: Axes) -> None:
+    """Ranks and images/s on axes of powers, where the ideal line is straight, too."""
+    speed.set_xscale("log", base=2)
+    speed.set_yscale("log")
+    speed.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    by_powers(speed.yaxis, "{x:,.0f}")
+
+
+def turn(axes: Axes, labels: Sequence[str]) -> None:
+    """Upright labels of bars, where they would not have room side by side."""
+    axes.tick_params(axis="x", rotation=90 if max(map(len, labels)) * len(labels) > 20 else 0)
 
 
 def draw_shares(axes: Axes, rows: Rows, title: str) -> None:
@@ -190,7 +205,7 @@ def draw_shares(axes: Axes, rows: Rows, title: str) -> None:
         )  # fmt: skip
         bottom = [low + share for low, share in zip(bottom, shares, strict=True)]
     axes.set(title=title, xlabel="ranks", ylim=(0, 1))
-    axes.tick_params(axis="x", rotation=90 if max(map(len, labels)) * len(labels) > 20 else 0)
+    turn(axes, labels)
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
 
 
@@ -203,7 +218,8 @@ def draw_proof(rows: Rows, title: str) -> Figure:
     found = [row[key] for row in rows for key in ("max_relative_difference", "bound")]
     least, most = min(filter(None, found), default=1e-16), max(*found, 1e-16)
     zero = least / 100
-    figure = Figure(figsize=(max(8.0, 2.5 + len(wires) * (0.5 + 0.35 * len(ranks))), 4.8))
+    place = max(0.35, inches(str(max(ranks)), 11) + 0.08)
+    figure = Figure(figsize=(max(8.0, 2.5 + len(wires) * (0.5 + place * len(ranks))), 4.8))
     axes = figure.subplots()
     places = [wires.index(row["wire"]) * (len(ranks) + 1) + ranks.index(row["ranks"]) for row in rows]
     for good, mark, color, label in ((True, "o", BLUE, "difference"), (False, "X", RED, "BROKEN")):

@@ -100,8 +100,13 @@ def _wrapped(text: str, width: float, points: int) -> str:
 
 
 def by_powers(axis: Axis, form: str = "{x:g}") -> None:
-    """Label 1, 2 and 5 of each power of ten in plain numbers, as many as have room: powers would need parse_math."""
-    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=8))
+    """Label an axis in plain numbers, as many as have room: powers would need parse_math. What is drawn stands by then.
+
+    Those are 1, 2 and 5 of each power of ten; over more than three of them, powers alone, of which some may be left
+    out: a locator that leaves out powers labels nothing between them.
+    """
+    low, high = axis.get_view_interval()
+    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if high <= 1000 * low else (1.0,), numticks=8))
     axis.set_major_formatter(StrMethodFormatter(form))
     axis.set_minor_formatter(NullFormatter())
 
