@@ -7,8 +7,9 @@ import math
 import re
 
 import numpy as np
+import pytest
 
-from distconv.run.report.svg import HEIGHT, MOST_CELLS, Line, binned, heat_map, line_chart
+from distconv.run.report.svg import BOTTOM, HEIGHT, MOST_CELLS, TOP, Line, binned, heat_map, line_chart
 
 
 def test_bins_keep_means_and_extremes() -> None:
@@ -45,6 +46,16 @@ def test_a_chart_draws_larger_numbers_higher_and_tells_the_last() -> None:
         assert "A &lt;title&gt;" in chart and "a &amp; b <b>90</b>" in chart
     assert line_chart("none", [Line("a", [0], [math.nan], "--train")], (0, 1), str) == ""
     assert line_chart("none", [Line("a", [0], [0.0], "--train")], (0, 1), str, log=True) == ""
+
+
+@pytest.mark.parametrize("raw", [False, True])
+def test_losses_below_0_lie_within_the_axis_and_its_ticks_are_round(raw: bool) -> None:
+    """As those of a likelihood do."""
+    y = [-1.3, -40.0, -73.0, -88.0]
+    chart = line_chart("loss", [Line("a", range(4), y, "--c0", raw=raw)], (0, 3), "{:g}".format, from_zero=True)
+    assert re.findall(r'text-anchor="end">([^<]*)<', chart) == ["-80", "-60", "-40", "-20", "0"]
+    places = [float(pair.split(",")[1]) for points in re.findall(r'points="([^"]*)"', chart) for pair in points.split()]
+    assert len(set(places)) == 4 and min(places) >= TOP and max(places) <= HEIGHT - BOTTOM
 
 
 def test_a_chart_of_few_noisy_numbers_shows_them_all() -> None:

@@ -143,7 +143,7 @@ def rank_bars(history: History) -> str:
         host = f" {names[rank]}" if len(set(names)) > 1 and rank < len(names) else ""
         label = f"rank {rank}{host}, last in {slowest[rank] / count:.0%}"
         bars.append((label, [Part("busy", 1e3 * float(busy[rank]), "--compute")]))
-    note = f"The {MOST_RANKS} slowest of {len(busy)} ranks. " if len(order) < len(busy) else ""
+    note = f"The {MOST_RANKS} slowest of {len(busy):,} ranks. " if len(order) < len(busy) else ""
     note += (
         "Mean time from one exchange to the next in the last epoch; and in which share of its steps the rank came last."
     )

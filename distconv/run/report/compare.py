@@ -92,8 +92,8 @@ def results(names: Sequence[str], histories: Sequence[History]) -> str:
         score, speed = history.score, history.median("images_per_second")
         shown = "-" if math.isnan(score) else f"{percent(score)} {history.metric}"
         images = "-" if math.isnan(speed) else f"{speed:,.0f}"
-        ranks = str(history.ranks)
-        rows.append([name, shown, ranks, f"{history.last_step:,}", images, duration(history.seconds), history.status])
+        counts = f"{history.ranks:,}", f"{history.last_step:,}"
+        rows.append([name, shown, *counts, images, duration(history.seconds), history.status])
     return table(["run", "test score", "ranks", "steps", "images/s", "time", "status"], rows)
 
 

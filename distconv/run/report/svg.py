@@ -122,7 +122,7 @@ def line_chart(
         return ""
     low = min(float((points[2] if line.raw else points[1]).min()) for line, points in drawn)
     high = max(float(_robust(points[3]) if line.raw else points[1].max()) for line, points in drawn)
-    frame = Frame(x_limits, *_axis(0.0 if from_zero and not log else low, high, log, most), log)
+    frame = Frame(x_limits, *_axis(min(0.0, low) if from_zero and not log else low, high, log, most), log)
     body = frame.grid(format_y)
     for line, (x, y, least, largest) in drawn:
         if line.raw:
@@ -248,7 +248,7 @@ def _axis(low: float, high: float, log: bool, most: float) -> tuple[float, float
         if high <= low:
             room = abs(high) * 0.1 or 1.0
             low, high = low - room * (low != 0), high + room
-        ticks = MaxNLocator(5).tick_values(low, high)
+        ticks = MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high)
         low, high = min(low, float(ticks[0])), min(most, max(high, float(ticks[-1])))
     return low, high, [float(tick) for tick in ticks if low * (1 - 1e-9) - 1e-12 <= tick <= high * (1 + 1e-9)]
 
@@ -261,7 +261,7 @@ def _round_down(value: float) -> float:
 
 def _robust(values: Numbers) -> float:
     """The largest that is shown: a single step far above all others would press the rest flat."""
-    return float(min(values.max(), 2 * np.quantile(values, 0.98)))
+    return float(min(values.max(), 2 * abs(np.quantile(values, 0.98))))
 
 
 def _above_zero(y: ArrayLike) -> Numbers:
