@@ -85,6 +85,9 @@ def check_file(name: str, path: Path | None, ending: str) -> None:
 
 
 def nearest(word: str, choices: Sequence[str]) -> str:
-    """The choice that was perhaps meant, as the end of a sentence; empty where none is like the word."""
-    close = difflib.get_close_matches(word, choices, n=1, cutoff=0.7)
+    """The choice that was perhaps meant, as the end of a sentence; empty where none is like the word.
+
+    A word in capitals is like one of ours, all of which are in small letters.
+    """
+    close = difflib.get_close_matches(word.lower(), choices, n=1, cutoff=0.7)
     return f" (did you mean {close[0]}?)" if close else ""

@@ -67,13 +67,14 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 def read_run(folder: Path) -> tuple[Config, Metrics]:
     """The settings of a run, and what it has written in metrics.jsonl. Raises MissingInputError, and as read_toml."""
+    from distconv.run.array_files import meant
     from distconv.run.folder import members
     from distconv.run.log import read_metrics
 
     metrics = read_metrics(folder / "metrics.jsonl")
     if not of_each(metrics, "step", "train_loss"):
         of_it = members(folder)
-        which = "" if of_it == [folder] else f", and this is an ensemble's: give {of_it[0]}, say"
+        which = meant(folder) if of_it == [folder] else f", and this is an ensemble's: give {of_it[0]}, say"
         raise MissingInputError(f"{folder} has no metrics.jsonl with steps: a run's folder was expected{which}")
     if not (folder / "config.toml").is_file():
         raise MissingInputError(f"{folder} has no config.toml: a run's folder was expected")

@@ -168,3 +168,11 @@ def test_a_folder_without_a_checkpoint_says_what_it_holds(tmp_path: Path) -> Non
     assert "it holds 'mine', 'params.npz': give one of them" in str(empty_folder(tmp_path))
     (tmp_path / "mine" / ".distconv-lock").touch()
     assert "its run has saved none yet" in str(empty_folder(tmp_path / "mine"))
+
+
+@pytest.mark.parametrize("name", ["config.toml", "metrics.jsonl"])
+def test_a_file_of_a_run_names_the_run(tmp_path: Path, name: str) -> None:
+    for file in ("config.toml", "metrics.jsonl"):
+        (tmp_path / file).write_text("{}")
+    with pytest.raises(BadDataError, match=rf"{name} is a file of .*\(did you mean {tmp_path}\?\)$"):
+        read_arrays(tmp_path / name)

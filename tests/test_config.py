@@ -74,6 +74,7 @@ def test_a_flag_goes_before_the_file_and_the_file_before_the_default(tmp_path: P
         ("checkpoint_seconds", math.nan, "0 or more"),
         ("optimizer", "adamm", "did you mean adam?"),
         ("optimizer", "lion", "one of adam, sgd, momentum, nesterov, adagrad, rmsprop"),
+        ("optimizer", "SGD", "did you mean sgd?"),
         ("schedule", "cosinus", "did you mean cosine?"),
         ("schedule", "up", "one of constant, linear, cosine, one-cycle, step, exponential"),
         ("scale_lr", "square", "one of none, linear, sqrt"),

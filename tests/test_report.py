@@ -190,6 +190,14 @@ def test_watching_ends_with_the_run(tmp_path: Path) -> None:
 def test_what_is_no_run_is_told_in_a_sentence(tmp_path: Path) -> None:
     with pytest.raises(MissingInputError, match=r"holds no metrics\.jsonl"):
         main([str(tmp_path)])
+    (tmp_path / "mine" / "checkpoints").mkdir(parents=True)
+    for given, meant in (
+        ("", "it holds 'mine': give one of them$"),
+        ("min", rf"min does not exist: .* \(did you mean {tmp_path / 'mine'}\?\)$"),
+        ("mine/checkpoints", rf"\(did you mean {tmp_path / 'mine'}\?\)$"),
+    ):
+        with pytest.raises(MissingInputError, match=meant):
+            main([str(tmp_path / given)])
     with pytest.raises(MissingInputError, match="no start record"):
         main([str(write(tmp_path / "empty"))])
     with pytest.raises(BadDataError, match="another shape"):

@@ -120,8 +120,8 @@ def test_reproduce_compares_as_far_as_a_run_came_and_the_parameters_of_its_epoch
 
 
 def test_reproduce_refuses_what_is_no_run_and_other_data(runs: dict[int, Path], tmp_path: Path) -> None:
-    nothing = reproduce(2, tmp_path)
-    assert nothing.returncode == 66 and "a run's folder was expected" in nothing.stderr
+    nothing = reproduce(2, runs[1] / "checkpoints")
+    assert nothing.returncode == 66 and f"a run's folder was expected (did you mean {runs[1]}?)" in nothing.stderr
     several = reproduce(2, shutil.copytree(runs[1], tmp_path / "ensemble" / "member-0").parent)
     assert several.returncode == 66 and f"give {tmp_path / 'ensemble' / 'member-0'}, say" in several.stderr
     other = shutil.copytree(runs[1], tmp_path / "other")

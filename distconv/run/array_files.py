@@ -31,7 +31,13 @@ OTHERS = {  # what a file is, by its first bytes
     b"\x1f\x8b": "a gzip file",
 }
 WITH_WEIGHTS = ("PyTorch", "Keras", "ONNX", "TensorFlow", ".npy", "safetensors")
-BY_ENDING = {".onnx": "an ONNX model", ".tflite": "a TensorFlow Lite model", ".pb": "a TensorFlow graph"}  # no magic
+BY_ENDING = {  # what has no magic
+    ".onnx": "an ONNX model",
+    ".tflite": "a TensorFlow Lite model",
+    ".pb": "a TensorFlow graph",
+    ".toml": "a file of settings",
+    ".jsonl": "a file of records",
+}
 
 
 def read_arrays(path: Path) -> FileArrays:
@@ -50,15 +56,15 @@ def read_arrays(path: Path) -> FileArrays:
             if head.startswith(magic):
                 raise not_ours(path, what)
         if path.suffix in BY_ENDING:
-            raise not_ours(path, BY_ENDING[path.suffix])
+            raise not_ours(path, BY_ENDING[path.suffix], meant(path))
         return read_pickle(path)
     except OSError as error:
         raise StorageError(f"{path} cannot be read: {error}") from None
 
 
-def not_ours(path: Path, what: str) -> BadDataError:
-    """What to say of a file that another program has written."""
-    advice = f": {AS_NPZ}" if any(word in what for word in WITH_WEIGHTS) else ""
+def not_ours(path: Path, what: str, hint: str = "") -> BadDataError:
+    """What to say of a file that is no model, or another program's."""
+    advice = f": {AS_NPZ}" if any(word in what for word in WITH_WEIGHTS) else hint
     return BadDataError(f"{path} is {what}, but {EXPECTED}{advice}")
 
 
@@ -71,37 +77,40 @@ def require_file(path: Path) -> None:
     except (OSError, ValueError):  # in a folder that may not be entered, or no name that a file can have
         there = False
     found = "is not a file" if there else "does not exist"
-    raise MissingInputError(f"{path} {found}: {EXPECTED}{'' if there else _meant(path)}")
+    raise MissingInputError(f"{path} {found}: {EXPECTED}{'' if there else meant(path)}")
 
 
 def empty_folder(folder: Path) -> MissingInputError:
     """What to say of a folder that is not a run's, or has no checkpoint yet: whether one nearby may have been meant."""
-    advice = ""
-    if (folder / "metrics.jsonl").exists() or (folder / ".distconv-lock").exists():
-        advice = "; its run has saved none yet"
-    elif folder.name == "checkpoints":
-        advice = f" (did you mean {folder.parent}?)"
-    else:
-        models = sorted(path.name for path in folder.iterdir() if _may_be_a_model(path))
-        advice = f"; it holds {listed(models)}: give one of them" if models else ""
+    of_run = (folder / "metrics.jsonl").exists() or (folder / ".distconv-lock").exists()
+    advice = "; its run has saved none yet" if of_run else meant(folder)
     return MissingInputError(
         f"{folder} holds no checkpoints/step-*.safetensors: the folder of a run was expected{advice}"
     )
 
 
-def _may_be_a_model(path: Path) -> bool:
-    return (path / "checkpoints").is_dir() or path.suffix in (".safetensors", ".npz", ".pkl", ".pickle")
+def meant(path: Path) -> str:
+    """The end of a sentence about a path that is no run or model: what else may have been meant; or nothing.
 
-
-def _meant(path: Path) -> str:
-    """Names in the same folder that are much like this one, as a question; or the folder that is not there."""
+    The run that it lies in, the runs and models that it holds, or names much like it in the same folder.
+    """
     try:
+        if path.name == "checkpoints" or (path.exists() and (path.parent / "metrics.jsonl").exists()):
+            return f" (did you mean {path.parent}?)"
+        if path.is_dir():
+            models = sorted(other.name for other in path.iterdir() if _may_be_a_model(other))
+            return f"; it holds {listed(models)}: give one of them" if models else ""
         if not path.parent.is_dir():
             return f"; there is no folder {path.parent}"
         close = difflib.get_close_matches(path.name, [other.name for other in path.parent.iterdir()], n=2, cutoff=0.7)
     except (OSError, ValueError):
         return ""
+    close = [name for name in close if name != path.name]  # a file of that name is there, but is none
     return f" (did you mean {' or '.join(str(path.with_name(name)) for name in close)}?)" if close else ""
+
+
+def _may_be_a_model(path: Path) -> bool:
+    return (path / "checkpoints").is_dir() or path.suffix in (".safetensors", ".npz", ".pkl", ".pickle")
 
 
 def _read_zip(path: Path) -> FileArrays:

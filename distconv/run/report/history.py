@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from distconv.config import EXACT, Config, flag
 from distconv.errors import DistconvError, MissingInputError, StorageError
 from distconv.pictures.curves import column
+from distconv.run.array_files import meant
 from distconv.run.folder import LOCK
 from distconv.run.log import read_metrics, steps_alike
 from distconv.run.report.samples import ANSWERS, Samples, load_samples
@@ -230,10 +231,11 @@ def read_history(folder: Path, failure: str = "") -> History:
     path = folder / "metrics.jsonl"
     try:
         if not folder.is_dir():
-            raise MissingInputError(f"{folder} is no folder: that of a run, as --out names it, was expected")
+            what = "is no folder" if folder.exists() else "does not exist"
+            raise MissingInputError(f"{folder} {what}: a run's folder, as --out names it, was expected{meant(folder)}")
         if not path.is_file():
             raise MissingInputError(
-                f"{folder} holds no metrics.jsonl: the folder of a run, as --out names it, was expected"
+                f"{folder} holds no metrics.jsonl: the folder of a run, as --out names it, was expected{meant(folder)}"
             )
         records = read_metrics(path)
         if not any(record.get("event") == "start" for record in records):
