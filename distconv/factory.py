@@ -34,7 +34,10 @@ def load_factory(name: str) -> Callable[..., Any]:
     except ModuleNotFoundError as error:
         if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
             raise  # a module that the user's own module wants
-        raise UsageError(f"{name}: there is no module {error.name}: run from its folder, or set PYTHONPATH") from None
+        advice = "run from its folder, or set PYTHONPATH"
+        if module_name.endswith(".py"):
+            advice = f"a module is named without .py, {name.replace('.py:', ':')} say"
+        raise UsageError(f"{name}: there is no module {error.name}: {advice}") from None
     function = getattr(module, function_name, None)
     if not callable(function):
         raise UsageError(f"{name}: the module {module_name} has no function {function_name}")

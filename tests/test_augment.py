@@ -153,6 +153,7 @@ def test_what_names_say() -> None:
         ("rotate", "rotate takes a number, but '' was given"),
         ("rotate=far", "rotate takes a number, but 'far' was given"),
         ("nothing.here:at_all", "there is no module nothing"),
+        ("nothing.py:at_all", "a module is named without .py, nothing:at_all say"),
         ("tests.files:at_all", "has no function at_all"),
         ("tests.test_augment:colours", "is called with 2 arguments, which it does not take"),
     ],

@@ -53,6 +53,7 @@ def test_a_line_of_the_table_is_a_layer() -> None:
 
 def test_a_model_of_one_small_layer_has_a_name_and_operations() -> None:
     text = describe("mine:network", Affine(10), (28, 28, 1))
+    assert "In memory besides: 31.4 kB of parameters" in text  # 0.0 MiB would tell nothing of a small one
     assert text.splitlines()[3].split() == ["affine", "10", "7,850", "0.02", "0.0"]
     assert "a training step takes some 0.05." in text
 

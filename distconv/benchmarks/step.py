@@ -18,6 +18,7 @@ import numpy as np
 from distconv.comm.world import World
 from distconv.config import Config
 from distconv.data.dataset import Dataset
+from distconv.formatting import plural
 from distconv.nn.layers import Chain, Layer
 from distconv.nn.networks import build_network, usual_image_shape
 from distconv.nn.summary import parts
@@ -227,6 +228,7 @@ def where(step: Breakdown, flops: Mapping[tuple[str, str], int], ranks: int, pea
         f"{'step':>17}{1e3 * seconds:>20.2f}{1:>12.1%}{rate_of_step / 1e9:>9.1f}",
         f"{sum(flops.values()) / 1e6:.1f} MFLOP an image, counted without Winograd's savings: "
         f"{rate_of_step * ranks / peak:.0%} of sgemm's {peak / ranks / 1e9:.1f} GFLOP/s a rank",
-        f"a rank had {step.page_faults:,} page faults a step and held at most {step.peak_bytes / 2**20:,.0f} MiB",
+        f"a rank had {plural(step.page_faults, 'page fault')} a step and held at most "
+        f"{step.peak_bytes / 2**20:,.0f} MiB",
     ]
     return "\n".join(lines)

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from distconv.formatting import in_bytes
 from distconv.nn.layers import Chain, Dropout, Layer, inner_layers, is_ours, shapes_of
 from distconv.nn.normalization import BatchNorm, ConvNorm
 from distconv.nn.parameters import Shape, Spec, count
@@ -87,6 +88,6 @@ def describe(name: str, model: Layer, input_shape: Shape) -> str:
         "MFLOP: of the matrix products of a forward pass, a product and a sum counted as two; a training step takes "
         f"some {step:,.{0 if step > 30 else 2}f}.\n{missing}"
         "kept: in float32, for the backward pass; an evaluation keeps nothing.\n"
-        f"In memory besides: {FLOAT * count(model.shapes(input_shape)[1]) / 2**20:.1f} MiB of parameters, as "
+        f"In memory besides: {in_bytes(FLOAT * count(model.shapes(input_shape)[1]))} of parameters, as "
         "much of gradients, and what the optimizer remembers (Adam: twice as much)."
     )
