@@ -28,6 +28,11 @@ def short(value: float) -> str:
     return f"{value:.3g}"
 
 
+def amount(value: float) -> str:
+    """A count in full; of a sum that is none, as a user's own task may have it, six digits."""
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.6g}"
+
+
 def loss(value: float, digits: int = 4) -> str:
     """A loss, with so many digits behind the point; one that has diverged may have thirty before it, but is short."""
     return f"{value:.{digits}f}" if abs(value) < 1e6 else f"{value:.3g}"

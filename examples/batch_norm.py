@@ -1,8 +1,8 @@
 """What batch norm is good for: DeepConvNet's convolutions in very large batches, and 99 % of MNIST in seconds.
 
-    mpirun -n 2 python -m distconv.train --data mnist --model examples.batch_norm:deep --shards 2 --epochs 5 \\
+    mpirun -n 2 python -m distconv.train --data mnist --model examples.batch_norm:deep --shards 2 --epochs 5 \
         --batch-size 6400 --optimizer lamb --lr 0.03 --schedule linear --warmup-epochs 1 --weight-decay 0.1
-    mpirun -n 2 python -m distconv.train --data mnist --model examples.batch_norm:small --shards 2 --epochs 1 \\
+    mpirun -n 2 python -m distconv.train --data mnist --model examples.batch_norm:small --shards 2 --epochs 1 \
         --batch-size 50 --lr 0.02 --schedule one-cycle --label-smoothing 0.1
 
 Five epochs at batch 6,400 are 50 steps. That is too few for the network without batch norm, with dropout or not.

@@ -11,7 +11,7 @@ from typing import Any
 
 from distconv import errors
 from distconv.config import Config
-from distconv.formatting import percent, plural
+from distconv.formatting import amount, percent, plural
 from distconv.nn.optimizers import EMA
 from distconv.nn.summary import drops_scores
 from distconv.run import agreement
@@ -82,7 +82,7 @@ def conclude(final: Mapping[str, Any], settings: Config, out: Path, log: RunLog)
     metric = final.get("metric", "accuracy")  # older runs tell no other
     score, averaged = final[f"test_{metric}"], final.get(f"{EMA}_test_{metric}")
     log.say(
-        f"test {metric} {percent(score)} ({final['correct']:,} of {final['total']:,})"
+        f"test {metric} {percent(score)} ({amount(final['correct'])} of {amount(final['total'])})"
         + (f", with averaged weights {percent(averaged)}" if averaged is not None else "")
         + f"; model, metrics and report.html are in {out}"
     )
@@ -108,8 +108,8 @@ def draw(metrics: Sequence[Mapping[str, Any]], run: Run, out: Path, log: RunLog)
         notes.append(f"The loss is taken with {' and '.join(raised)}: it is higher than in evaluation.")
     if 0 < settings.eval_samples < max(data.size("train"), data.size("test")):
         notes.append(
-            f"Scores after an epoch: of the first {settings.eval_samples:,} samples of each part; in the end: of all "
-            f"{data.size('test'):,} test samples."
+            f"Scores after an epoch: of the first {settings.eval_samples:,} samples of each part, or all; in the end: "
+            f"of all {data.size('test'):,} test samples."
         )
     try:
         from distconv.pictures.curves import draw_curves  # Matplotlib, which rank 0 alone needs, at the end

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from distconv.formatting import duration, in_bytes, loss, milliseconds, percent, plural, short
+from distconv.formatting import amount, duration, in_bytes, loss, milliseconds, percent, plural, short
 from distconv.run.noise import over_a_run
 from distconv.run.report.charts import MOST_RANKS, SCORES
 from distconv.run.report.history import History
@@ -60,7 +60,7 @@ def _of_what(history: History) -> str:
     if not final:
         return "after the last epoch"
     if history.judged == "test":
-        return f"{final.get('correct') or 0:,} of {final.get('total') or 0:,}"
+        return f"{amount(final.get('correct') or 0)} of {amount(final.get('total') or 0)}"
     raw = final.get(f"test_{history.metric}")
     return "averaged weights" + (f"; those of the last step {percent(raw)}" if raw is not None else "")
 
