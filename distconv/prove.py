@@ -119,7 +119,7 @@ def main(argv: Sequence[str]) -> int:
         from distconv.pictures.style import draw_png
 
         verdict = "is what one rank computes" if table.good else "is NOT what one rank computes"
-        title = f"{flags.model} on {flags.data}, batch {flags.batch_size}: what P ranks compute {verdict}"
+        title = f"{flags.model} on {flags.data}, batch {flags.batch_size}\nwhat P ranks compute {verdict}"
         draw_png(flags.png, lambda: draw_proof(table.rows, title))
     return table.verdict()
 
