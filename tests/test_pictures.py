@@ -305,7 +305,9 @@ def test_a_proof_shows_what_is_broken_and_no_difference_at_the_bottom() -> None:
     labels = dict(zip(axes.get_yticks(), [text.get_text() for text in axes.get_yticklabels()], strict=True))
     zero = drawn["difference"][1][1]
     assert drawn["difference"][1:] == [(3, zero), (4, zero)] and labels[zero] == "0" and zero < 3e-4 / 10
-    assert "1e-3" in labels.values()
+    assert {"1e-4", "1e-3", "1e-2"} < {*labels.values()}
+    close = draw_proof([proved("float16", 1, 3e-4, 1e-3)], "").axes[0]  # all near one power
+    assert [text.get_text() for text in close.get_yticklabels()] == ["1e-4", "1e-3", "1e-2"]
     bounds = [segment[0][1] for segment in axes.collections[0].get_segments()]  # type: ignore[attr-defined]
     assert bounds == [1e-3, zero, 1e-3, zero]
     good = draw_proof(rows[:2], "")

@@ -235,7 +235,7 @@ def draw_proof(rows: Rows, title: str) -> Figure:
     axes.set_xticklabels([row["ranks"] for row in rows])
     axes.tick_params(axis="x", length=0)
     axes.text(1.01, -0.03, "ranks", transform=axes.transAxes, va="top")
-    powers = range(math.ceil(math.log10(least)), math.floor(math.log10(most)) + 1)
+    powers = range(math.ceil(math.log10(least / 5)), math.floor(math.log10(most * 10)) + 1)  # as far as the axis goes
     ticks = {10.0**power: f"1e{power}" for power in powers[:: math.ceil(len(powers) / 8) or 1]}
     ticks |= {zero: "0"} if 0 in found else {}
     axes.set_yticks([*ticks], [*ticks.values()])
