@@ -207,7 +207,8 @@ def test_what_is_no_run_is_told_in_a_sentence(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "changed", [{"time": 1e300}, {"time": math.inf}, {"ranks": math.inf}, {"time": 10**400}, {"steps": "many"}]
+    "changed",
+    [{"time": 1e300}, {"time": 1e18}, {"time": math.inf}, {"ranks": math.inf}, {"time": 10**400}, {"steps": "many"}],
 )
 def test_numbers_that_no_run_has_are_told_in_a_sentence(tmp_path: Path, changed: dict[str, Any]) -> None:
     with pytest.raises(BadDataError, match="another shape"):

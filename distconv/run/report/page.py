@@ -34,7 +34,7 @@ def write_report(folders: Sequence[Path], path: Path, failure: str = "", writer:
     histories = [read_history(folder, failure) for folder in folders]
     try:
         content = as_bytes(page(histories))
-    except (LookupError, TypeError, ValueError, ArithmeticError) as error:
+    except (LookupError, TypeError, ValueError, ArithmeticError, OSError) as error:  # OSError: of a time without a date
         names = ", ".join(str(folder / "metrics.jsonl") for folder in folders)
         raise BadDataError(f"{names}: records of a run were expected, but they have another shape ({error})") from None
     write_whole(path, content, writer)
