@@ -162,8 +162,13 @@ def test_only_time_that_gets_a_run_ahead_for_good_counts() -> None:
     assert useful_seconds(RECORDS[:2], starts_before=1) == useful_seconds([]) == 0
 
 
-@pytest.mark.parametrize("torn", ["", "\n", '{"event": "st', '{"event": "step"}\n7\n{"eve'])
-def test_the_last_record_is_found_behind_what_a_kill_has_torn(torn: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("torn", ["", "\n", '{"event": "st', '{"event": "step", "step": 8}\n7\n{"eve'])
+@pytest.mark.parametrize(
+    "foreign", ["", '{"step": "x"}\n', '{"step": null}\n', '{"resumed_step": null}\n', "[" * 9_999 + "\n"]
+)
+def test_the_last_record_is_found_behind_what_a_kill_or_another_program_has_left(
+    torn: str, foreign: str, tmp_path: Path
+) -> None:
     path = tmp_path / "metrics.jsonl"
-    path.write_text('{"event": "step", "step": 8}\n' * 5_000 + torn)
-    assert last_record(path)["event"] == "step" and last_record(tmp_path / "none") == {}
+    path.write_text('{"event": "step", "step": 8}\n' * 5_000 + foreign + torn)
+    assert last_record(path) == {"event": "step", "step": 8} and last_record(tmp_path / "none") == {}

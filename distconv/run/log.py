@@ -162,14 +162,17 @@ def read_metrics(path: Path) -> list[Mapping[str, Any]]:
     for line in text.splitlines():
         with contextlib.suppress(ValueError, RecursionError):
             record = json.loads(line)
-            if isinstance(record, dict) and _is_ours(record):
+            if is_ours(record):
                 records.append(record)
     return records
 
 
-def _is_ours(record: Mapping[str, Any]) -> bool:
-    """Whether the fields that are read again are numbers, or null where they were not finite."""
-    whole = isinstance(record.get("step", 0), int) and isinstance(record.get("time", 0.0), (int, float))
+def is_ours(record: Any) -> bool:
+    """Whether it has fields, and those that are read again are numbers, or null where they were not finite."""
+    if not isinstance(record, dict):
+        return False
+    steps = record.get("step", 0), record.get("resumed_step", 0)
+    whole = all(isinstance(step, int) for step in steps) and isinstance(record.get("time", 0.0), (int, float))
     numbers = [record.get(name) for name in (*READ_AGAIN, *(key for key in record if key.startswith(PARTS)))]
     return (
         whole and isinstance(record.get("metric", ""), str) and all(isinstance(n, int | float | None) for n in numbers)

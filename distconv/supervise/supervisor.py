@@ -24,7 +24,7 @@ from distconv import errors
 from distconv.formatting import plural
 from distconv.process.voice import write
 from distconv.run.folder import find_checkpoints, step_of
-from distconv.run.log import read_metrics
+from distconv.run.log import is_ours, read_metrics
 from distconv.supervise.launcher import end, job_environment
 
 REQUESTS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -272,9 +272,9 @@ def last_record(metrics: Path) -> Mapping[str, Any]:
     with contextlib.suppress(OSError, ValueError), metrics.open("rb") as file:
         file.seek(max(0, file.seek(0, os.SEEK_END) - TAIL))
         for line in reversed(file.read().splitlines()):
-            with contextlib.suppress(ValueError):
-                record = json.loads(line)
-                if isinstance(record, dict):
+            with contextlib.suppress(ValueError, RecursionError):
+                record: Mapping[str, Any] = json.loads(line)
+                if is_ours(record):
                     return record
     return {}
 
