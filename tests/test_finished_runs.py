@@ -14,7 +14,7 @@ import pytest
 
 from distconv.errors import CannotCreateError, MismatchError, MissingInputError
 from distconv.run import folder
-from distconv.run.checkpoint import load_checkpoint
+from distconv.run.checkpoint import load_checkpoint, newest_good
 from distconv.run.folder import find_checkpoints
 from distconv.run.log import read_metrics
 from tests import jobs
@@ -165,6 +165,15 @@ def test_metrics_are_not_forgotten_where_the_checkpoints_are_gone(
     with pytest.raises(MissingInputError, match=f"{finished}/metrics.jsonl .*{finished}/checkpoints: put them back"):
         look(finished)
     assert everything(finished) == before
+
+
+def test_a_run_whose_checkpoints_are_links_to_a_place_that_is_not_there_does_not_start_again(finished: Path) -> None:
+    keep_metrics(finished, 9)
+    for path in find_checkpoints(finished / "checkpoints"):
+        path.unlink()
+        path.symlink_to(f"/there/is/none/{path.name}")
+    with pytest.raises(MissingInputError, match=r"step-0000000010\.safetensors is not a file"):
+        newest_good(finished / "checkpoints")
 
 
 @pytest.mark.slow

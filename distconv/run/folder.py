@@ -49,9 +49,9 @@ def members(folder: Path) -> list[Path]:
 
 
 def find_checkpoints(folder: Path) -> list[Path]:
-    """The checkpoint files in a folder, newest step first."""
-    ours = (path for path in folder.glob("step-*.safetensors") if CHECKPOINT.fullmatch(path.name) and path.is_file())
-    return sorted(ours, key=step_of, reverse=True)
+    """The checkpoint files in a folder, newest step first; links too, though what they lead to may not be there now."""
+    named = (path for path in folder.glob("step-*.safetensors") if CHECKPOINT.fullmatch(path.name))
+    return sorted((path for path in named if path.is_file() or path.is_symlink()), key=step_of, reverse=True)
 
 
 def step_of(checkpoint: Path) -> int:
