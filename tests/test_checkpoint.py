@@ -190,6 +190,14 @@ def test_damaged_ones_never_push_out_the_good_one(tmp_path: Path) -> None:
         assert_holds(newest_good(tmp_path)[0], step)
 
 
+def test_an_older_one_under_a_later_name_is_passed_over(tmp_path: Path) -> None:
+    write(tmp_path, 1).rename(tmp_path / "step-0000000999.safetensors")
+    write(tmp_path, 2)
+    checkpoint, (passed_over,) = newest_good(tmp_path)
+    assert_holds(checkpoint, 2)
+    assert "step-0000000999" in passed_over and "holds step 1" in passed_over
+
+
 def test_bad_ones_alone_are_an_error_that_names_them_all(tmp_path: Path) -> None:
     paths = [write(tmp_path, step) for step in (1, 2)]
     for path in paths:

@@ -253,7 +253,10 @@ def newest_good(folder: Path) -> tuple[Checkpoint | None, list[str]]:
     passed_over: list[str] = []
     for path in find_checkpoints(folder):
         try:
-            return load_checkpoint(path), passed_over
+            found = load_checkpoint(path)
+            if (step := found.position["step"]) != step_of(path):  # else it would stay the newest for ever
+                raise BadDataError(f"{path} holds step {step:,}, which is not that of its name")
+            return found, passed_over
         except BadDataError as error:
             passed_over.append(str(error))
     if passed_over:
