@@ -5,11 +5,14 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from queue import Queue
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from distconv.comm.world import World
 from distconv.monitor import watch
 from distconv.monitor.judge import LEAST, PATIENCE, TIMES, Judge, behind
 from distconv.monitor.whereabouts import PLACES, Entry
@@ -172,3 +175,12 @@ def test_one_that_has_ended_before_is_told_and_hides_no_other(monkeypatch: pytes
     processes[0].communicate()  # which waits for its end
     watcher(processes, told)
     assert told.get(timeout=20) == ([10], [11, 12])
+
+
+def test_ranks_that_are_gone_are_told_where_the_folder_of_the_run_cannot_be_looked_at(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    unreadable = Path("x" * 300)  # as on a disk that is gone, to ask for it is an error
+    told: Any = SimpleNamespace(rank=0, size=2, error_folder=unreadable)
+    World._lost(told, [1], [])
+    assert capfd.readouterr().err == "distconv: rank 1 of 2 ended without a word, and so ends the job\n"

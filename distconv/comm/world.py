@@ -153,7 +153,8 @@ class World:
         if self.rank > min(alive, default=self.size):
             time.sleep(GRACE / 4)
             return  # that one speaks
-        if self.error_folder is None or not self.error_folder.exists():  # else they have spoken themselves
+        # Else they have spoken themselves. Path.exists would raise, and end this thread, where the disk is gone.
+        if not os.path.exists(self.error_folder or ""):  # noqa: PTH110
             who = f"rank{'s' * (len(ended) > 1)} {listed(ended)} of {self.size}"
             write(f"{who} ended without a word, and so ends the job")
 
