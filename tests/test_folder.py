@@ -16,11 +16,12 @@ from typing import Any
 import pytest
 
 from distconv.config import Config
-from distconv.errors import CannotCreateError
+from distconv.errors import CannotCreateError, StorageError
 from distconv.run import folder
 from distconv.run.checkpoint import load_checkpoint
 from distconv.run.folder import find_checkpoints
-from distconv.run.log import read_metrics
+from distconv.run.log import RunLog, read_metrics
+from distconv.run.saver import Saver
 from tests import jobs
 from tests.folders import ALONE, events, everything, look, put, run
 from tests.test_failures import QUICK, assert_one_sentence
@@ -88,6 +89,24 @@ def test_a_run_whose_lock_is_removed_ends_before_it_writes_over_another(tmp_path
     result = job.finish(30)
     assert result.returncode == 74 and f"{out / folder.LOCK} is not the file that this job has locked" in result.stderr
     assert second.returncode in (0, 78), second.stderr  # by then the first may have come further than three epochs
+
+
+def saver(out: Path) -> Saver:
+    """Of a run that is about to save its fifth step."""
+    data = SimpleNamespace(image_shape=(28, 28, 1), digest="d" * 64, classes=10)
+    world = SimpleNamespace(rank=0, at=lambda place: None)
+    run: Any = SimpleNamespace(world=world, data=data, config=Config(), skipped=0, diverging=0, step=5)
+    for name in (folder.LOCK, "metrics.jsonl"):
+        (out / name).touch()
+    return Saver(run, out / "checkpoints", "digits", RunLog(False))
+
+
+def test_a_folder_that_cannot_be_read_any_more_is_one_sentence(tmp_path: Path) -> None:
+    saving = saver(tmp_path)
+    (tmp_path / folder.LOCK).unlink()
+    (tmp_path / folder.LOCK).symlink_to(folder.LOCK)  # as of a disk that is gone, to look at it is an error
+    with pytest.raises(StorageError, match=f"{tmp_path} cannot be read: .*symbolic links"):
+        saving.save()
 
 
 # --- one job at a time

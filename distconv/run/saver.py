@@ -41,8 +41,11 @@ class Saver:
             return False
         if run.world.rank == 0 and self.saved_at != run.step:
             run.world.at("save")
-            lock = lock_file(self.folder.parent)
-            if not self.folder.exists():
+            try:
+                lock, there = lock_file(self.folder.parent), self.folder.exists()
+            except OSError as error:  # a disk that is gone, say
+                raise errors.StorageError(f"{self.folder.parent} cannot be read: {error}") from None
+            if not there:
                 raise errors.StorageError(
                     f"{self.folder} is gone: somebody has removed or renamed the folder of the run"
                 )

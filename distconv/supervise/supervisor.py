@@ -224,7 +224,7 @@ class Supervisor:
         return 0
 
     def is_done(self) -> bool:
-        return (self.out / "DONE").exists() and last_record(self.metrics).get("event") == "final"
+        return last_record(self.metrics).get("event") == "final" and (self.out / "DONE").exists()
 
     def reports(self) -> dict[Path, int]:
         """The reports of failed ranks, each with the time when it was written."""
