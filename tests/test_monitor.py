@@ -149,13 +149,13 @@ def processes() -> Iterator[list[subprocess.Popen[bytes]]]:
         process.communicate()
 
 
-def watcher(processes: list[subprocess.Popen[bytes]], told: Queue[Any]) -> watch.Watch:
+def watcher(processes: list[subprocess.Popen[bytes]], told: Queue[Any], lost: Any = None) -> watch.Watch:
     def end(code: int) -> None:
         watching.over.set()
         told.put(code)
 
     ids = {10 + n: process.pid for n, process in enumerate(processes)}
-    lost = lambda *ranks: told.put(ranks)  # noqa: E731
+    lost = lost or (lambda *ranks: told.put(ranks))
     watching = watch.Watch(Table(), None, Judge(0, HOSTS), ids, lost, told.put, end)  # type: ignore[arg-type]
     return watching
 
@@ -175,6 +175,19 @@ def test_one_that_has_ended_before_is_told_and_hides_no_other(monkeypatch: pytes
     processes[0].communicate()  # which waits for its end
     watcher(processes, told)
     assert told.get(timeout=20) == ([10], [11, 12])
+
+
+def test_the_job_ends_where_nobody_can_watch_it(
+    monkeypatch: pytest.MonkeyPatch,
+    processes,  # type: ignore[no-untyped-def]
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(watch, "GRACE", 0)
+    told: Queue[Any] = Queue()
+    watcher(processes, told, lambda ended, alive: 1 // 0)
+    processes[0].kill()
+    assert told.get(timeout=20) == 1
+    assert "ZeroDivisionError" in capfd.readouterr().err
 
 
 def test_ranks_that_are_gone_are_told_where_the_folder_of_the_run_cannot_be_looked_at(

@@ -15,6 +15,7 @@ import os
 import select
 import threading
 import time
+import traceback
 from collections.abc import Callable, Mapping
 
 from distconv.errors import HUNG
@@ -78,6 +79,13 @@ class Watch:
         return found
 
     def _run(self) -> None:
+        try:
+            self._look_out()
+        except Exception:  # without this thread, the job might hang one day
+            traceback.print_exc()
+            self.end(1)
+
+    def _look_out(self) -> None:
         poll, last, gone_for = select.poll(), time.monotonic(), 0.0
         for descriptor in (self.woken, *self.descriptors):
             poll.register(descriptor, select.POLLIN)
