@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -83,8 +82,7 @@ def _no_data_set(name: str) -> MissingInputError:
     elif os.path.exists(name):  # noqa: PTH110
         what = "is neither a folder nor an .npz or .tar.gz file"
     else:
-        close = difflib.get_close_matches(name.lower(), NAMES, n=1, cutoff=0.7)  # MNIST, cifar-10
-        what = "does not exist" + (f" (did you mean {close[0]}?)" if close else "")
+        what = "does not exist"
     return MissingInputError(
         f"{name or 'an empty name'} {what}: give mnist, cifar10 or digits, an .npz file that holds "
         f"{', '.join(npz.NEEDED)}, a folder with {', '.join(mnist.FILES)} (plain or .gz) or CIFAR-10's, or "
