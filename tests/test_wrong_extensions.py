@@ -136,14 +136,19 @@ def test_an_optimizer_that_cannot_be_is_a_usage_error(
 
 
 BATCHES = [
-    (lambda x: x[..., 0], "needs images (H, W, C), but what comes in has shape (8, 8): have batches be of"),
+    (lambda x: x[..., 0], "needs images (H, W, C), but what comes in has shape (8, 8): have batches be floats of"),
     (lambda x: np.repeat(x, 3, -1), "ConvNorm was given float32 of shape (2, 8, 8, 3), for which its parameters"),
     (lambda x: x[:, :7], "Affine was given float32 of shape (2, 7, 8, 16), for which its parameters are not made"),
+    (lambda x: x.astype(np.uint8), "ConvNorm was given uint8 of shape (2, 8, 8, 1), but floats of 32 or 64 bits"),
+    (lambda x: x.astype(">f4"), "ConvNorm was given >f4 of shape (2, 8, 8, 1), but floats of 32 or 64 bits"),
+    (np.ndarray.tolist, "ConvNorm was given a list, but floats"),
 ]
 GRADIENTS = [
-    (lambda dy: dy[:, 0], "was given float32 of shape (2,), but its forward pass gave shape (2, 10): the task must"),
+    (lambda dy: dy[:, 0], "was given float32 of shape (2,), but floats of shape (2, 10), as its forward pass gave"),
     (lambda dy: dy[:1], "the backward pass of Affine was given float32 of shape (1, 10)"),
     (lambda dy: np.repeat(dy, 9, 0), "of shape (18, 10)"),
+    (lambda dy: np.sign(dy).astype(np.int8), "was given int8 of shape (2, 10), but floats"),
+    (lambda dy: dy.tolist(), "was given a list"),
     (lambda dy: 1.0, "was given a float"),
 ]
 

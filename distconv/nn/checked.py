@@ -14,10 +14,11 @@ import numpy as np
 from distconv.errors import UsageError
 from distconv.kernels.interface import Array
 from distconv.nn.fusion import with_inner
-from distconv.nn.layers import Backward, Chain, Context, Layer, kind_of
+from distconv.nn.layers import Backward, Chain, Context, Layer, is_ours, kind_of
 from distconv.nn.parameters import Shape, Spec, Specs, Views
 
-ADVICE = "have batches be of the data's image_shape"
+FLOATS = np.float32, np.float64  # in this machine's order of bytes
+ADVICE = "have batches be floats of the data's image_shape"
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,9 @@ class Checked:
 
     def forward(self, x: Array, params: Views, context: Context) -> tuple[Array, Backward]:
         kind = type(self.layer).__name__
+        # A layer of the user's own may take whole numbers.
+        if not isinstance(x, np.ndarray) or (is_ours(self.layer) and x.dtype not in FLOATS):
+            raise UsageError(f"{kind} was given {_shown(x)}, but floats of 32 or 64 bits were expected: {ADVICE}")
         try:
             declared, specs = self.shapes(x.shape[1:])
         except ValueError as error:
@@ -47,10 +51,10 @@ class Checked:
         _check(f"{kind}.forward", y, (len(x), *declared))
 
         def backward(dy: Array, grads: Views, wants_dx: bool) -> Array | None:
-            if np.shape(dy) != y.shape:  # a layer's is looked at where it is made
+            if not _are_floats(dy, y.shape):  # a layer's are looked at where they are made
                 raise UsageError(
-                    f"the backward pass of {kind} was given {_shown(dy)}, but its forward pass gave shape {y.shape}: "
-                    "the task must hand back a gradient of that shape"
+                    f"the backward pass of {kind} was given {_shown(dy)}, but floats of shape {y.shape}, as its "
+                    "forward pass gave, were expected, of 32 or 64 bits: the task must hand back such a gradient"
                 )
             dx: Array | None = layer_backward(dy, grads, wants_dx)
             if wants_dx:
@@ -76,8 +80,12 @@ def _fit(specs: Specs, params: Views) -> bool:
 
 
 def _check(who: str, found: Any, shape: Shape) -> None:
-    if not isinstance(found, np.ndarray) or found.shape != shape or found.dtype not in (np.float32, np.float64):
+    if not _are_floats(found, shape):
         raise UsageError(f"{who} gave {_shown(found)}, but floats of shape {shape} were expected, of 32 or 64 bits")
+
+
+def _are_floats(found: Any, shape: Shape) -> bool:
+    return isinstance(found, np.ndarray) and found.shape == shape and found.dtype in FLOATS
 
 
 def _shown(found: Any) -> str:
