@@ -86,7 +86,8 @@ class Run:
             sums = np.zeros(2)
             for context in contexts(slice(start + shard.start, start + shard.stop), replica.kernels, self.world):
                 batch = self.data.batch(part, context.samples, context)
-                sums += self.task.evaluate(replica.model, values, batch, context)
+                two = self.task.evaluate(replica.model, values, batch, context)
+                sums += [np.asarray(one).item() for one in two]  # some give arrays of one number
             found.append(sums)
         score, weight = np.concatenate(self.world.comm.allgather(found)).cumsum(axis=0)[-1]
         return float(score), float(weight)

@@ -60,8 +60,19 @@ def test_an_epoch_ends_with_equal_replicas_and_exact_sums(world: World) -> None:
     assert len(set(world.comm.allgather((epoch.train_loss, epoch.scores["train"], epoch.scores["test"])))) == 1
 
 
-def test_the_accuracy_counts_every_image_once(world: World) -> None:
-    run = make_run(world)
+class InArrays(Classification):
+    """Its sums are arrays of one number."""
+
+    def gradient(self, *arguments):  # type: ignore[no-untyped-def]
+        return [np.array([one]) for one in super().gradient(*arguments)]
+
+    def evaluate(self, *arguments):  # type: ignore[no-untyped-def]
+        return [np.array([one]) for one in super().evaluate(*arguments)]
+
+
+@pytest.mark.parametrize("task", ["classify", f"{__name__}:InArrays"])
+def test_the_accuracy_counts_every_image_once(world: World, task: str) -> None:
+    run = make_run(world, dataclasses.replace(SETTINGS, task=task))
     replica, labels = run.replica, run.data.test_labels  # type: ignore[attr-defined]
     parts: list[float] = []
     given = scores(run.data, replica.model, replica.values, Cpu(), world, parts.append)
