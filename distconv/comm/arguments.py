@@ -175,6 +175,7 @@ def check_arrays(arrays: Sequence[Any], size: int, dtype: np.dtype[Any]) -> list
 
 
 def _numpys_view(array: Array, dtype: np.dtype[Any], name: str) -> Array:
+    """NumPy's own view of an array, of whatever subclass; raise TypeError or ValueError where it cannot be summed."""
     is_masked, array = isinstance(array, np.ma.MaskedArray), np.asarray(array)
     if array.dtype != dtype:
         raise TypeError(f"{name} has dtype {array.dtype}, but this wire sums {dtype}: convert it, or use another wire")
